@@ -1,0 +1,173 @@
+#pragma once
+
+#include <array>
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "deep_ep/bootstrap.hpp"
+#include "deep_ep/config.hpp"
+#include "deep_ep/event.hpp"
+#include "deep_ep/export.hpp"
+#include "deep_ep/handle.hpp"
+#include "deep_ep/tensor.hpp"
+
+namespace deep_ep {
+
+/// How a Buffer is made. All ranks pass the same values, `device.index` and `num_threads` excepted.
+struct BufferOptions {
+  Device device{};  ///< host, or the CUDA device of this rank
+  std::int64_t num_nvl_bytes =
+      0;  ///< starting size of this rank's mapped memory, see Config; raised if it is too small
+  std::int64_t num_rdma_bytes =
+      0;  ///< starting size of the memory for low latency and for other nodes
+  bool low_latency_mode = false;
+  int num_qps_per_rank = 24;
+  bool allow_nvlink_for_low_latency_mode = true;
+  bool allow_mnnvl = false;
+  bool use_fabric = false;
+  bool explicitly_destroy =
+      false;  ///< accepted for callers of DeepEP; the destructor always releases
+  bool enable_shrink = false;
+  /// How long one wait for other ranks may take. 0: DEEP_EP_TIMEOUT_MS, else 100 s.
+  std::chrono::milliseconds timeout{0};
+  /// Host worker threads of this rank. 0: DEEP_EP_NUM_THREADS, else the cores divided by the ranks
+  /// of this machine.
+  int num_threads = 0;
+};
+
+/// Arguments of a dispatch. Either `handle` is given (cached: x and x_scales move as they did
+/// before; nothing else may be given), or `layout`, usually with topk_idx and topk_weights.
+struct DispatchArgs {
+  /// [N, H] contiguous rows, H * size_of(dtype) a multiple of 16 bytes, in any memory of the
+  /// Buffer's device. N may be 0.
+  TensorView x{};
+  /// Optional [N, S], float32 or int32 (packed), any strides: scales of x.
+  TensorView x_scales{};
+  /// Handle of an earlier dispatch with the same N.
+  std::optional<IntranodeHandle> handle{};
+  /// From get_dispatch_layout, or the caller's own: num_tokens_per_rank and is_token_in_rank are
+  /// required, num_tokens_per_expert is needed for the per-expert counts.
+  DispatchLayout layout{};
+  TensorView topk_idx{};      ///< optional [N, K] int32 or int64: expert ids, -1 for none
+  TensorView topk_weights{};  ///< optional [N, K] float32, with topk_idx
+  /// num_recv_tokens_per_expert_list is rounded up to a multiple of it.
+  int expert_alignment = 1;
+  /// Above 0: results have this many rows and the call never waits for counts on the host; needs
+  /// topk_idx. Fewer rows than arrive is Error(kCapacity) on every rank.
+  std::int64_t num_worst_tokens = 0;
+  Config config{};
+  /// Optional int64 [R], on the Buffer's device: += the longest wait for each source, in ns (host)
+  /// or SM cycles (CUDA).
+  TensorView dispatch_wait_recv_cost_stats{};
+  CallOptions options{};
+};
+
+/// Rows are in (source rank, token index) order. Nr = num_recv_tokens, or num_worst_tokens if that
+/// was given.
+struct DispatchResult {
+  Tensor recv_x;         ///< [Nr, H], dtype of x; rows behind the last received one are undefined
+  Tensor recv_x_scales;  ///< [Nr, S] row-major, if x_scales was given
+  Tensor recv_topk_idx;  ///< [Nr, K], dtype of topk_idx: local expert id, -1 for experts of other
+                         ///< ranks and unused rows
+  Tensor recv_topk_weights;  ///< [Nr, K] float32, 0 where recv_topk_idx is -1
+  /// Rows for each local expert, rounded up to expert_alignment. Empty if cached, without counts,
+  /// or with num_worst_tokens.
+  std::vector<std::int32_t> num_recv_tokens_per_expert_list;
+  std::int64_t num_recv_tokens =
+      0;  ///< received rows; -1 with num_worst_tokens (see handle.rank_prefix_matrix)
+  IntranodeHandle handle;  ///< undefined tensors if cached
+  EventHandle event;       ///< complete unless async_finish
+};
+
+struct CombineArgs {
+  /// [Nr, H] bfloat16, float16 or float32, contiguous: one row per received row, already weighted
+  /// and summed over this rank's experts. H * size_of(dtype) a multiple of 16 bytes. Longer than Nr
+  /// is allowed (num_worst_tokens).
+  TensorView x{};
+  IntranodeHandle handle{};
+  TensorView topk_weights{};         ///< optional [Nr, K] float32: summed like the rows
+  std::array<TensorView, 2> bias{};  ///< optional [N, H], dtype of x: added in fp32 after the rows
+  Config config{};
+  TensorView combine_wait_recv_cost_stats{};  ///< as in DispatchArgs
+  CallOptions options{};
+};
+
+struct CombineResult {
+  Tensor combined_x;  ///< [N, H], dtype of x: fp32 sum over the token's ranks in ascending order,
+                      ///< rounded once
+  Tensor combined_topk_weights;  ///< [N, K] float32, if topk_weights was given
+  EventHandle event;             ///< complete unless async_finish
+};
+
+/// One rank's end of the exchange: memory that its peers map, and the calls that move tokens
+/// through it.
+///
+/// Construction is collective; so are dispatch, combine and barrier, which every rank calls in the
+/// same order. Calls on one Buffer come one at a time (any thread); an overlap is refused with
+/// Error(kUsage). Several Buffers are independent of each other.
+///
+/// After an Error of a collective call other than kUsage the Buffer is faulted on every rank:
+/// further calls throw the same Error, destroy works and is local. Results obtained earlier stay
+/// valid, also after destroy.
+class DEEP_EP_API Buffer {
+ public:
+  /// Collective. Allocates, exchanges descriptors over `bootstrap` (kept; used by `reserve` too)
+  /// and maps the peers' memory. Throws Error on every rank if it fails on one.
+  explicit Buffer(std::shared_ptr<Bootstrap> bootstrap, const BufferOptions& options = {});
+  ~Buffer();
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+
+  /// Opens the peers' memory. The constructor calls it; calling it again does nothing.
+  void sync();
+  /// Releases everything but memory under live results. Local, idempotent, never throws for a
+  /// faulted Buffer.
+  void destroy();
+  bool is_available() const;
+
+  /// Which tokens of topk_idx ([N, K] int32 or int64, -1 for none) go where. Local. Throws
+  /// Error(kInvalidArgument) if num_experts is not a positive multiple of the number of ranks or an
+  /// id is outside [-1, num_experts).
+  DispatchLayout get_dispatch_layout(const TensorView& topk_idx, int num_experts,
+                                     const CallOptions& options = {});
+
+  /// Sends every token's row once to each rank that owns one of its experts. Collective.
+  DispatchResult dispatch(const DispatchArgs& args);
+  /// Brings rows back to their tokens and sums them. Collective.
+  CombineResult combine(const CombineArgs& args);
+  /// The paths that dispatch and combine take while all ranks are of one node.
+  DispatchResult intranode_dispatch(const DispatchArgs& args);
+  CombineResult intranode_combine(const CombineArgs& args);
+
+  /// All ranks have called it, and all earlier calls of this rank are done.
+  void barrier();
+  /// Collective: maps memory ahead so that `bytes` of results fit without growth.
+  void reserve(std::int64_t bytes);
+  /// Throws the Error that faulted this Buffer, if any.
+  void check() const;
+
+  int rank() const;
+  int num_ranks() const;
+  Device device() const;
+  std::chrono::milliseconds timeout() const;
+  /// Takes effect with the next call.
+  void set_timeout(std::chrono::milliseconds timeout);
+  /// Bytes of this rank's memory that peers map, and of those, bytes in live results.
+  std::int64_t mapped_bytes() const;
+  std::int64_t live_bytes() const;
+  /// The rank's own heap from `offset` bytes on, as elements of `dtype`; the view keeps it mapped.
+  Tensor get_local_buffer_tensor(DType dtype, std::int64_t offset = 0) const;
+  /// The last 256 operations (what, epoch, shapes, state, times in ns) as a JSON array, oldest
+  /// first.
+  std::string operations_json() const;
+
+ private:
+  class Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace deep_ep

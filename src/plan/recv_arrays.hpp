@@ -1,0 +1,48 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "base/carver.hpp"
+
+namespace deep_ep::plan {
+
+/// What one received row carries, in bytes per array; the same on all ranks (checked before data
+/// moves).
+struct RowFormat {
+  std::int64_t x_bytes = 0;
+  std::int64_t scale_bytes = 0;         // 0: no scales
+  std::int64_t topk_idx_bytes = 0;      // 0: no topk
+  std::int64_t topk_weights_bytes = 0;  // 0: no weights
+
+  friend bool operator==(const RowFormat&, const RowFormat&) = default;
+};
+
+/// The block of one dispatch's results in the receiver's segment: one array a payload, a row each.
+/// Senders and receiver carve it with the same function, so a base address and a row count place
+/// every row.
+struct RecvArrays {
+  std::byte* x;
+  std::byte* scales;
+  std::byte* topk_idx;
+  std::byte* topk_weights;
+  std::int32_t* src_idx;
+
+  DEEP_EP_HD static RecvArrays carve(Carver& carver, const RowFormat& format, std::int64_t rows) {
+    RecvArrays arrays;
+    arrays.x = carver.take<std::byte>(rows * format.x_bytes);
+    arrays.scales = carver.take<std::byte>(rows * format.scale_bytes);
+    arrays.topk_idx = carver.take<std::byte>(rows * format.topk_idx_bytes);
+    arrays.topk_weights = carver.take<std::byte>(rows * format.topk_weights_bytes);
+    arrays.src_idx = carver.take<std::int32_t>(rows);
+    return arrays;
+  }
+
+  DEEP_EP_HD static std::int64_t bytes(const RowFormat& format, std::int64_t rows) {
+    Carver carver(nullptr);
+    (void)carve(carver, format, rows);
+    return carver.used();
+  }
+};
+
+}  // namespace deep_ep::plan

@@ -1,0 +1,66 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "deep_ep/types.hpp"
+#include "plan/layout.hpp"
+
+namespace deep_ep::plan::reference {
+
+// Dispatch and combine as plain loops over a global view of all ranks. The oracle of every test;
+// shares nothing with a backend.
+
+/// One rank's input. Arrays are row-major; an empty vector means the array is absent.
+struct DispatchInput {
+  std::int64_t num_tokens = 0;
+  std::vector<std::byte> x;            // [N, x_bytes]
+  std::vector<std::byte> scales;       // [N, scale_bytes]
+  std::vector<std::int64_t> topk_idx;  // [N, K]
+  std::vector<float> topk_weights;     // [N, K]
+};
+
+/// One rank's output, rows in (source rank, token index) order.
+struct DispatchOutput {
+  std::int64_t num_rows = 0;
+  std::vector<std::byte> x;
+  std::vector<std::byte> scales;
+  std::vector<std::int64_t> topk_idx;                     // local expert id or -1
+  std::vector<float> topk_weights;                        // 0 where topk_idx is -1
+  std::vector<std::int32_t> src_rank;                     // [Nr]
+  std::vector<std::int32_t> src_idx;                      // [Nr]
+  std::vector<std::int32_t> num_tokens_per_local_expert;  // aligned
+  std::vector<std::int32_t> rank_prefix_matrix;           // [R, R]
+};
+
+struct DispatchShape {
+  int num_topk = 0;
+  int num_experts = 0;
+  int num_ranks = 0;
+  std::int64_t x_bytes = 0;
+  std::int64_t scale_bytes = 0;
+  int expert_alignment = 1;
+};
+
+std::vector<DispatchOutput> dispatch(const DispatchShape& shape,
+                                     const std::vector<DispatchInput>& inputs);
+
+/// One rank's input to combine: a row per received row of `routing`.
+struct CombineInput {
+  std::vector<std::byte> x;         // [Nr, H] of dtype
+  std::vector<float> topk_weights;  // [Nr, K] or empty
+  std::vector<std::byte> bias[2];   // [N, H] of dtype, or empty
+};
+struct CombineOutput {
+  std::vector<std::byte> x;         // [N, H]
+  std::vector<float> topk_weights;  // [N, K] if given
+};
+
+/// `routing` is what dispatch gave and `num_tokens` each rank's N. Sums as plan/numerics.hpp says.
+std::vector<CombineOutput> combine(DType dtype, std::int64_t hidden, int num_topk,
+                                   const std::vector<DispatchOutput>& routing,
+                                   const std::vector<std::int64_t>& num_tokens,
+                                   const std::vector<CombineInput>& inputs);
+
+}  // namespace deep_ep::plan::reference

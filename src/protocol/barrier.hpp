@@ -1,0 +1,28 @@
+#pragma once
+
+#include <cstdint>
+
+#include "protocol/epoch.hpp"
+#include "protocol/wait.hpp"
+
+namespace deep_ep::protocol {
+
+/// One flag a rank and peer: `arrived_at_peer(i)` lies in rank i's memory at this rank's place,
+/// `arrived_here[i]` here. Everything done before by any rank is visible to every rank behind it.
+template <class Waiter, class FlagAtPeer, class Ring>
+DEEP_EP_HD WaitResult barrier(Waiter& waiter, int num_ranks, std::uint64_t epoch,
+                              FlagAtPeer&& arrived_at_peer, const EpochFlag* arrived_here,
+                              Ring&& ring) {
+  for (int i = 0; i < num_ranks; ++i) {
+    arrived_at_peer(i)->publish(epoch);
+    ring(i);
+  }
+  return wait_until(waiter, [&] {
+    for (int i = 0; i < num_ranks; ++i) {
+      if (!arrived_here[i].reached(epoch)) return false;
+    }
+    return true;
+  });
+}
+
+}  // namespace deep_ep::protocol

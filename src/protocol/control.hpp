@@ -1,0 +1,102 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "base/carver.hpp"
+#include "protocol/doorbell.hpp"
+#include "protocol/epoch.hpp"
+#include "protocol/fault.hpp"
+#include "protocol/ring.hpp"
+
+namespace deep_ep::protocol {
+
+enum class OpKind : std::uint32_t {
+  kNone,
+  kBarrier,
+  kReserve,
+  kDispatch,
+  kCachedDispatch,
+  kCombine
+};
+
+/// What a rank's call looks like to the others. Fields marked * must be equal on all ranks.
+struct CallRecord {
+  OpKind kind;                    // *
+  std::int32_t x_dtype;           // * DType
+  std::int64_t hidden;            // * values a row
+  std::int32_t scale_dtype;       // * DType, -1 without scales
+  std::int32_t num_scales;        // *
+  std::int32_t num_topk;          // * 0 without topk
+  std::int32_t topk_dtype;        // * DType, -1 without topk
+  std::int32_t has_topk_weights;  // *
+  std::int32_t num_experts;       // * 0 if unknown
+  std::int64_t num_tokens;        // tokens of the source
+};
+
+/// Where the sender of rows finds the results' block of a receiver.
+struct InboxPlace {
+  EpochFlag ready;  // published by the receiver when the block may be written
+  std::int32_t segment;
+  std::int64_t offset;  // bytes from the beginning of the segment
+  std::int64_t rows;    // rows that the block was carved for
+};
+
+/// One rank's words of a call, at one peer. Two of them alternate by epoch: see invariant I3 in
+/// ARCHITECTURE.md.
+struct Mailbox {
+  EpochFlag* posted;              // [R] one a source: record and counts of that source are complete
+  CallRecord* record;             // [R]
+  std::int32_t* tokens_per_rank;  // [R, R] row of each source
+  std::int32_t* tokens_per_expert;  // [R, kMaxLocalExperts] row of each source: this rank's experts
+};
+
+struct ControlShape {
+  int num_ranks = 0;
+  int num_lanes = 0;            // rings between each pair of ranks
+  std::int64_t ring_bytes = 0;  // bytes of one ring
+};
+
+/// The beginning of every rank's segment 0: what its peers write to it. Sources index the arrays.
+struct ControlBlock {
+  static constexpr int kMaxLocalExperts = 4096;
+
+  Doorbell* doorbell;
+  FaultRecord* fault;
+  EpochFlag* barrier;    // [R]
+  Mailbox mailbox[2];    // by parity of the epoch
+  InboxPlace* inbox;     // [R] by receiver of this rank's rows
+  EpochFlag* landed;     // [R] all rows of the source are in this rank's results
+  EpochFlag* ring_tail;  // [lanes, R]
+  EpochFlag* ring_head;  // [lanes, R] credits for the rings that this rank writes
+  std::byte* ring_data;  // [lanes, R, ring_bytes]
+
+  static ControlBlock carve(Carver& carver, const ControlShape& shape) {
+    const std::int64_t ranks = shape.num_ranks;
+    const std::int64_t rings = ranks * shape.num_lanes;
+    ControlBlock block;
+    block.doorbell = carver.take<Doorbell>(1);
+    block.fault = carver.take<FaultRecord>(1);
+    block.barrier = carver.take<EpochFlag>(ranks);
+    for (Mailbox& mailbox : block.mailbox) {
+      mailbox.posted = carver.take<EpochFlag>(ranks);
+      mailbox.record = carver.take<CallRecord>(ranks);
+      mailbox.tokens_per_rank = carver.take<std::int32_t>(ranks * ranks);
+      mailbox.tokens_per_expert = carver.take<std::int32_t>(ranks * kMaxLocalExperts);
+    }
+    block.inbox = carver.take<InboxPlace>(ranks);
+    block.landed = carver.take<EpochFlag>(ranks);
+    block.ring_tail = carver.take<EpochFlag>(rings);
+    block.ring_head = carver.take<EpochFlag>(rings);
+    block.ring_data = carver.take<std::byte>(rings * shape.ring_bytes);
+    return block;
+  }
+
+  static std::int64_t bytes(const ControlShape& shape) {
+    Carver carver(nullptr);
+    (void)carve(carver, shape);
+    return carver.used();
+  }
+};
+
+}  // namespace deep_ep::protocol

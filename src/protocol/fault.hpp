@@ -1,0 +1,32 @@
+#pragma once
+
+#include <cstdint>
+
+#include "protocol/atomic.hpp"
+
+namespace deep_ep::protocol {
+
+/// Why a rank's Buffer no longer works, in that rank's control block. Anyone may write it, once:
+/// the first writer wins, and everything that waits reads it at each turn.
+struct alignas(128) FaultRecord {
+  static constexpr std::uint32_t kNone = 0;
+  static constexpr std::uint32_t kClaimed = 1;  // being written; its writer may have died
+  static constexpr std::uint32_t kWritten = 2;
+  static constexpr int kMaxRanks = 16;
+  static constexpr int kTextBytes = 640;
+
+  std::uint32_t state;
+  std::uint32_t code;             // ErrorCode
+  std::int32_t origin;            // the rank that found the fault
+  std::int32_t num_ranks;         // how many of `ranks` are set
+  std::int32_t ranks[kMaxRanks];  // missing, dead or disagreeing
+  char text[kTextBytes];          // zero-terminated, composed by the origin
+
+  /// True for the first caller only, who fills the fields and calls publish().
+  DEEP_EP_HD bool claim() { return compare_exchange_acq_rel(&state, kNone, kClaimed); }
+  DEEP_EP_HD void publish() { store_release(&state, kWritten); }
+  /// acquire: pairs with publish(); after kWritten the fields may be read.
+  DEEP_EP_HD std::uint32_t load() const { return load_acquire(&state); }
+};
+
+}  // namespace deep_ep::protocol
