@@ -18,20 +18,21 @@ std::span<const Variable> variables();
 
 // Read at each call, so that a Buffer sees what was set before its construction. Throw
 // Error(kInvalidArgument) naming the variable and its value.
-std::int64_t timeout_ms();     // DEEP_EP_TIMEOUT_MS
-int num_threads();             // DEEP_EP_NUM_THREADS, 0: choose
-int ranks_per_node();          // DEEP_EP_RANKS_PER_NODE, 0: find
-std::int64_t inbox_bytes();    // DEEP_EP_INBOX_BYTES
-std::string log_level();       // DEEP_EP_LOG_LEVEL
-std::string log_file();        // DEEP_EP_LOG_FILE, "": stderr
-std::string dump_directory();  // DEEP_EP_DUMP_DIR, "": no dump on a fault
+std::int64_t timeout_ms();        // DEEP_EP_TIMEOUT_MS
+int num_threads();                // DEEP_EP_NUM_THREADS, 0: choose
+int ranks_per_node();             // DEEP_EP_RANKS_PER_NODE, 0: find
+std::int64_t inbox_bytes();       // DEEP_EP_INBOX_BYTES
+std::string log_level();          // DEEP_EP_LOG_LEVEL
+std::string log_file();           // DEEP_EP_LOG_FILE, "": stderr
+std::string dump_directory();     // DEEP_EP_DUMP_DIR, "": no dump on a fault
+std::string rendezvous_secret();  // DEEP_EP_RENDEZVOUS_SECRET, "": none
 
 /// The process's place as the launcher's variables tell it; unset without a launcher.
 struct Launch {
   int rank = 0;
   int size = 1;
-  std::string address = "127.0.0.1";  // MASTER_ADDR
-  int port = 29477;                   // MASTER_PORT
+  std::string address;  // MASTER_ADDR
+  int port = 0;         // DEEP_EP_RENDEZVOUS_PORT, else MASTER_PORT
 };
 std::optional<Launch> launch();
 

@@ -49,8 +49,10 @@ class Heap {
     friend auto operator<=>(const Key&, const Key&) = default;
   };
   bool take(std::int64_t bytes, Block& block);
+  bool fits(std::int64_t bytes) const;
   void give(int segment, std::int64_t offset, std::int64_t bytes);
 
+  std::mutex grow_mutex_;  // one growth at a time; taken before mutex_
   mutable std::mutex mutex_;
   std::map<Key, std::int64_t> free_;  // begin -> bytes
   std::int64_t live_bytes_ = 0;

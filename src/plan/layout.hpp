@@ -3,6 +3,8 @@
 #include <cstdint>
 #include <optional>
 
+#include "base/portable.hpp"
+
 namespace deep_ep::plan {
 
 /// The shape of a routing table: N tokens, each with K expert ids in [-1, E), over R ranks that own
@@ -16,7 +18,8 @@ struct RoutingShape {
   int num_local_experts() const { return num_experts / num_ranks; }
 };
 
-/// Throws Error(kInvalidArgument): R >= 1, E a positive multiple of R, K >= 1, N in [0, 2^31).
+/// Throws Error(kInvalidArgument): R >= 1, E a positive multiple of R, K >= 1, N >= 0, N * K below
+/// 2^31 (all entries may name one expert, and counts are int32).
 void validate(const RoutingShape& shape);
 
 /// An id outside [-1, E).
@@ -37,7 +40,7 @@ std::optional<BadExpert> get_dispatch_layout(const RoutingShape& shape, const Id
 
 /// First token of channel `c` of `num_channels`: channels are contiguous and differ by one token at
 /// most.
-constexpr std::int64_t channel_begin(std::int64_t num_tokens, int c, int num_channels) {
+DEEP_EP_HD constexpr std::int64_t channel_begin(std::int64_t num_tokens, int c, int num_channels) {
   return num_tokens / num_channels * c + num_tokens % num_channels * c / num_channels;
 }
 
@@ -49,7 +52,8 @@ void build_send_slots(const bool* is_token_in_rank, std::int64_t num_tokens, int
                       std::int32_t* channel_prefix_matrix);
 
 /// In place, [R, R]: counts[i][j] = tokens i sends to j  ->  prefix[i][j] = tokens that ranks 0..i
-/// send to j. Returns false if a sum exceeds 2^31 - 1.
+/// send to j. Returns false if a count is negative or a sum exceeds 2^31 - 1; the matrix is then
+/// undefined.
 bool build_rank_prefix_matrix(std::int32_t* matrix, int num_ranks);
 
 /// From recv_src_idx (rows by source, ascending) and each source's number of tokens: [R, C] rows of
@@ -67,10 +71,10 @@ struct RowRange {
   std::int64_t begin;
   std::int64_t end;
 };
-constexpr RowRange rows_from(const std::int32_t* rank_prefix_matrix, int source, int rank,
-                             int num_ranks) {
-  const std::int64_t begin = source == 0 ? 0 : rank_prefix_matrix[(source - 1) * num_ranks + rank];
-  return {begin, rank_prefix_matrix[source * num_ranks + rank]};
+DEEP_EP_HD constexpr RowRange rows_from(const std::int32_t* rank_prefix_matrix, int source,
+                                        int rank, int num_ranks) {
+  const std::int32_t* end = rank_prefix_matrix + std::int64_t{source} * num_ranks + rank;
+  return {source == 0 ? 0 : end[-num_ranks], *end};
 }
 
 }  // namespace deep_ep::plan

@@ -5,14 +5,15 @@
 #include <vector>
 
 #include "deep_ep/types.hpp"
-#include "plan/layout.hpp"
 
 namespace deep_ep::plan::reference {
 
 // Dispatch and combine as plain loops over a global view of all ranks. The oracle of every test;
-// shares nothing with a backend.
+// shares nothing with a backend or plan/layout. Wrong shapes, sizes and expert ids throw
+// Error(kInvalidArgument).
 
-/// One rank's input. Arrays are row-major; an empty vector means the array is absent.
+/// One rank's input. Arrays are row-major. scales are absent if scale_bytes is 0, topk_weights if
+/// they are empty on every rank.
 struct DispatchInput {
   std::int64_t num_tokens = 0;
   std::vector<std::byte> x;            // [N, x_bytes]
@@ -30,7 +31,7 @@ struct DispatchOutput {
   std::vector<float> topk_weights;                        // 0 where topk_idx is -1
   std::vector<std::int32_t> src_rank;                     // [Nr]
   std::vector<std::int32_t> src_idx;                      // [Nr]
-  std::vector<std::int32_t> num_tokens_per_local_expert;  // aligned
+  std::vector<std::int32_t> num_tokens_per_local_expert;  // entries of topk_idx, aligned
   std::vector<std::int32_t> rank_prefix_matrix;           // [R, R]
 };
 
@@ -46,10 +47,11 @@ struct DispatchShape {
 std::vector<DispatchOutput> dispatch(const DispatchShape& shape,
                                      const std::vector<DispatchInput>& inputs);
 
-/// One rank's input to combine: a row per received row of `routing`.
+/// One rank's input to combine: a row per received row of `routing`; x may be longer. topk_weights
+/// are absent if they are empty on every rank.
 struct CombineInput {
   std::vector<std::byte> x;         // [Nr, H] of dtype
-  std::vector<float> topk_weights;  // [Nr, K] or empty
+  std::vector<float> topk_weights;  // [Nr, K]
   std::vector<std::byte> bias[2];   // [N, H] of dtype, or empty
 };
 struct CombineOutput {
@@ -57,7 +59,9 @@ struct CombineOutput {
   std::vector<float> topk_weights;  // [N, K] if given
 };
 
-/// `routing` is what dispatch gave and `num_tokens` each rank's N. Sums as plan/numerics.hpp says.
+/// `routing` is what dispatch gave and `num_tokens` each rank's N. Every sum starts at +0 in fp32,
+/// adds the token's rows in ascending rank order, then bias[0], then bias[1], and is rounded once
+/// by from_float. Weights are summed likewise.
 std::vector<CombineOutput> combine(DType dtype, std::int64_t hidden, int num_topk,
                                    const std::vector<DispatchOutput>& routing,
                                    const std::vector<std::int64_t>& num_tokens,

@@ -17,13 +17,16 @@ namespace deep_ep::protocol {
 
 #if defined(DEEP_EP_HAS_LIBCUDACXX)
 template <class T>
-using AtomicRef = cuda::atomic_ref<T, cuda::thread_scope_system>;
-namespace order = cuda::std;
+using AtomicRef = ::cuda::atomic_ref<T, ::cuda::thread_scope_system>;
+namespace order = ::cuda::std;
 #else
 template <class T>
 using AtomicRef = std::atomic_ref<T>;
 namespace order = std;
 #endif
+// Ranks map the words at different addresses, so a lock beside them would not do.
+static_assert(AtomicRef<std::uint32_t>::is_always_lock_free);
+static_assert(AtomicRef<std::uint64_t>::is_always_lock_free);
 
 template <class T>
 DEEP_EP_HD T load_relaxed(const T* word) {

@@ -31,6 +31,7 @@ struct CallRecord {
   std::int32_t topk_dtype;        // * DType, -1 without topk
   std::int32_t has_topk_weights;  // *
   std::int32_t num_experts;       // * 0 if unknown
+  std::uint64_t routing_hash;     // * of the handle's rank_prefix_matrix, 0 without a handle
   std::int64_t num_tokens;        // tokens of the source
 };
 
@@ -63,7 +64,6 @@ struct ControlBlock {
 
   Doorbell* doorbell;
   FaultRecord* fault;
-  EpochFlag* barrier;    // [R]
   Mailbox mailbox[2];    // by parity of the epoch
   InboxPlace* inbox;     // [R] by receiver of this rank's rows
   EpochFlag* landed;     // [R] all rows of the source are in this rank's results
@@ -71,13 +71,12 @@ struct ControlBlock {
   EpochFlag* ring_head;  // [lanes, R] credits for the rings that this rank writes
   std::byte* ring_data;  // [lanes, R, ring_bytes]
 
-  static ControlBlock carve(Carver& carver, const ControlShape& shape) {
+  DEEP_EP_HD static ControlBlock carve(Carver& carver, const ControlShape& shape) {
     const std::int64_t ranks = shape.num_ranks;
     const std::int64_t rings = ranks * shape.num_lanes;
     ControlBlock block;
     block.doorbell = carver.take<Doorbell>(1);
     block.fault = carver.take<FaultRecord>(1);
-    block.barrier = carver.take<EpochFlag>(ranks);
     for (Mailbox& mailbox : block.mailbox) {
       mailbox.posted = carver.take<EpochFlag>(ranks);
       mailbox.record = carver.take<CallRecord>(ranks);
@@ -92,7 +91,7 @@ struct ControlBlock {
     return block;
   }
 
-  static std::int64_t bytes(const ControlShape& shape) {
+  DEEP_EP_HD static std::int64_t bytes(const ControlShape& shape) {
     Carver carver(nullptr);
     (void)carve(carver, shape);
     return carver.used();

@@ -13,7 +13,8 @@ namespace deep_ep::protocol {
 /// reads `rung`, looks at its flags once more, and sleeps only if `rung` is unchanged. The ringer
 /// adds to `rung`, then reads `sleepers`. If the sleeper's read of `rung` missed the ring, the
 /// ringer's read of `sleepers` sees the sleeper and wakes it; if it did not miss it, the flags
-/// published before the ring are visible to the second look.
+/// published before the ring are visible to the second look. (`rung` wraps after 2^32 rings; should
+/// exactly so many fall between the sleeper's read and its sleep, the sleep's time limit ends it.)
 struct alignas(128) Doorbell {
   std::uint32_t rung;
   std::uint32_t sleepers;
@@ -23,15 +24,20 @@ struct alignas(128) Doorbell {
   /// it was true.
   template <class Ready>
   bool sleep(std::int64_t ns, Ready&& ready) {
-    add_seq_cst(&sleepers, std::uint32_t{1});
+    const Sleeper counted(*this);
     const std::uint32_t before = load_seq_cst(&rung);
-    const bool now = ready();
-    if (!now) futex_wait(before, ns);
-    add_seq_cst(&sleepers, ~std::uint32_t{0});
-    return now;
+    if (ready()) return true;
+    futex_wait(before, ns);
+    return false;
   }
 
  private:
+  // Counts down also when `ready` throws: a sleeper too many costs every ring a system call.
+  struct Sleeper {
+    explicit Sleeper(Doorbell& own) : bell(own) { add_seq_cst(&bell.sleepers, std::uint32_t{1}); }
+    ~Sleeper() { add_seq_cst(&bell.sleepers, ~std::uint32_t{0}); }
+    Doorbell& bell;
+  };
   void futex_wait(std::uint32_t expected, std::int64_t ns);
 };
 

@@ -17,7 +17,12 @@ struct alignas(128) EpochFlag {
   /// reached(epoch).
   DEEP_EP_HD void publish(std::uint64_t epoch) {
     schedule_point(Point::kPublish);
+#if defined(DEEP_EP_CANARY_RELAXED)
+    // Wrong on purpose: the test that the race detector would notice.
+    store_relaxed(&value, epoch);
+#else
     store_release(&value, epoch);
+#endif
   }
   /// acquire: pairs with publish().
   DEEP_EP_HD bool reached(std::uint64_t epoch) const { return load_acquire(&value) >= epoch; }

@@ -22,7 +22,9 @@ struct alignas(128) FaultRecord {
   std::int32_t ranks[kMaxRanks];  // missing, dead or disagreeing
   char text[kTextBytes];          // zero-terminated, composed by the origin
 
-  /// True for the first caller only, who fills the fields and calls publish().
+  /// True for the first caller only, who fills the fields and calls publish(). Should it die in
+  /// between, nobody may fill them any more (it may only be slow): waits then end after a grace
+  /// period, and each rank reports what it knows itself.
   DEEP_EP_HD bool claim() { return compare_exchange_acq_rel(&state, kNone, kClaimed); }
   DEEP_EP_HD void publish() { store_release(&state, kWritten); }
   /// acquire: pairs with publish(); after kWritten the fields may be read.

@@ -10,7 +10,12 @@ namespace deep_ep::protocol {
 // A bounded ring of bytes from one rank to another, kept over calls. Positions count bytes and only
 // grow, so calls with different row sizes follow each other without a reset. A record is
 // contiguous: one that would cross the end of the ring starts at its beginning instead. Both sides
-// know the sequence of record sizes, so both compute the same positions.
+// know the sequence of record sizes, so both compute the same positions. A record's address is as
+// aligned as all sizes before it and the ring's own size are.
+//
+// Neither side may wait for the other with something withheld: the sender publishes what it has
+// written before it waits for credits, the receiver releases what it has read before it waits for
+// records. Then records up to max_record() always get through.
 //
 //   tail  lives at the receiver, published by the sender: bytes up to here are written
 //   head  lives at the sender, published by the receiver: bytes up to here may be overwritten (the
@@ -43,12 +48,13 @@ struct RingSender {
   DEEP_EP_HD std::byte* reserve(std::int64_t size) {
     const std::uint64_t begin = shape.record_begin(written, size);
     if (begin + size > freed + shape.bytes) {
-      // acquire: pairs with RingReceiver::release; the receiver's reads of that space are done.
-      freed = load_acquire(&head->value);
+      refresh_credits();
       if (begin + size > freed + shape.bytes) return nullptr;
     }
     return data + begin % static_cast<std::uint64_t>(shape.bytes);
   }
+  /// acquire: pairs with RingReceiver::release; the receiver's reads of that space are done.
+  DEEP_EP_HD void refresh_credits() { freed = load_acquire(&head->value); }
   DEEP_EP_HD void advance(std::int64_t size) { written = shape.record_begin(written, size) + size; }
   /// All records advanced over so far are visible to the receiver.
   DEEP_EP_HD void publish() { tail->publish(written); }

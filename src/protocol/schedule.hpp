@@ -1,5 +1,7 @@
 #pragma once
 
+#include <cstdint>
+
 #include "base/portable.hpp"
 
 // Where a test's scheduler may take the processor away: before each publication, at each turn of a
@@ -14,12 +16,12 @@ class Scheduler {
   virtual ~Scheduler() = default;
   /// Called by the thread that reached `point`; may block it, delay it, or throw to stop its rank.
   virtual void reach(Point point) = 0;
+  /// What host waits take for the time, so that a run and its timeouts can be repeated.
+  virtual std::int64_t now_ns() = 0;
 };
 
-#if !defined(__CUDA_ARCH__)
-/// Set while no rank runs; null outside tests.
+/// Set while no rank runs; null outside tests. Host only.
 inline Scheduler* scheduler = nullptr;
-#endif
 
 DEEP_EP_HD inline void schedule_point([[maybe_unused]] Point point) {
 #if !defined(__CUDA_ARCH__)

@@ -1,0 +1,291 @@
+#include "bench_intranode.hpp"
+
+#include <chrono>
+#include <cstring>
+#include <deque>
+#include <functional>
+
+#include <nlohmann/json.hpp>
+
+#include "base/error.hpp"
+#include "names.hpp"
+#include "stats.hpp"
+#include "verify/checks.hpp"
+
+namespace deep_ep::cli {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+double microseconds(Clock::duration duration) {
+  return std::chrono::duration<double, std::micro>(duration).count();
+}
+
+std::vector<verify::RankRouting> make_routings(const verify::Case& c,
+                                               const BenchSettings& settings) {
+  std::vector<verify::RankRouting> routings;
+  for (int rank = 0; rank < c.ranks; ++rank) {
+    verify::RoutingSpec spec;
+    spec.routing = settings.routing;
+    spec.tokens = c.tokens_of(rank);
+    spec.topk = c.topk;
+    spec.experts = c.experts;
+    spec.ranks = c.ranks;
+    spec.rank = rank;
+    spec.seed = settings.seed;
+    spec.skew = settings.skew;
+    auto ids =
+        settings.table ? take_rows(*settings.table, rank, spec.tokens) : verify::make_routing(spec);
+    routings.push_back({std::move(ids), verify::make_topk_weights(c, rank)});
+  }
+  return routings;
+}
+
+/// The buffers of one shape on one rank and the calls that are timed on them.
+class Point {
+ public:
+  Point(Buffer& buffer, const BenchShape& shape, const BenchSettings& settings)
+      : buffer_(buffer),
+        settings_(settings),
+        case_(make_bench_case(shape, settings, buffer.num_ranks())),
+        expected_(verify::make_expected(case_, make_routings(case_, settings), buffer.rank())),
+        inputs_(case_, expected_),
+        topk_idx_(inputs_.topk_idx()),
+        topk_weights_(inputs_.topk_weights()) {
+    load(0);
+    layout_ = buffer_.get_dispatch_layout(topk_idx_, case_.experts);
+    handle_ = dispatch().handle;
+  }
+
+  std::vector<BenchRow> run();
+
+ private:
+  struct Operation {
+    const char* name;
+    double bytes_per_row;
+    std::function<void()> call;
+    std::function<void(verify::Checks&)> check;
+  };
+
+  // New rows in the same memory: results that an earlier call left behind would be wrong.
+  void load(int round) {
+    round_ = round;
+    copy_into(x_, inputs_.x(round));
+    copy_into(scales_, inputs_.scales(round));
+    copy_into(y_, inputs_.combine_x(round));
+    copy_into(y_weights_, inputs_.combine_weights(round));
+  }
+  static void copy_into(Tensor& to, const Tensor& from) {
+    if (!to.defined())
+      to = from;
+    else if (from.nbytes() > 0)
+      std::memcpy(to.data, from.data, from.nbytes());
+  }
+
+  DispatchResult dispatch();
+  DispatchResult dispatch_cached();
+  CombineResult combine(const IntranodeHandle& handle);
+
+  void keep(DispatchResult result) {
+    results_.push_back(std::move(result));
+    while (static_cast<int>(results_.size()) > settings_.live_results) results_.pop_front();
+  }
+
+  std::vector<Operation> operations();
+  BenchRow measure(const Operation& operation);
+  BenchRow measure_chained();
+
+  Buffer& buffer_;
+  const BenchSettings& settings_;
+  const verify::Case case_;
+  const verify::Expected expected_;
+  const verify::CaseInputs inputs_;
+  Tensor topk_idx_, topk_weights_, x_{}, scales_{}, y_{}, y_weights_{};
+  int round_ = 0;
+  DispatchLayout layout_{};
+  IntranodeHandle handle_{};
+  std::deque<DispatchResult> results_{};
+  CombineResult combined_{};
+};
+
+DispatchResult Point::dispatch() {
+  DispatchArgs args;
+  args.x = x_;
+  args.x_scales = scales_;
+  args.layout = layout_;
+  args.topk_idx = topk_idx_;
+  args.topk_weights = topk_weights_;
+  args.config = settings_.config;
+  return buffer_.dispatch(args);
+}
+
+DispatchResult Point::dispatch_cached() {
+  DispatchArgs args;
+  args.x = x_;
+  args.x_scales = scales_;
+  args.handle = handle_;
+  args.config = settings_.config;
+  return buffer_.dispatch(args);
+}
+
+CombineResult Point::combine(const IntranodeHandle& handle) {
+  CombineArgs args;
+  args.x = y_;
+  args.handle = handle;
+  args.topk_weights = y_weights_;
+  args.config = settings_.config;
+  return buffer_.combine(args);
+}
+
+std::vector<Point::Operation> Point::operations() {
+  const double sent =
+      static_cast<double>(case_.hidden) * static_cast<double>(size_of(case_.dtype)) +
+      4.0 * verify::num_scales(case_);
+  const double returned =
+      static_cast<double>(case_.hidden) * static_cast<double>(size_of(case_.combine_dtype));
+  const auto check_rows = [this](verify::Checks& checks) {
+    checks.payload(results_.back(), round_);
+  };
+  const auto check_first = [this](verify::Checks& checks) {
+    checks.first_dispatch(results_.back());
+    checks.payload(results_.back(), round_);
+  };
+  const auto check_sums = [this](verify::Checks& checks) { checks.combined(combined_, round_); };
+  return {
+      {"layout", 0, [this] { layout_ = buffer_.get_dispatch_layout(topk_idx_, case_.experts); },
+       [this](verify::Checks& checks) { checks.layout(layout_); }},
+      {"dispatch", sent, [this] { keep(dispatch()); }, check_first},
+      {"dispatch_cached", sent, [this] { keep(dispatch_cached()); }, check_rows},
+      {"combine", returned, [this] { combined_ = combine(handle_); }, check_sums},
+      {"pair_cached", sent + returned,
+       [this] {
+         keep(dispatch_cached());
+         combined_ = combine(handle_);
+       },
+       [=](verify::Checks& checks) {
+         check_rows(checks);
+         check_sums(checks);
+       }},
+      {"layout_pair", sent + returned,
+       [this] {
+         layout_ = buffer_.get_dispatch_layout(topk_idx_, case_.experts);
+         keep(dispatch());
+         combined_ = combine(results_.back().handle);
+       },
+       [=](verify::Checks& checks) {
+         check_first(checks);
+         check_sums(checks);
+       }},
+  };
+}
+
+BenchRow Point::measure(const Operation& operation) {
+  BenchRow row{operation.name};
+  for (int i = 0; i < settings_.warmup; ++i) operation.call();
+  for (int i = 0; i < settings_.iterations; ++i) {
+    if (settings_.check && i + 1 == settings_.iterations) load(round_ + 1);
+    buffer_.barrier();
+    const auto start = Clock::now();
+    operation.call();
+    row.times_us.push_back(microseconds(Clock::now() - start));
+  }
+  std::int64_t from_others = 0;
+  for (const verify::RowSource& source : expected_.sources)
+    from_others += source.rank != expected_.rank ? 1 : 0;
+  row.logical_bytes = operation.bytes_per_row * static_cast<double>(expected_.received.num_rows);
+  row.wire_bytes = operation.bytes_per_row * static_cast<double>(from_others);
+  if (settings_.check) {
+    verify::Checks checks(case_, expected_, inputs_);
+    operation.check(checks);
+    row.checked_elements = checks.result().checked_elements;
+    row.wrong_elements = checks.result().wrong_elements;
+    row.first_mismatch = checks.result().first_mismatch;
+  }
+  return row;
+}
+
+// Pairs that follow each other without a barrier, as layers do. A barrier's exit is itself some
+// microseconds wide, which is what small shapes take.
+BenchRow Point::measure_chained() {
+  constexpr int kChain = 50;
+  BenchRow row{"pair_cached_chained"};
+  for (int i = 0; i < settings_.iterations + 1; ++i) {
+    buffer_.barrier();
+    const auto start = Clock::now();
+    for (int n = 0; n < kChain; ++n) {
+      keep(dispatch_cached());
+      combined_ = combine(handle_);
+    }
+    // The first chain warms up.
+    if (i > 0) row.times_us.push_back(microseconds(Clock::now() - start) / kChain);
+  }
+  if (settings_.check) {
+    verify::Checks checks(case_, expected_, inputs_);
+    checks.payload(results_.back(), round_);
+    checks.combined(combined_, round_);
+    row.checked_elements = checks.result().checked_elements;
+    row.wrong_elements = checks.result().wrong_elements;
+    row.first_mismatch = checks.result().first_mismatch;
+  }
+  return row;
+}
+
+std::vector<BenchRow> Point::run() {
+  std::vector<BenchRow> rows;
+  for (const Operation& operation : operations()) rows.push_back(measure(operation));
+  if (settings_.pair_latency) rows.push_back(measure_chained());
+  return rows;
+}
+
+nlohmann::json encode(const std::vector<BenchRow>& rows) {
+  nlohmann::json json = nlohmann::json::array();
+  for (const BenchRow& row : rows)
+    json.push_back({row.times_us, row.logical_bytes, row.wire_bytes, row.checked_elements,
+                    row.wrong_elements, row.first_mismatch});
+  return json;
+}
+
+}  // namespace
+
+verify::Case make_bench_case(const BenchShape& shape, const BenchSettings& settings, int ranks) {
+  verify::Case c;
+  c.ranks = ranks;
+  c.tokens = {shape.tokens};
+  c.hidden = shape.hidden;
+  c.dtype = shape.dtype;
+  c.combine_dtype = combine_dtype_for(shape.dtype);
+  if (shape.dtype == DType::kFloat8E4m3) c.scales = verify::Scales::kFloat32;
+  c.topk = shape.topk;
+  c.experts = shape.experts;
+  c.seed = settings.seed;
+  return c;
+}
+
+std::vector<BenchRow> bench_intranode(Buffer& buffer, Bootstrap& bootstrap, const BenchShape& shape,
+                                      const BenchSettings& settings) {
+  std::vector<BenchRow> rows = Point(buffer, shape, settings).run();
+  const auto parts = bootstrap.all_gather(encode(rows).dump());
+  std::vector<nlohmann::json> ranks;
+  for (const std::string& part : parts) ranks.push_back(nlohmann::json::parse(part));
+  const auto count = static_cast<double>(ranks.size());
+  for (std::size_t i = 0; i < rows.size(); ++i) {
+    BenchRow sum{rows[i].operation};
+    std::vector<std::vector<double>> times;
+    for (std::size_t rank = 0; rank < ranks.size(); ++rank) {
+      const auto& part = ranks[rank].at(i);
+      times.push_back(part.at(0));
+      sum.logical_bytes += part.at(1).get<double>() / count;
+      sum.wire_bytes += part.at(2).get<double>() / count;
+      sum.checked_elements += part.at(3).get<std::int64_t>();
+      sum.wrong_elements += part.at(4).get<std::int64_t>();
+      const auto mismatch = part.at(5).get<std::string>();
+      if (sum.first_mismatch.empty() && !mismatch.empty())
+        sum.first_mismatch = fmt::format("rank {}: {}", rank, mismatch);
+    }
+    sum.times_us = slowest(times);
+    rows[i] = std::move(sum);
+  }
+  return rows;
+}
+
+}  // namespace deep_ep::cli

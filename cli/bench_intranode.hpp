@@ -1,0 +1,56 @@
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "deep_ep/buffer.hpp"
+#include "topk_file.hpp"
+#include "verify/case.hpp"
+#include "verify/routing.hpp"
+
+namespace deep_ep::cli {
+
+/// One row of a sweep.
+struct BenchShape {
+  std::int64_t tokens = 4096;
+  std::int64_t hidden = 7168;
+  int topk = 8;
+  int experts = 256;
+  DType dtype = DType::kBfloat16;
+};
+
+/// What all rows of a sweep share.
+struct BenchSettings {
+  verify::Routing routing = verify::Routing::kUniform;
+  std::optional<TopkTable> table{};  ///< recorded ids instead of `routing`
+  double skew = 1.0;
+  std::uint64_t seed = 1;
+  int iterations = 20;
+  int warmup = 5;
+  bool check = true;
+  int live_results = 1;
+  bool pair_latency = false;
+  Config config{};
+};
+
+/// One operation at one shape, the times being those of the slowest rank of each iteration.
+struct BenchRow {
+  std::string operation;
+  std::vector<double> times_us{};
+  double logical_bytes = 0;  ///< received payload (x, scales), mean of the ranks
+  double wire_bytes = 0;     ///< without the rows that a rank sends to itself
+  std::int64_t checked_elements = 0;
+  std::int64_t wrong_elements = 0;
+  std::string first_mismatch{};
+};
+
+/// The exchange that a shape stands for, as the checks describe it.
+verify::Case make_bench_case(const BenchShape& shape, const BenchSettings& settings, int ranks);
+
+/// Collective: all operations at `shape`. All ranks get the same rows.
+std::vector<BenchRow> bench_intranode(Buffer& buffer, Bootstrap& bootstrap, const BenchShape& shape,
+                                      const BenchSettings& settings);
+
+}  // namespace deep_ep::cli

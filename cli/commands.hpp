@@ -1,0 +1,12 @@
+#pragma once
+
+#include <CLI/CLI.hpp>
+
+// One function per command: adds it to `app` and sets `status` to the exit status when it runs.
+namespace deep_ep::cli {
+
+void add_info(CLI::App& app, int& status);
+void add_verify(CLI::App& app, int& status);
+void add_bench(CLI::App& app, int& status);
+
+}  // namespace deep_ep::cli

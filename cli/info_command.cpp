@@ -1,0 +1,124 @@
+#include <fmt/format.h>
+
+#include <cstring>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include <nlohmann/json.hpp>
+
+#include "base/env.hpp"
+#include "base/error.hpp"
+#include "commands.hpp"
+#include "deep_ep/version.hpp"
+#include "fabric/memory.hpp"
+#include "machine.hpp"
+
+namespace deep_ep::cli {
+namespace {
+
+struct Part {
+  const char* name;
+  bool on;
+  std::string why;
+};
+
+// Goes the way that segments go: allocate, write, map again through the descriptor, read.
+Part probe_shared_memory() {
+  constexpr std::int64_t kBytes = 1 << 20;
+  constexpr std::uint64_t kWord = 0x5eed0fda7a5eed01;
+  try {
+    const auto memory = fabric::make_memfd_memory();
+    const auto own = memory->allocate(kBytes);
+    std::memcpy(own->base(), &kWord, sizeof kWord);
+    const fabric::Descriptor descriptor = memory->describe(*own);
+    const auto peer = memory->map(descriptor);
+    std::uint64_t seen = 0;
+    std::memcpy(&seen, peer->base(), sizeof seen);
+    require(seen == kWord, "a second mapping of a memfd reads {:#x} instead of {:#x}", seen, kWord);
+    return {"shared memory", true, "memfd, written and read through two mappings"};
+  } catch (const Error& error) {
+    return {"shared memory", false, error.what()};
+  }
+}
+
+std::vector<Part> backends() {
+  return {{"host", true, "CPU threads over shared memory"},
+          {"cuda", false, "this build has no CUDA backend"}};
+}
+
+std::vector<Part> transports() {
+  return {probe_shared_memory(),
+          {"CUDA IPC", false, "needs the cuda backend"},
+          {"NVSHMEM", false, "this build has no internode mode"},
+          {"UCX", false, "this build has no internode mode"}};
+}
+
+nlohmann::ordered_json to_json(const std::vector<Part>& parts) {
+  nlohmann::ordered_json json;
+  for (const Part& part : parts) json[part.name] = {{"on", part.on}, {"why", part.why}};
+  return json;
+}
+
+void print_parts(const char* title, const std::vector<Part>& parts) {
+  fmt::print("{}\n", title);
+  for (const Part& part : parts)
+    fmt::print("  {:<15} {:<4} {}\n", part.name, part.on ? "on" : "off", part.why);
+}
+
+void print_json(bool with_variables) {
+  nlohmann::ordered_json json = environment_json();
+  json["host_id"] = read_machine().host_id;
+  json["backends"] = to_json(backends());
+  json["transports"] = to_json(transports());
+  if (with_variables) {
+    json["variables"] = nlohmann::ordered_json::array();
+    for (const env::Variable& variable : env::variables())
+      json["variables"].push_back({{"name", variable.name},
+                                   {"value", shown_value(variable)},
+                                   {"default", variable.default_value},
+                                   {"meaning", variable.meaning}});
+  }
+  fmt::print("{}\n", json.dump(2));
+}
+
+void print_variables() {
+  fmt::print("environment variables\n");
+  for (const env::Variable& variable : env::variables()) {
+    const std::string value = shown_value(variable);
+    fmt::print(
+        "  {} = {}  (default {})\n      {}\n", variable.name, value.empty() ? "(empty)" : value,
+        *variable.default_value == '\0' ? "(empty)" : variable.default_value, variable.meaning);
+  }
+}
+
+void print_text(bool with_variables) {
+  const Machine machine = read_machine();
+  constexpr double kGiB = 1 << 30;
+  fmt::print("deepep {}\n", version());
+  fmt::print("machine\n");
+  fmt::print("  host            {}, {}\n", machine.host, machine.system);
+  fmt::print("  cpu             {}, {} cores usable\n", machine.cpu, machine.cores);
+  fmt::print("  memory          {:.1f} GiB, {:.1f} GiB available\n",
+             static_cast<double>(machine.memory_bytes) / kGiB,
+             static_cast<double>(machine.available_bytes) / kGiB);
+  fmt::print("  huge pages      {} (kernel's mode for shared memory)\n", machine.shared_huge_pages);
+  fmt::print("  host id         {}\n", machine.host_id);
+  print_parts("backends", backends());
+  print_parts("transports", transports());
+  if (with_variables) print_variables();
+}
+
+}  // namespace
+
+void add_info(CLI::App& app, int&) {
+  CLI::App* command = app.add_subcommand(
+      "info", "This machine, the backends and transports, and why others are off");
+  const auto variables = std::make_shared<bool>(false);
+  const auto json = std::make_shared<bool>(false);
+  command->add_flag("--env", *variables, "Also every environment variable, its value and meaning");
+  command->add_flag("--json", *json, "Print JSON");
+  command->callback([variables, json] { *json ? print_json(*variables) : print_text(*variables); });
+}
+
+}  // namespace deep_ep::cli

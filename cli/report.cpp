@@ -1,0 +1,78 @@
+#include "report.hpp"
+
+#include <cstdio>
+#include <fstream>
+
+#include "base/error.hpp"
+#include "deep_ep/version.hpp"
+#include "machine.hpp"
+#include "names.hpp"
+#include "stats.hpp"
+
+namespace deep_ep::cli {
+namespace {
+
+double gigabytes_per_second(double bytes, double us) { return us > 0 ? bytes / us / 1e3 : 0; }
+
+}  // namespace
+
+void print_bench_header(const std::string& command, int ranks, const BenchSettings& settings) {
+  const Machine machine = read_machine();
+  fmt::print("# deepep {} {} on {} ({}, {} cores), {}\n", version(), command, machine.host,
+             machine.cpu, machine.cores, now());
+  fmt::print(
+      "# ranks {}, num_sms {}, routing {}, seed {}, warmup {}, iterations {}, live results {}\n",
+      ranks, settings.config.num_sms, settings.table ? "file" : verify::to_string(settings.routing),
+      settings.seed, settings.warmup, settings.iterations, settings.live_results);
+  fmt::print(
+      "# time: of each iteration's slowest rank, behind a barrier; GB/s: received payload of "
+      "a rank (mean) at the median time,\n# logical: all rows, wire: without its own rows; "
+      "wrong: elements of the benchmarked results that differ from the reference\n");
+  fmt::print("#{:>8} {:>7} {:>5} {:>8} {:>6}  {:<19} {:>11} {:>11} {:>11} {:>9} {:>9} {:>8}\n",
+             "tokens", "hidden", "topk", "experts", "dtype", "operation", "median us", "p99 us",
+             "min us", "logical", "wire", "wrong");
+}
+
+void print_bench_row(const BenchShape& shape, const BenchRow& row) {
+  const Summary times = summarize(row.times_us);
+  fmt::print(
+      " {:>8} {:>7} {:>5} {:>8} {:>6}  {:<19} {:>11.1f} {:>11.1f} {:>11.1f} {:>9.2f} "
+      "{:>9.2f} {:>8}\n",
+      shape.tokens, shape.hidden, shape.topk, shape.experts, short_name(shape.dtype), row.operation,
+      times.median, times.p99, times.min, gigabytes_per_second(row.logical_bytes, times.median),
+      gigabytes_per_second(row.wire_bytes, times.median),
+      row.checked_elements == 0 ? std::string("-") : std::to_string(row.wrong_elements));
+  if (!row.first_mismatch.empty()) fmt::print("   first wrong: {}\n", row.first_mismatch);
+  std::fflush(stdout);
+}
+
+nlohmann::ordered_json bench_row_json(const BenchShape& shape, const BenchRow& row) {
+  const Summary times = summarize(row.times_us);
+  nlohmann::ordered_json json;
+  json["tokens"] = shape.tokens;
+  json["hidden"] = shape.hidden;
+  json["topk"] = shape.topk;
+  json["experts"] = shape.experts;
+  json["dtype"] = short_name(shape.dtype);
+  json["operation"] = row.operation;
+  json["median_us"] = times.median;
+  json["p99_us"] = times.p99;
+  json["min_us"] = times.min;
+  json["max_us"] = times.max;
+  json["logical_bytes_per_rank"] = row.logical_bytes;
+  json["wire_bytes_per_rank"] = row.wire_bytes;
+  json["logical_gbps"] = gigabytes_per_second(row.logical_bytes, times.median);
+  json["wire_gbps"] = gigabytes_per_second(row.wire_bytes, times.median);
+  json["checked_elements"] = row.checked_elements;
+  json["wrong_elements"] = row.wrong_elements;
+  return json;
+}
+
+void write_json(const std::string& path, const nlohmann::ordered_json& json) {
+  std::ofstream file(path);
+  file << json.dump(2) << '\n';
+  file.close();
+  if (!file) throw_errno(fmt::format("writing {}", path));
+}
+
+}  // namespace deep_ep::cli

@@ -1,0 +1,234 @@
+#include "verify/case.hpp"
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include <cstring>
+#include <functional>
+
+#include "base/error.hpp"
+#include "verify/checks.hpp"
+#include "verify/expected.hpp"
+#include "verify/inputs.hpp"
+
+namespace deep_ep::verify {
+namespace {
+
+Tensor clone(const Tensor& tensor) {
+  Tensor memory = Tensor::empty(DType::kUint8, {static_cast<std::int64_t>(tensor.nbytes())});
+  if (tensor.nbytes() > 0) std::memcpy(memory.data, tensor.data, tensor.nbytes());
+  TensorView view = tensor;
+  view.data = memory.data;
+  return {view, memory.owner()};
+}
+
+IntranodeHandle clone(const IntranodeHandle& handle) {
+  return {clone(handle.rank_prefix_matrix),         clone(handle.channel_prefix_matrix),
+          clone(handle.recv_channel_prefix_matrix), clone(handle.recv_src_idx),
+          clone(handle.is_token_in_rank),           clone(handle.send_head)};
+}
+
+/// The calls of one case, in order, with the check of each one's outputs. Without async a call is
+/// checked at once; with it, or to look again at results that were held, at the end.
+class Run {
+ public:
+  Run(Buffer& buffer, const Case& c)
+      : buffer_(buffer),
+        case_(c),
+        expected_(make_expected(c, make_routings(c), buffer.rank())),
+        inputs_(c, expected_),
+        checks_(c, expected_, inputs_) {}
+
+  CaseResult go() {
+    find_layout();
+    dispatch();
+    for (int round = 1; round <= case_.cached_repeats; ++round) dispatch_cached(round);
+    for (int round = 1; round <= case_.combines; ++round) combine(round);
+    event_.host_wait();
+    for (const auto& check : late_checks_) check();
+    checks_.stage("handle, after all calls", event_);
+    checks_.handle(handle_);
+    return checks_.result();
+  }
+
+  /// After an Error: calls that are still queued read inputs that this object owns.
+  void settle() {
+    try {
+      event_.host_wait();
+    } catch (const Error&) {
+    }
+  }
+
+ private:
+  CallOptions options() const {
+    CallOptions options;
+    options.async_finish = case_.async;
+    if (case_.async) options.previous_event = event_;
+    return options;
+  }
+
+  void finish(const EventHandle& event, std::string stage, std::function<void()> check) {
+    auto staged = [this, event, stage = std::move(stage), check = std::move(check)] {
+      checks_.stage(stage, event);
+      check();
+    };
+    event_ = event;
+    if (!case_.async) staged();
+    if (case_.async || case_.hold_results) late_checks_.push_back(std::move(staged));
+  }
+
+  void find_layout();
+  void dispatch();
+  void dispatch_cached(int round);
+  void combine(int round);
+
+  Buffer& buffer_;
+  const Case& case_;
+  const Expected expected_;
+  const CaseInputs inputs_;
+  Checks checks_;
+  EventHandle event_{};
+  DispatchLayout layout_{};
+  IntranodeHandle handle_{};
+  std::vector<std::function<void()>> late_checks_{};
+};
+
+void Run::find_layout() {
+  const Tensor ids = inputs_.topk_idx();
+  layout_ = buffer_.get_dispatch_layout(ids, case_.experts, options());
+  finish(layout_.event, "layout", [this, ids] { checks_.layout(layout_); });
+}
+
+void Run::dispatch() {
+  const Tensor x = inputs_.x(0), scales = inputs_.scales(0), ids = inputs_.topk_idx(),
+               stats = inputs_.stats();
+  const Tensor weights = inputs_.topk_weights();
+  DispatchArgs args;
+  args.x = x;
+  args.x_scales = scales;
+  args.layout = layout_;
+  if (case_.pass_topk) args.topk_idx = ids;
+  if (case_.pass_topk && case_.weights) args.topk_weights = weights;
+  args.expert_alignment = case_.expert_alignment;
+  args.num_worst_tokens = case_.num_worst_tokens == 0 ? 0 : inputs_.result_rows();
+  args.config = case_.config;
+  args.dispatch_wait_recv_cost_stats = stats;
+  args.options = options();
+  DispatchResult got = buffer_.dispatch(args);
+  handle_ = got.handle;
+  const EventHandle event = got.event;
+  finish(event, "dispatch", [this, x, scales, ids, weights, stats, got = std::move(got)] {
+    checks_.first_dispatch(got);
+    checks_.payload(got, 0);
+    checks_.unchanged_x(x, 0);
+    checks_.stats(stats);
+  });
+}
+
+void Run::dispatch_cached(int round) {
+  if (case_.clone_handle) event_.host_wait();
+  const Tensor x = inputs_.x(round), scales = inputs_.scales(round), stats = inputs_.stats();
+  const IntranodeHandle handle = case_.clone_handle ? clone(handle_) : handle_;
+  DispatchArgs args;
+  args.x = x;
+  args.x_scales = scales;
+  args.handle = handle;
+  args.config = case_.late_config;
+  args.dispatch_wait_recv_cost_stats = stats;
+  args.options = options();
+  DispatchResult got = buffer_.dispatch(args);
+  const EventHandle event = got.event;
+  finish(event, fmt::format("cached dispatch {}", round),
+         [this, x, scales, stats, handle, round, got = std::move(got)] {
+           checks_.cached_dispatch(got);
+           checks_.payload(got, round);
+           checks_.unchanged_x(x, round);
+           checks_.stats(stats);
+         });
+}
+
+void Run::combine(int round) {
+  if (case_.clone_handle) event_.host_wait();
+  const Tensor x = inputs_.combine_x(round), weights = inputs_.combine_weights(round);
+  const Tensor bias0 = case_.biases > 0 ? inputs_.bias(0, round) : Tensor();
+  const Tensor bias1 = case_.biases > 1 ? inputs_.bias(1, round) : Tensor();
+  const Tensor stats = inputs_.stats();
+  const IntranodeHandle handle = case_.clone_handle ? clone(handle_) : handle_;
+  CombineArgs args;
+  args.x = x;
+  args.handle = handle;
+  args.topk_weights = weights;
+  args.bias = {bias0, bias1};
+  args.config = case_.late_config;
+  args.combine_wait_recv_cost_stats = stats;
+  args.options = options();
+  CombineResult got = buffer_.combine(args);
+  const EventHandle event = got.event;
+  finish(event, fmt::format("combine {}", round),
+         [this, x, weights, bias0, bias1, stats, handle, round, got = std::move(got)] {
+           checks_.combined(got, round);
+           checks_.stats(stats);
+         });
+}
+
+}  // namespace
+
+std::string Case::describe() const {
+  const auto flag = [](bool on, const char* text) { return on ? text : ""; };
+  return fmt::format(
+      "ranks={} tokens={} hidden={} dtype={} combine_dtype={} scales={} topk={} experts={} "
+      "routing={} seed={} {} alignment={} worst={} cached={} combines={} biases={} sms={}/{}{}{}{}"
+      "{}{}{}",
+      ranks, fmt::join(tokens, ","), hidden, to_string(dtype), to_string(combine_dtype),
+      static_cast<int>(scales), topk, experts, to_string(routing), seed, to_string(topk_dtype),
+      expert_alignment, num_worst_tokens, cached_repeats, combines, biases, config.num_sms,
+      late_config.num_sms, flag(!pass_topk, " no-topk"), flag(!weights, " no-weights"),
+      flag(async, " async"), flag(clone_handle, " cloned-handle"),
+      flag(hold_results, " held-results"), flag(wait_stats, " wait-stats"));
+}
+
+void CaseResult::merge(const CaseResult& other) {
+  checked_elements += other.checked_elements;
+  wrong_elements += other.wrong_elements;
+  checked_outputs += other.checked_outputs;
+  if (first_mismatch.empty()) first_mismatch = other.first_mismatch;
+}
+
+void validate(const Case& c) {
+  require(c.ranks >= 1, "ranks = {} must be at least 1", c.ranks);
+  require(c.tokens.size() == 1 || c.tokens.size() == static_cast<std::size_t>(c.ranks),
+          "tokens has {} entries; allowed: 1 or one for each of the {} ranks", c.tokens.size(),
+          c.ranks);
+  for (const std::int64_t tokens : c.tokens)
+    require(tokens >= 0, "tokens = {} must not be negative", tokens);
+  for (const DType dtype : {c.dtype, c.combine_dtype})
+    require(c.hidden > 0 && c.hidden * static_cast<std::int64_t>(size_of(dtype)) % 16 == 0,
+            "hidden = {} of {} must be a positive multiple of 16 bytes", c.hidden,
+            to_string(dtype));
+  require(c.combine_dtype == DType::kBfloat16 || c.combine_dtype == DType::kFloat16 ||
+              c.combine_dtype == DType::kFloat32,
+          "combine_dtype = {} must be bfloat16, float16 or float32", to_string(c.combine_dtype));
+  require(c.experts > 0 && c.experts % c.ranks == 0,
+          "experts = {} must be a positive multiple of ranks = {}", c.experts, c.ranks);
+  require(c.topk >= 1, "topk = {} must be at least 1", c.topk);
+  require(c.topk_dtype == DType::kInt64 || c.topk_dtype == DType::kInt32,
+          "topk_dtype = {} must be int32 or int64", to_string(c.topk_dtype));
+  require(c.biases >= 0 && c.biases <= 2, "biases = {} must be 0, 1 or 2", c.biases);
+  require(c.num_worst_tokens == 0 || c.pass_topk, "num_worst_tokens = {} needs pass_topk",
+          c.num_worst_tokens);
+}
+
+CaseResult run_case(Buffer& buffer, const Case& c) {
+  validate(c);
+  require(c.ranks == buffer.num_ranks(), "the case is for {} ranks, the Buffer has {}", c.ranks,
+          buffer.num_ranks());
+  Run run(buffer, c);
+  try {
+    return run.go();
+  } catch (...) {
+    run.settle();
+    throw;
+  }
+}
+
+}  // namespace deep_ep::verify

@@ -1,0 +1,44 @@
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "verify/compare.hpp"
+#include "verify/expected.hpp"
+#include "verify/inputs.hpp"
+
+namespace deep_ep::verify {
+
+/// What must hold of every output of a case on one rank.
+class Checks {
+ public:
+  Checks(const Case& c, const Expected& expected, const CaseInputs& inputs)
+      : case_(c), expected_(expected), inputs_(inputs), compare_(result_) {}
+
+  /// Starts the checks of one call.
+  void stage(std::string name, const EventHandle& event);
+
+  void layout(const DispatchLayout& layout);
+  void first_dispatch(const DispatchResult& got);
+  void cached_dispatch(const DispatchResult& got);
+  void payload(const DispatchResult& got, int round);
+  void handle(const IntranodeHandle& handle);
+  void combined(const CombineResult& got, int round);
+  void unchanged_x(const Tensor& x, int round);
+  void stats(const Tensor& stats);
+
+  const CaseResult& result() const { return result_; }
+
+ private:
+  void topk(const DispatchResult& got);
+  void channels(const IntranodeHandle& handle);
+  std::vector<std::byte> expected_rows(int round) const;
+
+  const Case& case_;
+  const Expected& expected_;
+  const CaseInputs& inputs_;
+  CaseResult result_{};
+  Comparator compare_;
+};
+
+}  // namespace deep_ep::verify

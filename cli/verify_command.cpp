@@ -1,0 +1,139 @@
+#include <fmt/format.h>
+
+#include <cstdio>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include <nlohmann/json.hpp>
+
+#include "base/error.hpp"
+#include "commands.hpp"
+#include "names.hpp"
+#include "ranks.hpp"
+#include "verify/case.hpp"
+#include "verify/covering_set.hpp"
+
+namespace deep_ep::cli {
+namespace {
+
+using verify::Case;
+using verify::CaseResult;
+
+struct Options {
+  int ranks = 0;
+  std::vector<std::int64_t> tokens{};
+  std::optional<std::int64_t> hidden{};
+  std::optional<int> topk{};
+  std::optional<int> experts{};
+  std::string dtype{};
+  std::string routing{};
+  std::uint64_t seed = 1;
+  bool async = false;
+  bool verbose = false;
+
+  bool has_shape() const {
+    return !tokens.empty() || hidden || topk || experts || !dtype.empty() || !routing.empty() ||
+           async;
+  }
+};
+
+Case shape_case(const Options& options, int ranks) {
+  Case c;
+  c.name = "the given shape";
+  c.ranks = ranks;
+  if (!options.tokens.empty()) c.tokens = options.tokens;
+  c.hidden = options.hidden.value_or(c.hidden);
+  c.topk = options.topk.value_or(c.topk);
+  c.experts = options.experts.value_or(8 * ranks);
+  if (!options.dtype.empty()) c.dtype = dtype_from(options.dtype);
+  c.combine_dtype = combine_dtype_for(c.dtype);
+  if (c.dtype == DType::kFloat8E4m3) c.scales = verify::Scales::kFloat32;
+  if (!options.routing.empty()) c.routing = verify::routing_from(options.routing);
+  c.async = options.async;
+  c.seed = options.seed;
+  return c;
+}
+
+/// All ranks' findings, the same on every rank.
+CaseResult gather(Bootstrap& bootstrap, const CaseResult& own) {
+  const nlohmann::json json{own.checked_elements, own.wrong_elements, own.checked_outputs,
+                            own.first_mismatch};
+  CaseResult sum;
+  const auto parts = bootstrap.all_gather(json.dump());
+  for (std::size_t rank = 0; rank < parts.size(); ++rank) {
+    const auto part = nlohmann::json::parse(parts[rank]);
+    CaseResult result;
+    result.checked_elements = part[0];
+    result.wrong_elements = part[1];
+    result.checked_outputs = part[2];
+    result.first_mismatch = part[3];
+    if (!result.first_mismatch.empty())
+      result.first_mismatch = fmt::format("rank {}: {}", rank, result.first_mismatch);
+    sum.merge(result);
+  }
+  return sum;
+}
+
+void print_result(const Case& c, const CaseResult& result, bool verbose) {
+  fmt::print("{}  {:<44} {:>12} elements", result.passed() ? "ok  " : "FAIL", c.name,
+             result.checked_elements);
+  if (!result.passed())
+    fmt::print("\n      {} wrong; first: {}\n      {}", result.wrong_elements,
+               result.first_mismatch, c.describe());
+  else if (verbose)
+    fmt::print("\n      {}", c.describe());
+  fmt::print("\n");
+  std::fflush(stdout);
+}
+
+int run_cases(std::shared_ptr<Bootstrap> bootstrap, const std::vector<Case>& cases, bool verbose) {
+  Buffer buffer(bootstrap);
+  int failed = 0;
+  for (const Case& c : cases) {
+    const CaseResult result = gather(*bootstrap, verify::run_case(buffer, c));
+    failed += result.passed() ? 0 : 1;
+    if (bootstrap->rank() == 0) print_result(c, result, verbose);
+  }
+  if (bootstrap->rank() == 0)
+    fmt::print("{} passed, {} failed on {} ranks\n",
+               cases.size() - static_cast<std::size_t>(failed), failed, bootstrap->size());
+  return failed == 0 ? 0 : 1;
+}
+
+int verify_command(const Options& options) {
+  const int ranks = count_ranks(options.ranks, 4);
+  const std::vector<Case> cases = options.has_shape()
+                                      ? std::vector<Case>{shape_case(options, ranks)}
+                                      : verify::covering_set(ranks, options.seed);
+  for (const Case& c : cases) verify::validate(c);
+  return run_ranks(ranks, [&](std::shared_ptr<Bootstrap> bootstrap) {
+    return run_cases(std::move(bootstrap), cases, options.verbose);
+  });
+}
+
+}  // namespace
+
+void add_verify(CLI::App& app, int& status) {
+  CLI::App* command = app.add_subcommand(
+      "verify", "Layers on this machine, every output compared bitwise with the reference");
+  const auto options = std::make_shared<Options>();
+  command->add_option("--ranks", options->ranks, "Ranks, one process each (default: 4)");
+  command->add_option("--tokens", options->tokens, "Tokens of a rank, or a list with one for each")
+      ->delimiter(',');
+  command->add_option("--hidden", options->hidden, "Values of a row");
+  command->add_option("--topk", options->topk, "Experts of a token");
+  command->add_option("--experts", options->experts, "Experts of all ranks");
+  command->add_option("--dtype", options->dtype, "bf16, fp16, fp32, fp8 or bytes");
+  command->add_option("--routing", options->routing,
+                      "uniform, zipf, grouped, all-to-all, to-rank-zero, to-self, none, holes or "
+                      "duplicates");
+  command->add_flag("--async", options->async, "Calls return at once and are chained by events");
+  command->add_option("--seed", options->seed, "Of routing and payload");
+  command->add_flag("-v,--verbose", options->verbose, "Print each case's numbers");
+  command->footer("Without a shape (tokens to async) a covering set of cases runs.");
+  command->callback([options, &status] { status = verify_command(*options); });
+}
+
+}  // namespace deep_ep::cli

@@ -1,0 +1,271 @@
+#include "deep_ep/buffer.hpp"
+
+#include <unistd.h>
+
+#include <fstream>
+
+#include "api/buffer_impl.hpp"
+#include "api/validate.hpp"
+#include "base/env.hpp"
+#include "base/error.hpp"
+#include "base/log.hpp"
+#include "base/trace.hpp"
+#include "modes/internode.hpp"
+#include "modes/intranode.hpp"
+
+namespace deep_ep {
+
+namespace {
+
+std::chrono::milliseconds choose_timeout(std::chrono::milliseconds given) {
+  require(given.count() >= 0, "timeout is {} ms, must not be negative", given.count());
+  return given.count() > 0 ? given : std::chrono::milliseconds(env::timeout_ms());
+}
+
+}  // namespace
+
+Buffer::Impl::Impl(std::shared_ptr<Bootstrap> bootstrap, const BufferOptions& options)
+    : bootstrap_(std::move(bootstrap)), options_(options) {
+  require(bootstrap_ != nullptr, "bootstrap is null");
+  validate(options_, bootstrap_->rank(), bootstrap_->size());
+  options_.timeout = choose_timeout(options_.timeout);
+  trace::step("allocate");
+  // While all ranks are peers the memory for low latency is ordinary mapped memory too.
+  backend_ = make_backend({.device = options_.device,
+                           .heap_bytes = options_.num_nvl_bytes + options_.num_rdma_bytes,
+                           .timeout = options_.timeout,
+                           .num_threads = options_.num_threads,
+                           .rank = bootstrap_->rank(),
+                           .num_ranks = bootstrap_->size()});
+}
+
+// A failure on one rank must fail all: what each exports begins with "+", or is "-" and the reason.
+void Buffer::Impl::sync() {
+  const auto exchange = [this](const std::function<std::string()>& step) {
+    std::string mine;
+    std::exception_ptr error;
+    try {
+      mine = "+" + step();
+    } catch (const std::exception& failure) {
+      error = std::current_exception();
+      mine = std::string("-") + failure.what();
+    }
+    std::vector<std::string> all = bootstrap_->all_gather(mine);
+    if (error) std::rethrow_exception(error);
+    for (int i = 0; i < static_cast<int>(all.size()); ++i) {
+      if (all[i].empty() || all[i][0] != '+') {
+        throw Error(ErrorCode::kPeerFailed,
+                    fmt::format("constructing the Buffer failed on rank {}: {}", i,
+                                all[i].empty() ? "" : all[i].substr(1)),
+                    {i});
+      }
+      all[i].erase(0, 1);
+    }
+    return all;
+  };
+  trace::step("export_handles");
+  const std::vector<std::string> handles = exchange([this] { return backend_->export_handles(); });
+  trace::step("Buffer::sync");
+  trace::step("open_handles");
+  exchange([&] {
+    backend_->open_handles(handles);
+    return std::string();
+  });
+  internode::init(*backend_);
+}
+
+Buffer::Impl::~Impl() { destroy(); }
+
+void Buffer::Impl::destroy() {
+  if (!backend_) return;
+  trace::step("synchronize");
+  backend_->synchronize();
+  trace::step("release");
+  backend_->close();
+  internode::finalize(*backend_);
+  backend_.reset();
+}
+
+Buffer::Impl::Usage::Usage(Impl& impl, const char* operation) : impl_(impl) {
+  if (impl.in_call_.exchange(true, std::memory_order_acquire)) {
+    throw Error(ErrorCode::kUsage,
+                fmt::format("{}: another call on this Buffer has not returned; calls on one Buffer "
+                            "come one at a time",
+                            operation));
+  }
+  if (!impl.backend_) {
+    impl.in_call_.store(false, std::memory_order_release);
+    throw Error(ErrorCode::kUsage, fmt::format("{}: the Buffer is destroyed", operation));
+  }
+}
+
+std::function<void()> Buffer::Impl::stage(std::uint64_t number, bool last,
+                                          std::function<void()> body) {
+  return [this, number, last, body = std::move(body)] {
+    try {
+      check_fault("a queued call");
+      body();
+      if (last) log_.finish(number, "done");
+    } catch (const Error& error) {
+      log_.finish(number, "failed");
+      fail(error);
+      throw;
+    }
+  };
+}
+
+void Buffer::Impl::check_fault(const char* operation) const {
+  if (std::optional<Error> known = backend_->fault(operation)) throw Error(*known);
+}
+
+void Buffer::Impl::check() const {
+  if (backend_) check_fault("check");
+}
+
+void Buffer::Impl::fail(const Error& error) noexcept {
+  if (error.code() == ErrorCode::kUsage) return;
+  backend_->raise_fault(error);
+  try {
+    const std::string directory = env::dump_directory();
+    if (directory.empty() || dumped_.exchange(true)) return;
+    std::ofstream(fmt::format("{}/deep_ep_rank{}_{}.json", directory, bootstrap_->rank(), getpid()))
+        << log_.to_json() << '\n';
+  } catch (const std::exception& failure) {
+    log::warn("no dump of the last operations: {}", failure.what());
+  }
+}
+
+Call Buffer::Impl::make_call(const char* operation, const Config& config) const {
+  Call call;
+  call.operation = operation;
+  call.epoch = epoch_;
+  call.timeout = options_.timeout;
+  call.num_threads = config.num_sms;
+  call.record.x_dtype = call.record.scale_dtype = call.record.topk_dtype = -1;
+  return call;
+}
+
+void Buffer::Impl::barrier() {
+  collective("barrier", [this] {
+    Call call = make_call("barrier", {});
+    call.record.kind = protocol::OpKind::kBarrier;
+    const std::uint64_t number = log_.begin("barrier", epoch_, call.record);
+    backend_->submit({}, stage(number, true, [&] { intranode::barrier(*backend_, {call}); }));
+  });
+}
+
+void Buffer::Impl::reserve(std::int64_t bytes) {
+  const Usage usage(*this, "reserve");
+  check_fault("reserve");
+  require(bytes >= 0, "bytes is {}, must not be negative", bytes);
+  std::string mine;
+  std::exception_ptr error;
+  try {
+    backend_->reserve(bytes);
+    mine = std::to_string(backend_->num_segments());
+  } catch (const Error&) {
+    error = std::current_exception();
+  }
+  std::vector<int> num_segments;
+  for (const std::string& one : bootstrap_->all_gather(mine)) {
+    if (one.empty() && !error) {
+      error = std::make_exception_ptr(
+          Error(ErrorCode::kPeerFailed, "reserve: another rank could not map so much memory"));
+    }
+    num_segments.push_back(one.empty() ? 0 : std::stoi(one));
+  }
+  if (error) std::rethrow_exception(error);
+  backend_->wait_mapped(num_segments);
+}
+
+DispatchLayout Buffer::Impl::get_dispatch_layout(const TensorView& topk_idx, int num_experts,
+                                                 const CallOptions& options) {
+  const Usage usage(*this, "get_dispatch_layout");
+  const NvtxRange range("get_dispatch_layout");
+  check_fault("get_dispatch_layout");
+  validate(options);
+  const int num_ranks = bootstrap_->size();
+  internode::LayoutParams params;
+  params.shape = validate_topk_idx(topk_idx, num_experts, num_ranks);
+  params.topk_idx = topk_idx;
+  DispatchLayout layout;
+  layout.num_tokens_per_rank = backend_->allocate(DType::kInt32, {num_ranks});
+  layout.num_tokens_per_expert = backend_->allocate(DType::kInt32, {num_experts});
+  layout.is_token_in_rank = backend_->allocate(DType::kBool, {params.shape.num_tokens, num_ranks});
+  params.num_tokens_per_rank = layout.num_tokens_per_rank.as<std::int32_t>();
+  params.num_tokens_per_expert = layout.num_tokens_per_expert.as<std::int32_t>();
+  params.is_token_in_rank = layout.is_token_in_rank.as<bool>();
+  layout.event = backend_->submit(options, [this, params, keep = layout] {
+    internode::get_dispatch_layout(*backend_, params);
+  });
+  return layout;
+}
+
+Buffer::Buffer(std::shared_ptr<Bootstrap> bootstrap, const BufferOptions& options) {
+  trace::step("Buffer::Buffer");
+  impl_ = std::make_unique<Impl>(std::move(bootstrap), options);
+  impl_->sync();
+}
+
+Buffer::~Buffer() {
+  trace::step("Buffer::~Buffer");
+  impl_->destroy();
+}
+
+// The constructor has done it.
+void Buffer::sync() {}
+void Buffer::destroy() { impl_->destroy(); }
+bool Buffer::is_available() const { return impl_->backend_ != nullptr; }
+
+DispatchLayout Buffer::get_dispatch_layout(const TensorView& topk_idx, int num_experts,
+                                           const CallOptions& options) {
+  return impl_->get_dispatch_layout(topk_idx, num_experts, options);
+}
+
+// While all ranks are of one node there is one path.
+DispatchResult Buffer::dispatch(const DispatchArgs& args) { return intranode_dispatch(args); }
+CombineResult Buffer::combine(const CombineArgs& args) { return intranode_combine(args); }
+
+DispatchResult Buffer::intranode_dispatch(const DispatchArgs& args) {
+  trace::step("Buffer::intranode_dispatch");
+  return impl_->intranode_dispatch(args);
+}
+CombineResult Buffer::intranode_combine(const CombineArgs& args) {
+  trace::step("Buffer::intranode_combine");
+  return impl_->intranode_combine(args);
+}
+
+void Buffer::barrier() { impl_->barrier(); }
+void Buffer::reserve(std::int64_t bytes) { impl_->reserve(bytes); }
+void Buffer::check() const { impl_->check(); }
+int Buffer::rank() const { return impl_->bootstrap_->rank(); }
+int Buffer::num_ranks() const { return impl_->bootstrap_->size(); }
+Device Buffer::device() const { return impl_->options_.device; }
+std::chrono::milliseconds Buffer::timeout() const { return impl_->options_.timeout; }
+void Buffer::set_timeout(std::chrono::milliseconds timeout) {
+  impl_->options_.timeout = choose_timeout(timeout);
+}
+
+std::int64_t Buffer::mapped_bytes() const {
+  return impl_->backend_ ? impl_->backend_->mapped_bytes() : 0;
+}
+std::int64_t Buffer::live_bytes() const {
+  return impl_->backend_ ? impl_->backend_->live_bytes() : 0;
+}
+
+Tensor Buffer::get_local_buffer_tensor(DType dtype, std::int64_t offset) const {
+  if (!impl_->backend_) {
+    throw Error(ErrorCode::kUsage, "get_local_buffer_tensor: the Buffer is destroyed");
+  }
+  const Tensor heap = impl_->backend_->heap();
+  const auto size = static_cast<std::int64_t>(size_of(dtype));
+  require(offset >= 0 && offset <= heap.shape[0] && offset % size == 0,
+          "offset is {}, must be a multiple of {} in [0, {}]", offset, size, heap.shape[0]);
+  return {TensorView(heap.as<std::byte>() + offset, dtype, {(heap.shape[0] - offset) / size},
+                     heap.device),
+          heap.owner()};
+}
+
+std::string Buffer::operations_json() const { return impl_->log_.to_json(); }
+
+}  // namespace deep_ep

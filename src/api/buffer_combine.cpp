@@ -1,0 +1,55 @@
+#include "api/buffer_impl.hpp"
+#include "api/validate.hpp"
+#include "modes/intranode.hpp"
+
+namespace deep_ep {
+
+/// One combine from validation to its event.
+struct Buffer::Impl::CombineJob {
+  CombineArgs args;
+  intranode::CombineParams params;
+  CombineResult result;
+};
+
+CombineResult Buffer::Impl::intranode_combine(const CombineArgs& args) {
+  return collective("intranode_combine", [&] {
+    auto job = std::make_shared<CombineJob>();
+    job->args = args;
+    intranode::CombineParams& params = job->params;
+    params.call = make_call("intranode_combine", args.config);
+    params.call.record = validate_combine(args, bootstrap_->size(), options_.device);
+    const std::uint64_t number = log_.begin("intranode_combine", epoch_, params.call.record);
+
+    const std::int64_t tokens = params.call.record.num_tokens;
+    CombineResult& result = job->result;
+    result.combined_x = backend_->allocate(args.x.dtype, {tokens, args.x.shape[1]});
+    params.dtype = args.x.dtype;
+    params.x = args.x.as<const std::byte>();
+    params.num_rows = args.x.shape[0];
+    params.handle_rows = args.handle.recv_src_idx.shape[0];
+    for (int i = 0; i < 2; ++i) params.bias[i] = args.bias[i].as<const std::byte>();
+    params.rank_prefix_matrix = args.handle.rank_prefix_matrix.as<const std::int32_t>();
+    params.recv_src_idx = args.handle.recv_src_idx.as<const std::int32_t>();
+    params.send_head = args.handle.send_head.as<const std::int32_t>();
+    params.chunk_rows = args.config.num_max_nvl_chunked_send_tokens;
+    params.window_rows = args.config.num_max_nvl_chunked_recv_tokens;
+    params.combined_x = result.combined_x.as<std::byte>();
+    if (args.topk_weights.defined()) {
+      result.combined_topk_weights =
+          backend_->allocate(DType::kFloat32, {tokens, args.topk_weights.shape[1]});
+      params.topk_weights = args.topk_weights.as<const float>();
+      params.combined_topk_weights = result.combined_topk_weights.as<float>();
+    }
+    params.wait_stats = args.combine_wait_recv_cost_stats.as<std::int64_t>();
+
+    result.event = backend_->submit(args.options, stage(number, true, [this, job] {
+                                      job->params.call.record.routing_hash = backend_->routing_hash(
+                                          job->args.handle.rank_prefix_matrix);
+                                      intranode::cached_notify_combine(*backend_, job->params);
+                                      intranode::combine(*backend_, job->params);
+                                    }));
+    return result;
+  });
+}
+
+}  // namespace deep_ep

@@ -1,0 +1,64 @@
+#include "deep_ep/tensor.hpp"
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include <new>
+
+#include "base/error.hpp"
+
+namespace deep_ep {
+
+TensorView::TensorView(const void* memory, DType type, std::initializer_list<std::int64_t> sizes,
+                       Device where)
+    : data(const_cast<void*>(memory)),
+      dtype(type),
+      ndim(static_cast<int>(sizes.size())),
+      device(where) {
+  require(sizes.size() <= kMaxDims, "shape has {} dimensions, at most {} allowed", sizes.size(),
+          kMaxDims);
+  std::int64_t stride = 1;
+  for (int i = ndim - 1; i >= 0; --i) {
+    shape[i] = sizes.begin()[i];
+    require(shape[i] >= 0, "shape[{}] is {}, must not be negative", i, shape[i]);
+    strides[i] = stride;
+    stride *= shape[i];
+  }
+}
+
+std::int64_t TensorView::numel() const {
+  if (!defined()) return 0;
+  std::int64_t count = 1;
+  for (int i = 0; i < ndim; ++i) count *= shape[i];
+  return count;
+}
+
+bool TensorView::is_contiguous() const {
+  std::int64_t expected = 1;
+  for (int i = ndim - 1; i >= 0; --i) {
+    // The stride of a dimension of one element says nothing.
+    if (shape[i] != 1 && strides[i] != expected) return numel() == 0;
+    expected *= shape[i];
+  }
+  return true;
+}
+
+std::string TensorView::describe() const {
+  if (!defined()) return "none";
+  return fmt::format("{}[{}]", to_string(dtype),
+                     fmt::join(shape.begin(), shape.begin() + ndim, ", "));
+}
+
+Tensor Tensor::empty(DType dtype, std::initializer_list<std::int64_t> shape) {
+  constexpr std::align_val_t kAlignment{64};
+  TensorView view(nullptr, dtype, shape);
+  // Never null, so that a tensor of no elements is still one.
+  void* memory = ::operator new(view.nbytes() + 1, kAlignment);
+  view.data = memory;
+  return {view,
+          std::shared_ptr<void>(memory, [](void* data) { ::operator delete(data, kAlignment); })};
+}
+
+void Tensor::release(Stream) { *this = Tensor(); }
+
+}  // namespace deep_ep

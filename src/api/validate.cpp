@@ -1,0 +1,236 @@
+#include "api/validate.hpp"
+
+#include <string_view>
+
+#include "base/error.hpp"
+
+namespace deep_ep {
+
+namespace {
+
+/// What a tensor argument must look like; -1 in the shape allows any length.
+struct Expected {
+  std::string_view name;
+  Device device;
+  std::initializer_list<DType> dtypes;
+  std::initializer_list<std::int64_t> shape;
+  bool contiguous = true;
+};
+
+std::string dtype_list(std::initializer_list<DType> dtypes) {
+  std::string text;
+  for (const DType dtype : dtypes)
+    text += fmt::format("{}{}", text.empty() ? "" : " or ", to_string(dtype));
+  return text;
+}
+
+std::string shape_text(std::initializer_list<std::int64_t> shape) {
+  std::string text;
+  for (const std::int64_t size : shape) {
+    text += fmt::format("{}{}", text.empty() ? "" : ", ", size < 0 ? "any" : std::to_string(size));
+  }
+  return "[" + text + "]";
+}
+
+void expect(const TensorView& tensor, const Expected& expected) {
+  const std::string_view name = expected.name;
+  require(tensor.defined(), "{} is missing; a tensor {} {} is needed", name,
+          dtype_list(expected.dtypes), shape_text(expected.shape));
+  require(std::find(expected.dtypes.begin(), expected.dtypes.end(), tensor.dtype) !=
+              expected.dtypes.end(),
+          "{} is {}, its dtype must be {}", name, tensor.describe(), dtype_list(expected.dtypes));
+  bool fits = tensor.ndim == static_cast<int>(expected.shape.size());
+  for (int i = 0; fits && i < tensor.ndim; ++i) {
+    const std::int64_t want = expected.shape.begin()[i];
+    fits = tensor.shape[i] >= 0 && (want < 0 || tensor.shape[i] == want);
+  }
+  require(fits, "{} is {}, its shape must be {}", name, tensor.describe(),
+          shape_text(expected.shape));
+  require(tensor.data != nullptr || tensor.numel() == 0, "{} is {} with a null pointer", name,
+          tensor.describe());
+  require(!expected.contiguous || tensor.is_contiguous(), "{} is {}, it must be contiguous", name,
+          tensor.describe());
+  require(tensor.device == expected.device, "{} is on {} {}, the Buffer is on {} {}", name,
+          to_string(tensor.device.type), tensor.device.index, to_string(expected.device.type),
+          expected.device.index);
+}
+
+std::int64_t row_bytes(const TensorView& x) {
+  return x.shape[1] * static_cast<std::int64_t>(size_of(x.dtype));
+}
+
+void expect_rows(const TensorView& x, const Expected& expected) {
+  expect(x, expected);
+  require(x.shape[1] > 0 && row_bytes(x) % 16 == 0,
+          "x is {}: its rows have {} bytes, must be a positive multiple of 16", x.describe(),
+          row_bytes(x));
+  require(x.shape[0] <= INT32_MAX, "x is {}: at most 2^31 - 1 rows are allowed", x.describe());
+}
+
+void expect_handle(const IntranodeHandle& handle, int num_ranks, Device device) {
+  const std::int64_t ranks = num_ranks;
+  expect(handle.rank_prefix_matrix,
+         {"handle.rank_prefix_matrix", device, {DType::kInt32}, {ranks, ranks}});
+  expect(handle.recv_src_idx, {"handle.recv_src_idx", device, {DType::kInt32}, {-1}});
+  expect(handle.is_token_in_rank, {"handle.is_token_in_rank", device, {DType::kBool}, {-1, ranks}});
+  expect(handle.send_head,
+         {"handle.send_head", device, {DType::kInt32}, {handle.is_token_in_rank.shape[0], ranks}});
+}
+
+void expect_stats(const TensorView& stats, const char* name, int num_ranks, Device device) {
+  if (stats.defined()) expect(stats, {name, device, {DType::kInt64}, {num_ranks}});
+}
+
+void add_scales(const TensorView& scales, std::int64_t num_tokens, Device device,
+                DispatchShape& shape) {
+  if (!scales.defined()) return;
+  expect(scales, {"x_scales", device, {DType::kFloat32, DType::kInt32}, {num_tokens, -1}, false});
+  shape.record.scale_dtype = static_cast<std::int32_t>(scales.dtype);
+  shape.record.num_scales = static_cast<std::int32_t>(scales.shape[1]);
+  shape.format.scale_bytes = scales.shape[1] * static_cast<std::int64_t>(size_of(scales.dtype));
+}
+
+void refuse_with_handle(const DispatchArgs& args) {
+  const auto refuse = [](const TensorView& tensor, const char* name) {
+    require(!tensor.defined(), "{} is {}, it must not be given together with handle", name,
+            tensor.describe());
+  };
+  refuse(args.topk_idx, "topk_idx");
+  refuse(args.topk_weights, "topk_weights");
+  refuse(args.layout.num_tokens_per_rank, "num_tokens_per_rank");
+  refuse(args.layout.is_token_in_rank, "is_token_in_rank");
+  refuse(args.layout.num_tokens_per_expert, "num_tokens_per_expert");
+  require(args.num_worst_tokens == 0,
+          "num_worst_tokens is {}, it must be 0 together with handle, whose rows are known",
+          args.num_worst_tokens);
+}
+
+void add_routing(const DispatchArgs& args, int num_ranks, Device device, DispatchShape& shape) {
+  const std::int64_t tokens = args.x.shape[0];
+  const DispatchLayout& layout = args.layout;
+  expect(layout.num_tokens_per_rank, {"num_tokens_per_rank", device, {DType::kInt32}, {num_ranks}});
+  expect(layout.is_token_in_rank,
+         {"is_token_in_rank", device, {DType::kBool}, {tokens, num_ranks}});
+  if (layout.num_tokens_per_expert.defined()) {
+    expect(layout.num_tokens_per_expert, {"num_tokens_per_expert", device, {DType::kInt32}, {-1}});
+    const std::int64_t experts = layout.num_tokens_per_expert.shape[0];
+    require(experts > 0 && experts % num_ranks == 0 && experts <= INT32_MAX,
+            "num_tokens_per_expert has {} elements, must be a positive multiple of the {} ranks",
+            experts, num_ranks);
+    shape.record.num_experts = static_cast<std::int32_t>(experts);
+  }
+  require(args.topk_idx.defined() || !args.topk_weights.defined(),
+          "topk_weights is given without topk_idx");
+  require(args.num_worst_tokens == 0 || args.topk_idx.defined(),
+          "num_worst_tokens is {}, which needs topk_idx", args.num_worst_tokens);
+  if (!args.topk_idx.defined()) return;
+  require(shape.record.num_experts > 0, "topk_idx is given without num_tokens_per_expert");
+  expect(args.topk_idx, {"topk_idx", device, {DType::kInt32, DType::kInt64}, {tokens, -1}});
+  const std::int64_t topk = args.topk_idx.shape[1];
+  require(topk >= 1 && topk <= INT32_MAX, "topk_idx is {}, it needs at least one column",
+          args.topk_idx.describe());
+  shape.record.num_topk = static_cast<std::int32_t>(topk);
+  shape.record.topk_dtype = static_cast<std::int32_t>(args.topk_idx.dtype);
+  shape.format.topk_idx_bytes = topk * static_cast<std::int64_t>(size_of(args.topk_idx.dtype));
+  if (!args.topk_weights.defined()) return;
+  expect(args.topk_weights, {"topk_weights", device, {DType::kFloat32}, {tokens, topk}});
+  shape.record.has_topk_weights = 1;
+  shape.format.topk_weights_bytes = topk * 4;
+}
+
+}  // namespace
+
+void validate(const BufferOptions& options, int rank, int num_ranks) {
+  require(num_ranks >= 1, "bootstrap has {} ranks, at least 1 is needed", num_ranks);
+  require(rank >= 0 && rank < num_ranks, "bootstrap has rank {}, must be in [0, {})", rank,
+          num_ranks);
+  require(options.num_nvl_bytes >= 0, "num_nvl_bytes is {}, must not be negative",
+          options.num_nvl_bytes);
+  require(options.num_rdma_bytes >= 0, "num_rdma_bytes is {}, must not be negative",
+          options.num_rdma_bytes);
+  require(options.num_threads >= 0, "num_threads is {}, must not be negative", options.num_threads);
+  require(options.timeout.count() >= 0, "timeout is {} ms, must not be negative",
+          options.timeout.count());
+}
+
+void validate(const CallOptions& options) {
+  require(!options.allocate_on_comm_stream || (options.previous_event && options.async_finish),
+          "allocate_on_comm_stream is true, which needs previous_event and async_finish");
+}
+
+plan::RoutingShape validate_topk_idx(const TensorView& topk_idx, int num_experts, int num_ranks) {
+  expect(topk_idx, {"topk_idx", topk_idx.device, {DType::kInt32, DType::kInt64}, {-1, -1}});
+  plan::RoutingShape shape;
+  shape.num_tokens = topk_idx.shape[0];
+  require(topk_idx.shape[1] >= 1 && topk_idx.shape[1] <= INT32_MAX,
+          "topk_idx is {}, it needs at least one column", topk_idx.describe());
+  shape.num_topk = static_cast<int>(topk_idx.shape[1]);
+  shape.num_experts = num_experts;
+  shape.num_ranks = num_ranks;
+  plan::validate(shape);
+  return shape;
+}
+
+DispatchShape validate_dispatch(const DispatchArgs& args, int num_ranks, Device device) {
+  validate(args.options);
+  args.config.validate();
+  require(args.expert_alignment >= 1, "expert_alignment is {}, must be at least 1",
+          args.expert_alignment);
+  require(args.num_worst_tokens >= 0 && args.num_worst_tokens <= INT32_MAX,
+          "num_worst_tokens is {}, must be in [0, 2^31)", args.num_worst_tokens);
+  expect_rows(args.x, {"x",
+                       device,
+                       {DType::kBfloat16, DType::kFloat16, DType::kFloat32, DType::kFloat8E4m3,
+                        DType::kUint8},
+                       {-1, -1}});
+  expect_stats(args.dispatch_wait_recv_cost_stats, "dispatch_wait_recv_cost_stats", num_ranks,
+               device);
+  DispatchShape shape{};
+  shape.record.scale_dtype = shape.record.topk_dtype = -1;
+  shape.record.kind = args.handle ? protocol::OpKind::kCachedDispatch : protocol::OpKind::kDispatch;
+  shape.record.x_dtype = static_cast<std::int32_t>(args.x.dtype);
+  shape.record.hidden = args.x.shape[1];
+  shape.record.num_tokens = args.x.shape[0];
+  shape.format.x_bytes = row_bytes(args.x);
+  add_scales(args.x_scales, args.x.shape[0], device, shape);
+  if (args.handle) {
+    refuse_with_handle(args);
+    expect_handle(*args.handle, num_ranks, device);
+    require(args.handle->is_token_in_rank.shape[0] == args.x.shape[0],
+            "x is {}, but the handle is of a dispatch of {} tokens", args.x.describe(),
+            args.handle->is_token_in_rank.shape[0]);
+  } else {
+    add_routing(args, num_ranks, device, shape);
+  }
+  return shape;
+}
+
+protocol::CallRecord validate_combine(const CombineArgs& args, int num_ranks, Device device) {
+  validate(args.options);
+  args.config.validate();
+  expect_rows(args.x,
+              {"x", device, {DType::kBfloat16, DType::kFloat16, DType::kFloat32}, {-1, -1}});
+  expect_handle(args.handle, num_ranks, device);
+  const std::int64_t tokens = args.handle.is_token_in_rank.shape[0];
+  protocol::CallRecord record{};
+  record.kind = protocol::OpKind::kCombine;
+  record.x_dtype = static_cast<std::int32_t>(args.x.dtype);
+  record.hidden = args.x.shape[1];
+  record.scale_dtype = record.topk_dtype = -1;
+  record.num_tokens = tokens;
+  if (args.topk_weights.defined()) {
+    expect(args.topk_weights, {"topk_weights", device, {DType::kFloat32}, {args.x.shape[0], -1}});
+    require(args.topk_weights.shape[1] >= 1 && args.topk_weights.shape[1] <= INT32_MAX,
+            "topk_weights is {}, it needs at least one column", args.topk_weights.describe());
+    record.has_topk_weights = 1;
+    record.num_topk = static_cast<std::int32_t>(args.topk_weights.shape[1]);
+  }
+  for (const TensorView& bias : args.bias) {
+    if (bias.defined()) expect(bias, {"bias", device, {args.x.dtype}, {tokens, args.x.shape[1]}});
+  }
+  expect_stats(args.combine_wait_recv_cost_stats, "combine_wait_recv_cost_stats", num_ranks,
+               device);
+  return record;
+}
+
+}  // namespace deep_ep

@@ -1,0 +1,95 @@
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <functional>
+#include <initializer_list>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "backend/params.hpp"
+#include "deep_ep/error.hpp"
+#include "deep_ep/event.hpp"
+#include "deep_ep/handle.hpp"
+#include "deep_ep/tensor.hpp"
+
+namespace deep_ep {
+
+/// The seam between what a call means and the machine that does it. One object a Buffer; the modes
+/// call it, in the order of the Buffer's calls, from the caller's thread or from work given to
+/// submit().
+class Backend {
+ public:
+  virtual ~Backend() = default;
+
+  // -- memory
+  /// Local: allocates the starting heap and returns what peers need to open it.
+  virtual std::string export_handles() = 0;
+  /// Collective: maps the peers' heaps.
+  virtual void open_handles(const std::vector<std::string>& exported) = 0;
+  /// A block that peers can write, for the results of one call; goes back when the last owner goes.
+  /// Outlives the backend.
+  struct Results {
+    fabric::Block block;
+    std::byte* data = nullptr;
+    std::shared_ptr<void> owner;
+  };
+  virtual Results allocate_results(std::int64_t bytes) = 0;
+  /// Memory of the device for what no peer writes.
+  virtual Tensor allocate(DType dtype, std::initializer_list<std::int64_t> shape) = 0;
+  /// Local: grows until a block of `bytes` fits.
+  virtual void reserve(std::int64_t bytes) = 0;
+  virtual int num_segments() const = 0;
+  /// Waits until so many segments of each rank are mapped here.
+  virtual void wait_mapped(const std::vector<int>& num_segments) = 0;
+  virtual std::int64_t mapped_bytes() const = 0;
+  virtual std::int64_t live_bytes() const = 0;
+  /// This rank's segment 0.
+  virtual Tensor heap() const = 0;
+
+  // -- order of work
+  /// Runs `work` on the communication stream, behind options.previous_event or the caller's stream.
+  /// Returns when it is done, or, with async_finish, when it is queued; then the event carries the
+  /// Error of a work that threw.
+  virtual EventHandle submit(const CallOptions& options, std::function<void()> work) = 0;
+  /// Waits for all queued work.
+  virtual void synchronize() = 0;
+
+  // -- faults
+  /// Tells every rank that this Buffer is broken and why. The first fault stays.
+  virtual void raise_fault(const Error& error) noexcept = 0;
+  /// The fault of this Buffer as an Error, naming `operation`, or nothing.
+  virtual std::optional<Error> fault(const char* operation) const = 0;
+  /// Tells the peers that this rank leaves in good order, stops all threads, lets memory go. Local.
+  virtual void close() = 0;
+
+  /// Of a handle's rank_prefix_matrix [R, R], for the ranks to compare; 0 where the backend
+  /// compares it elsewhere.
+  virtual std::uint64_t routing_hash(const TensorView& rank_prefix_matrix) = 0;
+
+  // -- the steps of the modes
+  virtual void get_dispatch_layout(const internode::LayoutParams& params) = 0;
+  virtual void barrier(const intranode::BarrierParams& params) = 0;
+  virtual void notify_dispatch(const intranode::NotifyDispatchParams& params) = 0;
+  virtual void dispatch(const intranode::DispatchParams& params) = 0;
+  virtual void cached_notify_combine(const intranode::CombineParams& params) = 0;
+  virtual void combine(const intranode::CombineParams& params) = 0;
+};
+
+struct BackendOptions {
+  Device device{};
+  std::int64_t heap_bytes = 0;
+  std::chrono::milliseconds timeout{0};  // for construction; calls bring their own
+  int num_threads = 0;
+  int rank = 0;
+  int num_ranks = 1;
+};
+
+/// Throws Error(kUnsupported) if this build or machine has no backend for the device, saying what
+/// is missing.
+std::unique_ptr<Backend> make_backend(const BackendOptions& options);
+std::unique_ptr<Backend> make_host_backend(const BackendOptions& options);
+
+}  // namespace deep_ep

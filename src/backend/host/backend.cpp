@@ -1,0 +1,190 @@
+#include "backend/backend.hpp"
+
+#include <algorithm>
+#include <thread>
+
+#include "backend/host/comm_stream.hpp"
+#include "backend/host/context.hpp"
+#include "backend/host/intranode/checks.hpp"
+#include "backend/host/intranode/steps.hpp"
+#include "base/error.hpp"
+#include "base/log.hpp"
+#include "plan/layout.hpp"
+
+namespace deep_ep {
+
+namespace {
+
+// Growth in steps of this size wastes little and keeps the number of segments small.
+constexpr std::int64_t kGrowthBytes = 8 << 20;
+// From here on fresh pages from the system cost more than the work on them; the heap's pages are
+// there already.
+constexpr std::int64_t kHeapBytes = 256 << 10;
+
+template <class Id>
+void fill_layout(const internode::LayoutParams& params) {
+  const auto bad = plan::get_dispatch_layout(params.shape, params.topk_idx.as<const Id>(),
+                                             params.num_tokens_per_rank,
+                                             params.num_tokens_per_expert, params.is_token_in_rank);
+  if (!bad) return;
+  throw Error(ErrorCode::kInvalidArgument,
+              fmt::format("topk_idx[{}, {}] is {}, allowed are -1 and 0 to {} (num_experts - 1)",
+                          bad->token, bad->k, bad->id, params.shape.num_experts - 1));
+}
+
+class HostBackend final : public Backend {
+ public:
+  explicit HostBackend(const BackendOptions& options)
+      : options_(options),
+        context_(options),
+        heap_(std::make_shared<fabric::Heap>([this](std::int64_t bytes) { return grow(bytes); })) {}
+
+  ~HostBackend() override { close(); }
+
+  std::string export_handles() override {
+    const std::int64_t control = host::Context::control_bytes(options_.num_ranks);
+    const std::int64_t bytes = std::max(options_.heap_bytes, control);
+    if (options_.heap_bytes < control && options_.heap_bytes > 0) {
+      log::info("num_nvl_bytes raised from {} to {}: the control block and the inbox need that",
+                options_.heap_bytes, control);
+    }
+    std::string handles = context_.export_handles(bytes);
+    if (bytes > control) heap_->add(0, control, context_.fabric().own_segment(0)->bytes());
+    return handles;
+  }
+
+  void open_handles(const std::vector<std::string>& exported) override {
+    context_.open_handles(exported, options_.timeout);
+  }
+
+  Results allocate_results(std::int64_t bytes) override {
+    Results results;
+    results.block = heap_->allocate(bytes);
+    const std::shared_ptr<fabric::Mapping> mapping =
+        context_.fabric().own_segment(results.block.segment);
+    results.data = mapping->base() + results.block.offset;
+    results.owner = std::shared_ptr<void>(
+        results.data, [heap = heap_, mapping, block = results.block](void*) { heap->free(block); });
+    return results;
+  }
+
+  Tensor allocate(DType dtype, std::initializer_list<std::int64_t> shape) override {
+    TensorView view(nullptr, dtype, shape);
+    if (static_cast<std::int64_t>(view.nbytes()) < kHeapBytes) return Tensor::empty(dtype, shape);
+    const Results results = allocate_results(static_cast<std::int64_t>(view.nbytes()));
+    view.data = results.data;
+    return {view, results.owner};
+  }
+
+  void reserve(std::int64_t bytes) override { heap_->reserve(bytes); }
+  int num_segments() const override { return context_.fabric().num_own_segments(); }
+
+  void wait_mapped(const std::vector<int>& num_segments) override {
+    const Call call{.operation = "reserve", .timeout = options_.timeout};
+    for (int i = 0; i < options_.num_ranks; ++i) {
+      const int last = num_segments[i] - 1;
+      context_.wait(
+          call, "its memory to be mapped",
+          [&] { return context_.fabric().base(i, last) != nullptr; },
+          [&] {
+            return std::vector<host::Missing>{{i, std::uint64_t(last) + 1, 0}};
+          });
+    }
+  }
+
+  std::int64_t mapped_bytes() const override { return context_.fabric().own_bytes(); }
+  std::int64_t live_bytes() const override { return heap_->live_bytes(); }
+
+  Tensor heap() const override {
+    std::shared_ptr<fabric::Mapping> mapping = context_.fabric().own_segment(0);
+    return {TensorView(mapping->base(), DType::kUint8, {mapping->bytes()}), mapping};
+  }
+
+  EventHandle submit(const CallOptions& options, std::function<void()> work) override {
+    if (options.async_finish) {
+      return stream_.enqueue([event = options.previous_event, work = std::move(work)] {
+        if (event) event->host_wait();
+        work();
+      });
+    }
+    stream_.drain();
+    if (options.previous_event) options.previous_event->host_wait();
+    work();
+    return EventHandle();
+  }
+
+  void synchronize() override { stream_.drain(); }
+
+  void raise_fault(const Error& error) noexcept override { context_.raise_fault(error); }
+  std::optional<Error> fault(const char* operation) const override {
+    return context_.fault(operation);
+  }
+
+  void close() override {
+    stream_.drain();
+    context_.fabric().close();
+  }
+
+  /// FNV-1a over the elements.
+  std::uint64_t routing_hash(const TensorView& rank_prefix_matrix) override {
+    std::uint64_t hash = 0xcbf29ce484222325;
+    const auto* words = rank_prefix_matrix.as<const std::uint32_t>();
+    for (std::int64_t i = 0; i < rank_prefix_matrix.numel(); ++i) {
+      hash = (hash ^ words[i]) * 0x100000001b3;
+    }
+    return hash;
+  }
+
+  void get_dispatch_layout(const internode::LayoutParams& params) override {
+    if (params.topk_idx.dtype == DType::kInt64) {
+      fill_layout<std::int64_t>(params);
+    } else {
+      fill_layout<std::int32_t>(params);
+    }
+  }
+
+  void barrier(const intranode::BarrierParams& params) override {
+    context_.post(params.call);
+    context_.wait_posted(params.call);
+  }
+  void notify_dispatch(const intranode::NotifyDispatchParams& params) override {
+    host::intranode::notify_dispatch(context_, params);
+  }
+  void dispatch(const intranode::DispatchParams& params) override {
+    host::intranode::dispatch(context_, params);
+  }
+  void cached_notify_combine(const intranode::CombineParams& params) override {
+    const int rank = options_.rank;
+    const int num_ranks = options_.num_ranks;
+    host::intranode::check_handle(
+        {params.rank_prefix_matrix, params.send_head, params.call.record.num_tokens}, rank,
+        num_ranks);
+    host::intranode::check_rows(params, rank, num_ranks);
+    context_.post(params.call);
+  }
+  void combine(const intranode::CombineParams& params) override {
+    host::intranode::combine(context_, params);
+  }
+
+ private:
+  fabric::Heap::NewSegment grow(std::int64_t bytes) {
+    const std::int64_t rounded = (bytes + kGrowthBytes - 1) / kGrowthBytes * kGrowthBytes;
+    const int segment = context_.fabric().add_segment(rounded);
+    log::debug("rank {}: segment {} of {} bytes added for a result of {} bytes", options_.rank,
+               segment, rounded, bytes);
+    return {segment, context_.fabric().own_segment(segment)->bytes()};
+  }
+
+  BackendOptions options_;
+  mutable host::Context context_;
+  std::shared_ptr<fabric::Heap> heap_;
+  host::CommStream stream_;
+};
+
+}  // namespace
+
+std::unique_ptr<Backend> make_host_backend(const BackendOptions& options) {
+  return std::make_unique<HostBackend>(options);
+}
+
+}  // namespace deep_ep

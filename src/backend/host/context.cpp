@@ -1,0 +1,158 @@
+#include "backend/host/context.hpp"
+
+#include <sched.h>
+
+#include <algorithm>
+#include <cstring>
+#include <thread>
+
+#include "backend/host/agreement.hpp"
+#include "base/env.hpp"
+#include "base/error.hpp"
+#include "base/log.hpp"
+
+namespace deep_ep::host {
+
+namespace {
+
+constexpr int kMaxLanes = 64;
+// Below this a ring holds too few rows for sender and receiver to work at the same time.
+constexpr std::int64_t kMinRingBytes = 64 << 10;
+
+int num_cores() {
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) == 0) return std::max(1, CPU_COUNT(&set));
+  return std::max(1u, std::thread::hardware_concurrency());
+}
+
+int choose_threads(const BackendOptions& options) {
+  int threads = options.num_threads > 0 ? options.num_threads : env::num_threads();
+  if (threads <= 0) threads = num_cores() / options.num_ranks;
+  return std::clamp(threads, 1, kMaxLanes);
+}
+
+// The area of all rings of a rank: at least one ring of useful size from every peer.
+std::int64_t inbox_bytes(int num_ranks) {
+  const std::int64_t bytes = std::max(env::inbox_bytes(), kMinRingBytes * num_ranks);
+  const std::int64_t unit = std::int64_t{128} * kMaxLanes * num_ranks;
+  return (bytes + unit - 1) / unit * unit;
+}
+
+// The control block is carved for the most lanes, so that its layout does not depend on how many
+// the ranks agree on.
+protocol::ControlShape control_shape(int num_ranks, std::int64_t inbox) {
+  return {num_ranks, kMaxLanes, inbox / (kMaxLanes * num_ranks)};
+}
+
+// What a rank tells the others before they share memory.
+struct Introduction {
+  std::int32_t num_threads;
+  std::int32_t reserved;
+  std::int64_t inbox;
+};
+
+}  // namespace
+
+Context::Context(const BackendOptions& options)
+    : rank_(options.rank),
+      num_ranks_(options.num_ranks),
+      crowded_(options.num_ranks > num_cores()),
+      fabric_(options.rank, options.num_ranks, fabric::make_memfd_memory()),
+      pool_(choose_threads(options)),
+      gone_(options.num_ranks) {}
+
+std::int64_t Context::control_bytes(int num_ranks) {
+  return protocol::ControlBlock::bytes(control_shape(num_ranks, inbox_bytes(num_ranks)));
+}
+
+std::string Context::export_handles(std::int64_t heap_bytes) {
+  fabric_.add_segment(heap_bytes);
+  const Introduction intro{pool_.size(), 0, inbox_bytes(num_ranks_)};
+  return std::string(reinterpret_cast<const char*>(&intro), sizeof intro) +
+         fabric_.export_handles();
+}
+
+void Context::open_handles(const std::vector<std::string>& exported,
+                           std::chrono::milliseconds timeout) {
+  std::vector<std::string> handles;
+  int most_threads = 1;
+  const std::int64_t inbox = inbox_bytes(num_ranks_);
+  for (int i = 0; i < num_ranks_; ++i) {
+    Introduction intro{};
+    require(exported[i].size() >= sizeof intro, "rank {} sent {} bytes to sync, at least {} needed",
+            i, exported[i].size(), sizeof intro);
+    std::memcpy(&intro, exported[i].data(), sizeof intro);
+    if (intro.inbox != inbox) {
+      throw Error(ErrorCode::kDisagreement,
+                  fmt::format("DEEP_EP_INBOX_BYTES gives {} bytes on rank {} and {} on rank {}",
+                              inbox, rank_, intro.inbox, i),
+                  {i});
+    }
+    most_threads = std::max<int>(most_threads, intro.num_threads);
+    handles.push_back(exported[i].substr(sizeof intro));
+  }
+  fabric_.open_handles(handles, timeout,
+                       {.peer_gone = [this](int rank, bool orderly) { peer_gone(rank, orderly); },
+                        .segment_mapped = [this] { ring_doorbell(rank_); }});
+
+  control_.resize(num_ranks_);
+  for (int i = 0; i < num_ranks_; ++i) {
+    Carver carver(fabric_.base(i, 0));
+    control_[i] = protocol::ControlBlock::carve(carver, control_shape(num_ranks_, inbox));
+  }
+  num_lanes_ = static_cast<int>(
+      std::clamp<std::int64_t>(inbox / (kMinRingBytes * num_ranks_), 1, most_threads));
+  const protocol::RingShape shape{inbox / (num_lanes_ * num_ranks_) / 128 * 128};
+  for (int lane = 0; lane < num_lanes_; ++lane) {
+    for (int i = 0; i < num_ranks_; ++i) {
+      const std::int64_t there = std::int64_t{lane} * num_ranks_ + rank_;
+      const std::int64_t here = std::int64_t{lane} * num_ranks_ + i;
+      senders_.push_back({shape, peer(i).ring_data + there * shape.bytes, &peer(i).ring_tail[there],
+                          &own().ring_head[here], 0, 0});
+      receivers_.push_back({shape, own().ring_data + here * shape.bytes, &own().ring_tail[here],
+                            &peer(i).ring_head[there], 0, 0});
+    }
+  }
+}
+
+void Context::post(const Call& call) {
+  for (int i = 0; i < num_ranks_; ++i) {
+    const int to = peer_in_turn(i);
+    protocol::Mailbox& mailbox = mailbox_of(to, call);
+    mailbox.record[rank_] = call.record;
+    mailbox.posted[rank_].publish(call.epoch);
+    ring_doorbell(to);
+  }
+}
+
+bool Context::posted(const Call& call, int source) {
+  // acquire: pairs with publish() in post() of the source.
+  return mailbox_of(rank_, call).posted[source].reached(call.epoch);
+}
+
+void Context::check_agreement(const Call& call, int source) {
+  const auto difference = find_difference(call.record, mailbox_of(rank_, call).record[source]);
+  if (!difference) return;
+  throw Error(ErrorCode::kDisagreement,
+              fmt::format("{} (call {}): ranks disagree on {}: {} on rank {}, {} on rank {}",
+                          call.operation, call.epoch, difference->field, difference->mine, rank_,
+                          difference->theirs, source),
+              {source});
+}
+
+void Context::wait_posted(const Call& call) {
+  const protocol::EpochFlag* flags = mailbox_of(rank_, call).posted;
+  wait(
+      call, "the other ranks to call it",
+      [&] { return protocol::all_reached(flags, num_ranks_, call.epoch); },
+      [&] {
+        std::vector<Missing> missing;
+        for (int i = 0; i < num_ranks_; ++i) {
+          if (!flags[i].reached(call.epoch)) missing.push_back({i, call.epoch, flags[i].seen()});
+        }
+        return missing;
+      });
+  for (int i = 0; i < num_ranks_; ++i) check_agreement(call, i);
+}
+
+}  // namespace deep_ep::host

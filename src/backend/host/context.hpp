@@ -1,0 +1,107 @@
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "backend/backend.hpp"
+#include "backend/host/thread_pool.hpp"
+#include "fabric/fabric.hpp"
+#include "protocol/barrier.hpp"
+#include "protocol/control.hpp"
+#include "protocol/host_waiter.hpp"
+#include "protocol/ring.hpp"
+#include "protocol/wait.hpp"
+
+namespace deep_ep::host {
+
+/// A rank that a wait still waits for.
+struct Missing {
+  int rank;
+  std::uint64_t expected;
+  std::uint64_t seen;
+};
+
+/// What the steps of a rank share: everyone's control blocks, the rings, the threads, and how to
+/// wait.
+class Context {
+ public:
+  explicit Context(const BackendOptions& options);
+
+  int rank() const { return rank_; }
+  int num_ranks() const { return num_ranks_; }
+  int num_lanes() const { return num_lanes_; }
+  fabric::Fabric& fabric() { return fabric_; }
+  ThreadPool& pool() { return pool_; }
+  static std::int64_t control_bytes(int num_ranks);
+
+  std::string export_handles(std::int64_t heap_bytes);
+  void open_handles(const std::vector<std::string>& exported, std::chrono::milliseconds timeout);
+
+  protocol::ControlBlock& own() { return control_[rank_]; }
+  protocol::ControlBlock& peer(int rank) { return control_[rank]; }
+  protocol::RingSender& ring_to(int lane, int rank) { return senders_[lane * num_ranks_ + rank]; }
+  protocol::RingReceiver& ring_from(int lane, int rank) {
+    return receivers_[lane * num_ranks_ + rank];
+  }
+  /// Something was published to `rank`.
+  void ring_doorbell(int rank) { control_[rank].doorbell->ring(); }
+
+  /// Ranks after this one first, so that not all start with the same peer; this rank is last.
+  int peer_in_turn(int i) const { return (rank_ + 1 + i) % num_ranks_; }
+
+  /// Where this rank's words of the call go in the mailbox of `rank`.
+  protocol::Mailbox& mailbox_of(int rank, const Call& call) {
+    return control_[rank].mailbox[call.epoch % 2];
+  }
+  /// Publishes this rank's record, and whatever was written to the mailboxes, to all ranks.
+  void post(const Call& call);
+  bool posted(const Call& call, int source);
+  /// Throws Error(kDisagreement) if `source`, which has posted, called with something else.
+  void check_agreement(const Call& call, int source);
+  /// Waits until all ranks have posted, and checks each.
+  void wait_posted(const Call& call);
+
+  /// Returns when ready(), or throws the Error that names the operation, `what` it waited for, and
+  /// who is missing().
+  template <class Ready, class ListMissing>
+  void wait(const Call& call, const char* what, Ready&& ready, ListMissing&& missing) {
+    protocol::HostWaiter waiter(*own().doorbell, *own().fault, call.timeout, crowded_);
+    const protocol::WaitResult result = protocol::wait_until(waiter, [&] {
+      // acquire: pairs with peer_gone(); what the peer published before it went is visible to
+      // ready().
+      const bool some_gone = num_gone_.load(std::memory_order_acquire) != 0;
+      if (ready()) return true;
+      if (some_gone) check_gone(call, what, missing());
+      return false;
+    });
+    if (result != protocol::WaitResult::kReady) throw_unready(call, what, result, missing());
+  }
+
+  void raise_fault(const Error& error) noexcept;
+  std::optional<Error> fault(const char* operation);
+
+ private:
+  void peer_gone(int rank, bool orderly);
+  void check_gone(const Call& call, const char* what, const std::vector<Missing>& missing);
+  [[noreturn]] void throw_unready(const Call& call, const char* what, protocol::WaitResult result,
+                                  const std::vector<Missing>& missing);
+
+  int rank_;
+  int num_ranks_;
+  int num_lanes_ = 1;
+  bool crowded_;  // more ranks than cores: spinning would only keep others from running
+  fabric::Fabric fabric_;
+  ThreadPool pool_;
+  std::vector<protocol::ControlBlock> control_;  // by rank
+  std::vector<protocol::RingSender> senders_;    // [lanes, R]
+  std::vector<protocol::RingReceiver> receivers_;
+  enum Gone : int { kHere, kLeft, kDied };
+  std::vector<std::atomic<int>> gone_;  // by rank
+  std::atomic<int> num_gone_{0};
+};
+
+}  // namespace deep_ep::host

@@ -1,0 +1,118 @@
+#include <fmt/ranges.h>
+
+#include <algorithm>
+#include <cstring>
+#include <thread>
+
+#include "backend/host/context.hpp"
+#include "base/error.hpp"
+#include "base/log.hpp"
+
+// How a rank learns that something went wrong, and how it tells the others.
+namespace deep_ep::host {
+
+namespace {
+
+std::string list_ranks(const std::vector<int>& ranks) {
+  return fmt::format("rank{} {}", ranks.size() == 1 ? "" : "s", fmt::join(ranks, ", "));
+}
+
+std::vector<int> ranks_of(const std::vector<Missing>& missing) {
+  std::vector<int> ranks;
+  for (const Missing& one : missing) ranks.push_back(one.rank);
+  return ranks;
+}
+
+// "waited for its rows: rank 3 expected 7, seen 6"
+std::string describe(const char* what, const std::vector<Missing>& missing) {
+  std::string text = fmt::format("waited for {}", what);
+  const char* separator = ": ";
+  for (const Missing& one : missing) {
+    text +=
+        fmt::format("{}rank {} expected {}, seen {}", separator, one.rank, one.expected, one.seen);
+    separator = "; ";
+  }
+  return text;
+}
+
+}  // namespace
+
+void Context::peer_gone(int rank, bool orderly) {
+  log::debug("rank {}: rank {} {}", rank_, rank, orderly ? "left" : "died");
+  gone_[rank].store(orderly ? kLeft : kDied, std::memory_order_relaxed);
+  // release: pairs with the acquire in wait().
+  num_gone_.fetch_add(1, std::memory_order_release);
+  ring_doorbell(rank_);
+}
+
+void Context::check_gone(const Call& call, const char* what, const std::vector<Missing>& missing) {
+  for (const Missing& one : missing) {
+    const int state = gone_[one.rank].load(std::memory_order_relaxed);
+    if (state == kHere) continue;
+    throw Error(
+        ErrorCode::kPeerFailed,
+        fmt::format("{} (call {}) on rank {}: rank {} {}; {}", call.operation, call.epoch, rank_,
+                    one.rank, state == kLeft ? "has destroyed its Buffer" : "has died",
+                    describe(what, {one})),
+        {one.rank});
+  }
+}
+
+void Context::throw_unready(const Call& call, const char* what, protocol::WaitResult result,
+                            const std::vector<Missing>& missing) {
+  if (result == protocol::WaitResult::kFaulted) {
+    if (std::optional<Error> known = fault(call.operation)) {
+      throw Error(known->code(), fmt::format("{}; {}", known->what(), describe(what, missing)),
+                  known->ranks());
+    }
+  }
+  throw Error(ErrorCode::kTimeout,
+              fmt::format("{} (call {}) on rank {}: {} did not arrive within {} ms; {}",
+                          call.operation, call.epoch, rank_, list_ranks(ranks_of(missing)),
+                          call.timeout.count(), describe(what, missing)),
+              ranks_of(missing));
+}
+
+void Context::raise_fault(const Error& error) noexcept {
+  for (int i = 0; i < static_cast<int>(control_.size()); ++i) {
+    protocol::FaultRecord& record = *peer(i).fault;
+    if (!record.claim()) continue;
+    record.code = static_cast<std::uint32_t>(error.code());
+    record.origin = rank_;
+    record.num_ranks = static_cast<std::int32_t>(
+        std::min<std::size_t>(error.ranks().size(), protocol::FaultRecord::kMaxRanks));
+    std::copy_n(error.ranks().begin(), record.num_ranks, record.ranks);
+    std::strncpy(record.text, error.what(), protocol::FaultRecord::kTextBytes - 1);
+    record.publish();
+    ring_doorbell(i);
+  }
+}
+
+std::optional<Error> Context::fault(const char* operation) {
+  if (control_.empty()) return std::nullopt;
+  const protocol::FaultRecord& record = *own().fault;
+  std::uint32_t state = record.load();
+  if (state == protocol::FaultRecord::kNone) return std::nullopt;
+  // Its writer needs microseconds, unless it died on the way.
+  for (int i = 0; i < 1000 && state == protocol::FaultRecord::kClaimed; ++i) {
+    std::this_thread::sleep_for(std::chrono::microseconds(100));
+    state = record.load();
+  }
+  if (state == protocol::FaultRecord::kClaimed) {
+    return Error(ErrorCode::kPeerFailed,
+                 fmt::format("{} on rank {}: another rank failed and died before it said why",
+                             operation, rank_));
+  }
+  std::vector<int> ranks(record.ranks, record.ranks + record.num_ranks);
+  auto code = static_cast<ErrorCode>(record.code);
+  if (record.origin == rank_) return Error(code, record.text, std::move(ranks));
+  // Another rank's invalid argument is not this caller's.
+  if (code == ErrorCode::kInvalidArgument) code = ErrorCode::kPeerFailed;
+  if (ranks.empty()) ranks.push_back(record.origin);
+  return Error(code,
+               fmt::format("{} on rank {}: rank {} reported: {}", operation, rank_, record.origin,
+                           record.text),
+               std::move(ranks));
+}
+
+}  // namespace deep_ep::host

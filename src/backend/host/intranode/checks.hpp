@@ -1,0 +1,23 @@
+#pragma once
+
+#include "backend/host/context.hpp"
+
+// What must hold before a step writes to other ranks' memory. All throw Error(kInvalidArgument).
+namespace deep_ep::host::intranode {
+
+/// topk_idx against num_experts, is_token_in_rank and num_tokens_per_expert.
+void check_routing(const deep_ep::intranode::NotifyDispatchParams& params, int num_ranks);
+
+/// A handle's tensors, which may be clones or rebuilt, so that every position computed from them
+/// lies in bounds.
+struct HandleView {
+  const std::int32_t* rank_prefix_matrix;  // [R, R]
+  const std::int32_t* send_head;           // [N, R]
+  std::int64_t num_tokens;
+};
+void check_handle(const HandleView& handle, int rank, int num_ranks);
+
+/// The rows of a combine and their sources' token indices, which ascend within each source.
+void check_rows(const deep_ep::intranode::CombineParams& params, int rank, int num_ranks);
+
+}  // namespace deep_ep::host::intranode

@@ -1,0 +1,131 @@
+#include "base/env.hpp"
+
+#include <array>
+#include <charconv>
+#include <cstdlib>
+#include <limits>
+#include <string_view>
+
+#include "base/error.hpp"
+
+namespace deep_ep::env {
+namespace {
+
+constexpr auto kVariables = std::to_array<Variable>({
+    {"DEEP_EP_TIMEOUT_MS", "100000",
+     "How long one wait for other ranks may take, in ms; a Buffer's own timeout wins."},
+    {"DEEP_EP_NUM_THREADS", "0",
+     "Host worker threads of a rank; 0: the cores divided by the ranks of this machine."},
+    {"DEEP_EP_RANKS_PER_NODE", "0", "Ranks that form one node; 0: found by host and peer access."},
+    {"DEEP_EP_INBOX_BYTES", "4194304",
+     "Bytes of the memory through which a rank receives rows that cannot be written to their final "
+     "place."},
+    {"DEEP_EP_LOG_LEVEL", "warn", "trace, debug, info, warn, error or off."},
+    {"DEEP_EP_LOG_FILE", "",
+     "File that log lines are appended to; %p is the process id, %h the host. Empty: stderr."},
+    {"DEEP_EP_DUMP_DIR", "",
+     "Directory into which a faulted rank writes its last operations as JSON. Empty: no dump."},
+    {"DEEP_EP_RENDEZVOUS_SECRET", "",
+     "Word that all ranks of a TCP rendezvous must share. It crosses the network in clear: it "
+     "keeps "
+     "jobs apart, not eavesdroppers out."},
+    {"DEEP_EP_RENDEZVOUS_PORT", "",
+     "Port of the TCP rendezvous. Empty: MASTER_PORT, or the port beside it under torchrun, whose "
+     "agent holds MASTER_PORT itself."},
+    {"RANK", "", "Rank of this process (torchrun)."},
+    {"WORLD_SIZE", "", "Number of ranks (torchrun)."},
+    {"OMPI_COMM_WORLD_RANK", "", "Rank of this process (Open MPI), if RANK is not set."},
+    {"OMPI_COMM_WORLD_SIZE", "", "Number of ranks (Open MPI)."},
+    {"PMIX_RANK", "",
+     "Rank of this process (PMIx), if none of the above is set; needs WORLD_SIZE or SLURM_NTASKS."},
+    {"SLURM_PROCID", "", "Rank of this process (Slurm), if none of the above is set."},
+    {"SLURM_NTASKS", "", "Number of ranks (Slurm)."},
+    {"MASTER_ADDR", "127.0.0.1", "Address at which rank 0 listens for the others."},
+    {"MASTER_PORT", "29477", "Port at which rank 0 listens for the others."},
+    {"TORCHELASTIC_USE_AGENT_STORE", "",
+     "Set to True by torchrun when its agent holds MASTER_PORT."},
+});
+
+/// The value of a variable of the list; an empty one counts as not set.
+std::string text(std::string_view name) {
+  for (const Variable& variable : kVariables) {
+    if (name != variable.name) continue;
+    const char* value = std::getenv(variable.name);
+    return value != nullptr && *value != '\0' ? value : variable.default_value;
+  }
+  throw Error(ErrorCode::kUsage, fmt::format("{} is not in the list of variables", name));
+}
+
+std::int64_t integer(std::string_view name, std::int64_t min, std::int64_t max) {
+  const std::string value = text(name);
+  std::int64_t result = 0;
+  const char* end = value.data() + value.size();
+  const auto [parsed, error] = std::from_chars(value.data(), end, result);
+  require(error == std::errc{} && parsed == end && result >= min && result <= max,
+          "{}: '{}' is not allowed, must be an integer from {} to {}", name, value, min, max);
+  return result;
+}
+
+constexpr int kMaxInt = std::numeric_limits<int>::max();
+
+int port() {
+  if (!text("DEEP_EP_RENDEZVOUS_PORT").empty())
+    return static_cast<int>(integer("DEEP_EP_RENDEZVOUS_PORT", 1, 65535));
+  const int port = static_cast<int>(integer("MASTER_PORT", 1, 65535));
+  if (text("TORCHELASTIC_USE_AGENT_STORE") != "True") return port;
+  return port < 65535 ? port + 1 : port - 1;
+}
+
+Launch launch_from(std::string_view rank_name, std::string_view size_name) {
+  require(!text(size_name).empty(), "{} is set ('{}'), so {} must be set as well", rank_name,
+          text(rank_name), size_name);
+  Launch launch;
+  launch.size = static_cast<int>(integer(size_name, 1, kMaxInt));
+  launch.rank = static_cast<int>(integer(rank_name, 0, launch.size - 1));
+  launch.address = text("MASTER_ADDR");
+  launch.port = port();
+  return launch;
+}
+
+}  // namespace
+
+std::span<const Variable> variables() { return kVariables; }
+
+std::int64_t timeout_ms() {
+  constexpr std::int64_t kYear = 365ll * 24 * 3600 * 1000;  // deadlines in ns stay far from 2^63
+  return integer("DEEP_EP_TIMEOUT_MS", 1, kYear);
+}
+
+int num_threads() { return static_cast<int>(integer("DEEP_EP_NUM_THREADS", 0, 4096)); }
+
+int ranks_per_node() { return static_cast<int>(integer("DEEP_EP_RANKS_PER_NODE", 0, kMaxInt)); }
+
+std::int64_t inbox_bytes() { return integer("DEEP_EP_INBOX_BYTES", 1024, std::int64_t{1} << 40); }
+
+std::string log_level() {
+  const std::string level = text("DEEP_EP_LOG_LEVEL");
+  for (const char* known : {"trace", "debug", "info", "warn", "error", "off"}) {
+    if (level == known) return level;
+  }
+  throw Error(ErrorCode::kInvalidArgument,
+              fmt::format("DEEP_EP_LOG_LEVEL: '{}' is not allowed, must be trace, debug, info, "
+                          "warn, error or off",
+                          level));
+}
+
+std::string log_file() { return text("DEEP_EP_LOG_FILE"); }
+std::string dump_directory() { return text("DEEP_EP_DUMP_DIR"); }
+std::string rendezvous_secret() { return text("DEEP_EP_RENDEZVOUS_SECRET"); }
+
+std::optional<Launch> launch() {
+  if (!text("RANK").empty()) return launch_from("RANK", "WORLD_SIZE");
+  if (!text("OMPI_COMM_WORLD_RANK").empty())
+    return launch_from("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE");
+  // PMIx tells the size only to its clients, not in the environment.
+  if (!text("PMIX_RANK").empty())
+    return launch_from("PMIX_RANK", text("WORLD_SIZE").empty() ? "SLURM_NTASKS" : "WORLD_SIZE");
+  if (!text("SLURM_PROCID").empty()) return launch_from("SLURM_PROCID", "SLURM_NTASKS");
+  return std::nullopt;
+}
+
+}  // namespace deep_ep::env

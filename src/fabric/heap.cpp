@@ -1,0 +1,114 @@
+#include "fabric/heap.hpp"
+
+#include <algorithm>
+#include <iterator>
+
+#include "base/error.hpp"
+
+namespace deep_ep::fabric {
+namespace {
+
+std::int64_t round_up(std::int64_t bytes) {
+  require(bytes >= 0 && bytes <= (std::int64_t{1} << 62), "bytes: {} is not allowed", bytes);
+  return (std::max<std::int64_t>(bytes, 1) + Heap::kAlignment - 1) / Heap::kAlignment *
+         Heap::kAlignment;
+}
+
+}  // namespace
+
+void Heap::add(int segment, std::int64_t begin, std::int64_t end) {
+  begin = (begin + kAlignment - 1) / kAlignment * kAlignment;
+  end = end / kAlignment * kAlignment;
+  if (begin >= end) return;
+  const std::lock_guard lock(mutex_);
+  give(segment, begin, end - begin);
+}
+
+Block Heap::allocate(std::int64_t bytes) {
+  bytes = round_up(bytes);
+  Block block;
+  {
+    const std::lock_guard lock(mutex_);
+    if (take(bytes, block)) return block;
+  }
+  // Without mutex_, so that results can be released meanwhile.
+  const std::lock_guard growing(grow_mutex_);
+  {
+    const std::lock_guard lock(mutex_);
+    if (take(bytes, block)) return block;
+  }
+  const NewSegment fresh = grow_(bytes);
+  const std::lock_guard lock(mutex_);
+  give(fresh.segment, 0, fresh.bytes / kAlignment * kAlignment);
+  if (!take(bytes, block))
+    throw Error(ErrorCode::kOutOfMemory,
+                fmt::format("a block of {} bytes does not fit a new segment of {} bytes", bytes,
+                            fresh.bytes));
+  return block;
+}
+
+void Heap::free(const Block& block) {
+  const std::lock_guard lock(mutex_);
+  live_bytes_ -= block.bytes;
+  give(block.segment, block.offset, block.bytes);
+}
+
+void Heap::reserve(std::int64_t bytes) {
+  bytes = round_up(bytes);
+  const std::lock_guard growing(grow_mutex_);
+  {
+    const std::lock_guard lock(mutex_);
+    if (fits(bytes)) return;
+  }
+  const NewSegment fresh = grow_(bytes);
+  const std::lock_guard lock(mutex_);
+  give(fresh.segment, 0, fresh.bytes / kAlignment * kAlignment);
+}
+
+std::int64_t Heap::live_bytes() const {
+  const std::lock_guard lock(mutex_);
+  return live_bytes_;
+}
+
+std::int64_t Heap::free_bytes() const {
+  const std::lock_guard lock(mutex_);
+  std::int64_t sum = 0;
+  for (const auto& [key, size] : free_) sum += size;
+  return sum;
+}
+
+bool Heap::take(std::int64_t bytes, Block& block) {
+  for (auto part = free_.begin(); part != free_.end(); ++part) {
+    const auto [key, size] = *part;
+    if (size < bytes) continue;
+    block = {key.segment, key.offset, bytes};
+    free_.erase(part);
+    if (size > bytes) free_.emplace(Key{key.segment, key.offset + bytes}, size - bytes);
+    live_bytes_ += bytes;
+    return true;
+  }
+  return false;
+}
+
+bool Heap::fits(std::int64_t bytes) const {
+  return std::any_of(free_.begin(), free_.end(),
+                     [&](const auto& part) { return part.second >= bytes; });
+}
+
+void Heap::give(int segment, std::int64_t offset, std::int64_t bytes) {
+  auto next = free_.lower_bound(Key{segment, offset});
+  if (next != free_.end() && next->first == Key{segment, offset + bytes}) {
+    bytes += next->second;
+    next = free_.erase(next);
+  }
+  if (next != free_.begin()) {
+    const auto before = std::prev(next);
+    if (before->first.segment == segment && before->first.offset + before->second == offset) {
+      before->second += bytes;
+      return;
+    }
+  }
+  free_.emplace(Key{segment, offset}, bytes);
+}
+
+}  // namespace deep_ep::fabric

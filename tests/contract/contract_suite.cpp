@@ -1,0 +1,77 @@
+#include <fmt/format.h>
+
+#include <CLI/CLI.hpp>
+#include <cstdlib>
+#include <string>
+#include <vector>
+
+#include "contract/suite.hpp"
+
+// The contract suite: every backend and mode must give what plan/reference gives, bit for bit.
+
+namespace deep_ep::test {
+namespace {
+
+class ProgramList final : public ProgramSource {
+ public:
+  ProgramList(std::uint64_t seed, bool full) : programs_(corner_programs(limits(full))) {
+    const int rounds = full ? 4 : 1;
+    for (int round = 0; round < rounds; ++round) {
+      for (Program& program : covering_programs(seed + static_cast<std::uint64_t>(round), limits(full)))
+        programs_.push_back(std::move(program));
+    }
+  }
+  std::int64_t size() const override { return static_cast<std::int64_t>(programs_.size()); }
+  Program at(std::int64_t i) const override { return programs_.at(static_cast<std::size_t>(i)); }
+
+ private:
+  /// 1 GiB a case is what the smallest machines that run the whole suite have to spare.
+  static Limits limits(bool full) {
+    Limits limits;
+    limits.bytes = std::int64_t{full ? 1024 : 192} << 20;
+    return limits;
+  }
+
+  std::vector<Program> programs_;
+};
+
+}  // namespace
+}  // namespace deep_ep::test
+
+int main(int argc, char** argv) {
+  using namespace deep_ep;
+  CLI::App app{"Runs a backend and mode against the reference on a pool of rank processes."};
+  std::string backend = "host";
+  std::string mode = "intranode";
+  std::uint64_t seed = 1;
+  std::int64_t timeout_ms = 20'000;
+  const char* wants_full = std::getenv("DEEP_EP_TEST_FULL");
+  bool full = wants_full != nullptr && std::string(wants_full) == "1";
+  bool list = false;
+  test::SuiteOptions options;
+  app.add_option("--backend", backend)->check(CLI::IsMember({"host", "cuda"}))->capture_default_str();
+  app.add_option("--mode", mode)->check(CLI::IsMember({"intranode"}))->capture_default_str();
+  app.add_option("--seed", seed, "of the covering array and the inputs")->capture_default_str();
+  app.add_option("--from", options.from, "first program")->capture_default_str();
+  app.add_option("--count", options.count, "number of programs, -1: all")->capture_default_str();
+  app.add_option("--filter", options.filter, "only programs whose name contains this");
+  app.add_option("--timeout-ms", timeout_ms, "of each wait")->capture_default_str();
+  app.add_flag("--full", full, "more programs, with up to 1 GiB each (or DEEP_EP_TEST_FULL=1)");
+  app.add_flag("--list", list, "print the programs and run none");
+  CLI11_PARSE(app, argc, argv);
+
+  const test::ProgramList programs(seed, full);
+  if (list) {
+    for (std::int64_t i = 0; i < programs.size(); ++i)
+      fmt::print("{} {}\n", i, programs.at(i).describe());
+    return 0;
+  }
+  test::Target target;
+  target.device.type = backend == "cuda" ? DeviceType::kCuda : DeviceType::kHost;
+  target.timeout = std::chrono::milliseconds(timeout_ms);
+  options.replay = fmt::format("{} --backend {} --mode {} --seed {}{}", argv[0], backend, mode, seed,
+                               full ? " --full" : "");
+  fmt::print("contract suite: {} {}, {} programs, seed {}{}\n", backend, mode, programs.size(), seed,
+             full ? ", full" : "");
+  return test::run_suite(programs, target, options);
+}

@@ -1,0 +1,210 @@
+#include <fmt/format.h>
+
+#include "contract/program.hpp"
+
+namespace deep_ep::test {
+namespace {
+
+using verify::Case;
+using verify::Routing;
+using verify::Scales;
+
+/// Collects programs under their names; those that need more ranks than there are are left out.
+class List {
+ public:
+  explicit List(const Limits& limits) : limits_(limits) {}
+
+  void add(std::string name, std::vector<Case> cases, void (*change)(Program&) = nullptr) {
+    Program program;
+    program.name = "corner/" + std::move(name);
+    program.ranks = cases.front().ranks;
+    if (program.ranks > limits_.max_ranks) return;
+    for (Case& c : cases) {
+      fit(c, limits_.bytes);
+      program.steps.push_back({0, std::move(c)});
+    }
+    if (change != nullptr) change(program);
+    programs_.push_back(std::move(program));
+  }
+
+  std::vector<Program> take() { return std::move(programs_); }
+
+ private:
+  Limits limits_;
+  std::vector<Program> programs_;
+};
+
+Case small(int ranks) {
+  Case c;
+  c.ranks = ranks;
+  c.experts = ranks * 8;
+  c.topk = 4;
+  return c;
+}
+
+Case large(int ranks) {
+  Case c = small(ranks);
+  c.tokens = {4096};
+  c.hidden = 7168;
+  c.topk = 8;
+  return c;
+}
+
+void add_shapes(List& list) {
+  for (int ranks = 1; ranks <= 8; ++ranks) list.add(fmt::format("ranks_{}", ranks), {small(ranks)});
+
+  Case c = large(4);
+  c.experts = 256;
+  list.add("deepseek_bf16", {c});
+  c.dtype = DType::kFloat8E4m3;
+  c.scales = Scales::kFloat32ColumnMajor;
+  list.add("deepseek_fp8", {c});
+
+  c = small(2);
+  c.hidden = 16384;
+  c.dtype = c.combine_dtype = DType::kFloat32;
+  c.tokens = {4096};
+  list.add("longest_rows", {c});
+
+  c = small(3);
+  c.dtype = DType::kUint8;
+  c.hidden = 16;
+  c.tokens = {4096};
+  list.add("shortest_rows", {c});
+
+  c = small(2);
+  c.experts = 2 * 4096;
+  list.add("most_local_experts", {c});
+
+  c = small(5);
+  c.experts = c.topk = 40;
+  list.add("topk_is_all_experts", {c});
+}
+
+void add_routings(List& list) {
+  Case c = large(8);
+  c.routing = Routing::kToRankZero;
+  list.add("all_tokens_to_one_rank", {c});
+  c = large(4);
+  c.routing = Routing::kAllToAll;
+  list.add("every_token_to_every_rank", {c});
+  c = large(4);
+  c.routing = Routing::kToSelf;
+  list.add("nothing_leaves_its_rank", {c});
+
+  c = small(4);
+  c.routing = Routing::kNone;
+  list.add("nothing_is_sent", {c});
+  c.num_worst_tokens = Case::kWorstFits;
+  list.add("nothing_is_sent_worst_case", {c});
+  c = small(4);
+  c.tokens = {0};
+  list.add("no_tokens_anywhere", {c});
+  c = small(4);
+  c.tokens = {0, 0, 33, 0};
+  list.add("one_rank_has_tokens", {c});
+  c = small(3);
+  c.tokens = {1, 4096, 0};
+  list.add("very_ragged", {c});
+  c = small(2);
+  c.routing = Routing::kToRankZero;
+  c.topk = 9;
+  c.experts = 4;
+  list.add("more_topk_than_local_experts", {c});
+}
+
+void add_reuse(List& list) {
+  Case c = small(4);
+  c.cached_repeats = 50;
+  list.add("handle_reused_50_times", {c});
+  c.cached_repeats = 8;
+  c.hold_results = true;
+  c.clone_handle = true;
+  list.add("cloned_handle_results_held", {c});
+  c = small(3);
+  c.combines = 20;
+  c.biases = 2;
+  list.add("combined_20_times", {c});
+  c = small(4);
+  c.async = true;
+  c.cached_repeats = c.combines = 6;
+  c.hold_results = true;
+  list.add("async_chain", {c});
+  c = small(2);
+  c.config.num_sms = 1;
+  c.late_config.num_sms = 24;
+  c.cached_repeats = c.combines = 3;
+  list.add("handle_used_with_more_sms", {c});
+  std::swap(c.config, c.late_config);
+  list.add("handle_used_with_fewer_sms", {c});
+}
+
+/// Neighbouring calls differ in everything, so that what one leaves behind meets the next.
+std::vector<Case> alternating(int ranks) {
+  Case wide = small(ranks);
+  wide.hidden = 8192;
+  wide.tokens = {97};
+  Case narrow = small(ranks);
+  narrow.hidden = 16;
+  narrow.dtype = DType::kUint8;
+  narrow.topk = 1;
+  Case scaled = small(ranks);
+  scaled.dtype = DType::kFloat8E4m3;
+  scaled.scales = Scales::kPackedColumnMajor;
+  scaled.tokens = {5};
+  Case empty = small(ranks);
+  empty.tokens = {0};
+  Case worst = small(ranks);
+  worst.num_worst_tokens = Case::kWorstFits;
+  worst.topk_dtype = DType::kInt32;
+  std::vector<Case> cases;
+  for (std::uint64_t round = 0; round < 4; ++round) {
+    for (Case c : {wide, narrow, scaled, empty, worst}) {
+      c.seed = round * 10 + cases.size();
+      c.async = round == 2;
+      cases.push_back(c);
+    }
+  }
+  return cases;
+}
+
+void add_orders(List& list) {
+  for (int ranks : {2, 4, 8}) {
+    list.add(fmt::format("alternating_shapes_{}", ranks), alternating(ranks));
+    list.add(fmt::format("two_buffers_in_turn_{}", ranks), alternating(ranks), [](Program& program) {
+      for (std::size_t i = 0; i < program.steps.size(); ++i)
+        program.steps[i].buffer = static_cast<int>(i % 2);
+    });
+  }
+  list.add("three_buffers_at_once", alternating(3), [](Program& program) {
+    program.concurrent = true;
+    for (std::size_t i = 0; i < program.steps.size(); ++i)
+      program.steps[i].buffer = static_cast<int>(i % 3);
+  });
+  list.add("new_buffers_at_once", alternating(2), [](Program& program) {
+    program.concurrent = program.own_buffers = true;
+    for (std::size_t i = 0; i < program.steps.size(); ++i)
+      program.steps[i].buffer = static_cast<int>(i % 4);
+  });
+  Case growing = small(4);
+  std::vector<Case> cases;
+  for (std::int64_t tokens : {1, 8, 64, 512, 4096, 3}) {
+    growing.tokens = {tokens};
+    growing.hidden = 4096;
+    cases.push_back(growing);
+  }
+  list.add("memory_grows", cases, [](Program& program) { program.own_buffers = true; });
+}
+
+}  // namespace
+
+std::vector<Program> corner_programs(const Limits& limits) {
+  List list(limits);
+  add_shapes(list);
+  add_routings(list);
+  add_reuse(list);
+  add_orders(list);
+  return list.take();
+}
+
+}  // namespace deep_ep::test

@@ -1,0 +1,250 @@
+#include "contract/program.hpp"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <array>
+
+#include "contract/covering.hpp"
+
+namespace deep_ep::test {
+namespace {
+
+using verify::Case;
+using verify::Routing;
+using verify::Scales;
+
+constexpr std::array kRanks{1, 2, 3, 4, 5, 8};
+constexpr std::array kTopk{1, 2, 6, 8, 9, 16, 32};
+constexpr std::array kTokens{0, 1, 7, 128, 4096};
+constexpr std::array kDtypes{DType::kBfloat16, DType::kFloat16, DType::kFloat32,
+                             DType::kFloat8E4m3, DType::kUint8};
+constexpr std::array kSumDtypes{DType::kBfloat16, DType::kFloat16, DType::kFloat32};
+constexpr std::array kScales{Scales::kNone, Scales::kFloat32, Scales::kFloat32ColumnMajor,
+                             Scales::kPacked, Scales::kPackedColumnMajor};
+constexpr std::array kRoutings{
+    Routing::kUniform, Routing::kZipf,   Routing::kGrouped, Routing::kAllToAll,  Routing::kToRankZero,
+    Routing::kToSelf,  Routing::kNone,   Routing::kHoles,   Routing::kDuplicates};
+constexpr std::array kNumScales{0, 1, 3};
+constexpr std::array kLocalExperts{1, 3, 32};
+constexpr std::array kAlignments{1, 8, 128};
+// Values a row; 0 stands for the shortest row, 16 bytes.
+constexpr std::array kHidden{0, 24, 512, 7168, 8192, 16384};
+constexpr int kHiddenLevels = static_cast<int>(kHidden.size());
+
+enum Factor {
+  kRanksFactor,
+  kTopkFactor,
+  kTokensFactor,
+  kSpreadFactor,
+  kHiddenFactor,
+  kDtypeFactor,
+  kSumDtypeFactor,
+  kScalesFactor,
+  kNumScalesFactor,
+  kRoutingFactor,
+  kLocalExpertsFactor,
+  kArgumentsFactor,
+  kAlignmentFactor,
+  kBiasFactor,
+  kReuseFactor,
+  kOrderFactor,
+  kConfigFactor,
+  kLateConfigFactor,
+  kIdFactor,
+  kNumFactors
+};
+
+std::vector<int> factor_levels() {
+  std::vector<int> levels(kNumFactors);
+  levels[kRanksFactor] = kRanks.size();
+  levels[kTopkFactor] = kTopk.size();
+  levels[kTokensFactor] = kTokens.size();
+  levels[kSpreadFactor] = 4;
+  levels[kHiddenFactor] = kHiddenLevels;
+  levels[kDtypeFactor] = kDtypes.size();
+  levels[kSumDtypeFactor] = kSumDtypes.size();
+  levels[kScalesFactor] = kScales.size();
+  levels[kNumScalesFactor] = kNumScales.size();
+  levels[kRoutingFactor] = kRoutings.size();
+  levels[kLocalExpertsFactor] = kLocalExperts.size();
+  levels[kArgumentsFactor] = 5;
+  levels[kAlignmentFactor] = kAlignments.size();
+  levels[kBiasFactor] = 3;
+  levels[kReuseFactor] = 4;
+  levels[kOrderFactor] = 4;
+  levels[kConfigFactor] = 3;
+  levels[kLateConfigFactor] = 3;
+  levels[kIdFactor] = 2;
+  return levels;
+}
+
+/// How a number of tokens is spread over the ranks: equal, ragged, every other rank empty, all on
+/// the last rank.
+std::vector<std::int64_t> spread_tokens(std::int64_t tokens, int ranks, int level) {
+  std::vector<std::int64_t> spread(static_cast<std::size_t>(ranks), tokens);
+  for (int rank = 0; rank < ranks; ++rank) {
+    std::int64_t& mine = spread[static_cast<std::size_t>(rank)];
+    if (level == 1) mine = tokens * (rank + 1) / ranks;
+    if (level == 2 && rank % 2 == 0) mine = 0;
+    if (level == 3 && rank != ranks - 1) mine = 0;
+  }
+  return spread;
+}
+
+/// Rows are multiples of 16 bytes in every dtype that the exchange uses: 16 values are, in all.
+std::int64_t hidden_of(int level, DType dtype, DType sum_dtype) {
+  const std::int64_t hidden = kHidden[static_cast<std::size_t>(level)];
+  const auto smallest =
+      static_cast<std::int64_t>(16 / std::min(size_of(dtype), size_of(sum_dtype)));
+  return hidden == 0 ? smallest : (hidden + smallest - 1) / smallest * smallest;
+}
+
+Config config_of(int level) {
+  Config config;
+  if (level == 1) {
+    config.num_sms = 1;
+    config.num_max_nvl_chunked_send_tokens = 1;
+    config.num_max_nvl_chunked_recv_tokens = 1;
+  }
+  if (level == 2) {
+    config.num_sms = 64;
+    config.num_max_nvl_chunked_send_tokens = 32;
+    config.num_max_nvl_chunked_recv_tokens = 33;
+  }
+  return config;
+}
+
+void set_arguments(Case& c, int level) {
+  c.pass_topk = level != 1;
+  c.weights = level != 2;
+  if (level == 3) c.num_worst_tokens = Case::kWorstFits;
+  if (level == 4) {
+    c.num_worst_tokens = 3;
+    for (std::int64_t tokens : c.tokens) c.num_worst_tokens += tokens;
+  }
+}
+
+Case case_of(const std::vector<int>& row, std::uint64_t seed) {
+  Case c;
+  c.seed = seed;
+  c.ranks = kRanks[static_cast<std::size_t>(row[kRanksFactor])];
+  c.topk = kTopk[static_cast<std::size_t>(row[kTopkFactor])];
+  const int local = kLocalExperts[static_cast<std::size_t>(row[kLocalExpertsFactor])];
+  c.experts = c.ranks * std::max(local, (c.topk + c.ranks - 1) / c.ranks);
+  c.tokens = spread_tokens(kTokens[static_cast<std::size_t>(row[kTokensFactor])], c.ranks,
+                           row[kSpreadFactor]);
+  c.dtype = kDtypes[static_cast<std::size_t>(row[kDtypeFactor])];
+  c.combine_dtype = kSumDtypes[static_cast<std::size_t>(row[kSumDtypeFactor])];
+  c.hidden = hidden_of(row[kHiddenFactor], c.dtype, c.combine_dtype);
+  c.scales = kScales[static_cast<std::size_t>(row[kScalesFactor])];
+  c.num_scales = c.scales == Scales::kNone
+                     ? 0
+                     : kNumScales[static_cast<std::size_t>(row[kNumScalesFactor])];
+  c.routing = kRoutings[static_cast<std::size_t>(row[kRoutingFactor])];
+  c.topk_dtype = row[kIdFactor] == 0 ? DType::kInt64 : DType::kInt32;
+  set_arguments(c, row[kArgumentsFactor]);
+  c.expert_alignment = kAlignments[static_cast<std::size_t>(row[kAlignmentFactor])];
+  c.biases = row[kBiasFactor];
+  constexpr std::array kCached{0, 1, 3, 2};
+  constexpr std::array kCombines{1, 2, 1, 3};
+  c.cached_repeats = kCached[static_cast<std::size_t>(row[kReuseFactor])];
+  c.combines = kCombines[static_cast<std::size_t>(row[kReuseFactor])];
+  c.clone_handle = row[kReuseFactor] >= 2;
+  c.async = row[kOrderFactor] % 2 == 1;
+  c.hold_results = row[kOrderFactor] >= 2;
+  c.config = config_of(row[kConfigFactor]);
+  c.late_config = config_of(row[kLateConfigFactor]);
+  return c;
+}
+
+}  // namespace
+
+std::string Program::describe() const {
+  std::string text = fmt::format("{}: {} ranks, {} steps{}{}", name, ranks, steps.size(),
+                                 concurrent ? ", concurrent" : "", own_buffers ? ", own buffers" : "");
+  for (const Step& step : steps)
+    text += fmt::format("\n    buffer {}: {}", step.buffer, step.exchange.describe());
+  return text;
+}
+
+std::int64_t estimate_bytes(const Case& c) {
+  std::int64_t tokens = 0;
+  for (int rank = 0; rank < c.ranks; ++rank) tokens += c.tokens_of(rank);
+  const std::int64_t received = tokens * std::min(c.ranks, c.topk) +
+                                std::max<std::int64_t>(c.num_worst_tokens, 0) * c.ranks;
+  const auto row = c.hidden * static_cast<std::int64_t>(size_of(c.dtype));
+  const auto sum_row = c.hidden * static_cast<std::int64_t>(size_of(c.combine_dtype));
+  // An input and an output of a dispatch; rows, biases and sums of a combine; the check holds as
+  // much again.
+  const std::int64_t dispatch = (tokens + received) * (row + 12 * c.topk + 64);
+  const std::int64_t combine = (received + (2 + c.biases) * tokens) * (sum_row + 4 * c.topk);
+  const std::int64_t live =
+      c.hold_results ? dispatch * (1 + c.cached_repeats) + combine * c.combines : dispatch + combine;
+  return live + 2 * (dispatch + combine);
+}
+
+void fit(Case& c, std::int64_t bytes) {
+  while (estimate_bytes(c) > bytes) {
+    std::int64_t total = 0;
+    const bool larger_worst = c.num_worst_tokens > 0;
+    for (std::int64_t& tokens : c.tokens) {
+      tokens = tokens * 2 / 3;
+      total += tokens;
+    }
+    if (larger_worst) c.num_worst_tokens = total + 3;
+    if (total == 0) return;
+  }
+}
+
+std::vector<Program> covering_programs(std::uint64_t seed, const Limits& limits) {
+  std::vector<Program> programs;
+  for (const std::vector<int>& row : pairwise_rows(factor_levels(), seed)) {
+    Program program;
+    Case c = case_of(row, seed * 1000 + programs.size());
+    if (c.ranks > limits.max_ranks) continue;
+    fit(c, limits.bytes);
+    program.name = fmt::format("pairwise/{}", programs.size());
+    program.ranks = c.ranks;
+    program.steps.push_back({static_cast<int>(programs.size() % 2), c});
+    programs.push_back(std::move(program));
+  }
+  return programs;
+}
+
+Program random_program(std::uint64_t seed, const Limits& limits) {
+  std::mt19937_64 random(seed);
+  Program program;
+  program.name = fmt::format("random/{}", seed);
+  const std::vector<int> levels = factor_levels();
+  const auto level = [&](int factor) {
+    return static_cast<int>(random() % static_cast<std::uint64_t>(levels[factor]));
+  };
+  do {
+    program.ranks = kRanks[static_cast<std::size_t>(level(kRanksFactor))];
+  } while (program.ranks > limits.max_ranks);
+  const int num_buffers = random() % 4 == 0 ? 2 : 1;
+  program.concurrent = num_buffers == 2 && random() % 2 == 0;
+  program.own_buffers = random() % 16 == 0;
+  const int num_steps = 1 + static_cast<int>(random() % 5);
+  for (int i = 0; i < num_steps; ++i) {
+    std::vector<int> row(kNumFactors);
+    for (int factor = 0; factor < kNumFactors; ++factor) row[static_cast<std::size_t>(factor)] = level(factor);
+    row[kRanksFactor] = static_cast<int>(
+        std::find(kRanks.begin(), kRanks.end(), program.ranks) - kRanks.begin());
+    Case c = case_of(row, random());
+    // Beside the levels, any number: most tokens, hidden sizes and top-ks are no round number.
+    if (random() % 2 == 0) {
+      c.num_worst_tokens = std::min<std::int64_t>(c.num_worst_tokens, 0);
+      for (std::int64_t& tokens : c.tokens) tokens = static_cast<std::int64_t>(random() % 300);
+      c.hidden = 16 * static_cast<std::int64_t>(1 + random() % 128);
+      c.topk = 1 + static_cast<int>(random() % static_cast<std::uint64_t>(std::min(c.experts, 40)));
+      c.expert_alignment = 1 + static_cast<int>(random() % 200);
+    }
+    fit(c, limits.bytes / num_steps);
+    program.steps.push_back({i % num_buffers, std::move(c)});
+  }
+  return program;
+}
+
+}  // namespace deep_ep::test

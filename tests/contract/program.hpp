@@ -1,0 +1,50 @@
+#pragma once
+
+#include <cstdint>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "verify/case.hpp"
+
+namespace deep_ep::test {
+
+/// One exchange on one of the program's Buffers.
+struct Step {
+  int buffer = 0;
+  verify::Case exchange{};
+};
+
+/// What one job of the pool does: exchanges, one after the other, on one or several Buffers.
+struct Program {
+  std::string name{};
+  int ranks = 1;
+  std::vector<Step> steps{};
+  /// Buffers work at once, a thread each; the steps of one Buffer stay in order.
+  bool concurrent = false;
+  /// True: the Buffers are new, and destroyed at the end. False: those of earlier programs with as
+  /// many ranks go on.
+  bool own_buffers = false;
+
+  std::string describe() const;
+};
+
+/// How much the programs may take. Tokens are scaled down until a program fits.
+struct Limits {
+  std::int64_t bytes = std::int64_t{192} << 20;  ///< over all ranks, results and checks included
+  int max_ranks = 8;
+};
+
+/// The most memory that all ranks together need for `exchange`.
+std::int64_t estimate_bytes(const verify::Case& exchange);
+/// Scales the tokens down until `exchange` fits into `bytes`.
+void fit(verify::Case& exchange, std::int64_t bytes);
+
+/// Pairwise covering array over all parameters of an exchange, as programs of one step.
+std::vector<Program> covering_programs(std::uint64_t seed, const Limits& limits);
+/// The named corners.
+std::vector<Program> corner_programs(const Limits& limits);
+/// A function of the seed alone.
+Program random_program(std::uint64_t seed, const Limits& limits);
+
+}  // namespace deep_ep::test

@@ -1,0 +1,124 @@
+#include "contract/runner.hpp"
+
+#include <fmt/format.h>
+
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace deep_ep::test {
+namespace {
+
+/// Programs on the same Buffers before these are destroyed and built anew.
+constexpr int kProgramsABuffer = 24;
+
+/// "" if all outputs are right.
+std::string run_step(Buffer& buffer, const Program& program, std::size_t i) {
+  const Step& step = program.steps[i];
+  const verify::CaseResult result = verify::run_case(buffer, step.exchange);
+  if (!result.passed())
+    return fmt::format("step {} on buffer {}: {} of {} elements wrong, first: {}", i, step.buffer,
+                       result.wrong_elements, result.checked_elements, result.first_mismatch);
+  if (result.checked_outputs == 0) return fmt::format("step {} checked nothing", i);
+  return "";
+}
+
+/// The first text that is not empty, so that all steps run: the other ranks need this one's part.
+void keep_first(std::string& wrong, const std::string& text) {
+  if (wrong.empty()) wrong = text;
+}
+
+std::string run_concurrently(const Program& program, const std::map<int, Buffer*>& buffers) {
+  std::mutex mutex;
+  std::string wrong;
+  std::vector<std::thread> threads;
+  for (const auto& [number, buffer] : buffers) {
+    threads.emplace_back([&, number = number, buffer = buffer] {
+      std::string text;
+      try {
+        for (std::size_t i = 0; i < program.steps.size(); ++i) {
+          if (program.steps[i].buffer == number) keep_first(text, run_step(*buffer, program, i));
+        }
+      } catch (const std::exception& error) {
+        text = error.what();
+      }
+      const std::lock_guard lock(mutex);
+      keep_first(wrong, text);
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  return wrong;
+}
+
+}  // namespace
+
+std::string Runner::run(Worker& worker, const Program& program, std::int64_t generation) {
+  if (generation != generation_) {
+    generation_ = generation;
+    keepsakes_ = {};
+    buffers_.clear();
+    programs_since_renewal_.clear();
+  }
+  Buffers own;
+  Buffers& buffers = program.own_buffers ? own : buffers_;
+  std::string wrong;
+  try {
+    wrong = run_steps(worker, program, buffers);
+  } catch (const Error& error) {
+    if (error.code() == ErrorCode::kUnsupported) return kSkipped + std::string(error.what());
+    wrong = fmt::format("{}: {}", to_string(error.code()), error.what());
+  }
+  drop(own, program.ranks);
+  if (wrong.empty()) wrong = keepsakes_.check();
+  if (!program.own_buffers && ++programs_since_renewal_[program.ranks] >= kProgramsABuffer) {
+    drop(buffers_, program.ranks);
+    programs_since_renewal_[program.ranks] = 0;
+    if (wrong.empty()) wrong = keepsakes_.check();
+  }
+  return wrong.empty() ? kPassed : wrong;
+}
+
+std::string Runner::run_steps(Worker& worker, const Program& program, Buffers& buffers) {
+  std::map<int, Buffer*> used;
+  for (const Step& step : program.steps) used[step.buffer] = nullptr;
+  for (auto& [number, pointer] : used) pointer = &buffer(worker, buffers, number);
+
+  std::string wrong;
+  if (program.concurrent) {
+    wrong = run_concurrently(program, used);
+  } else {
+    for (std::size_t i = 0; i < program.steps.size(); ++i)
+      keep_first(wrong, run_step(*used[program.steps[i].buffer], program, i));
+  }
+  Buffer& first = *used.begin()->second;
+  keep_first(wrong, keepsakes_.combine_oldest(first));
+  keepsakes_.take(first);
+  return wrong;
+}
+
+Buffer& Runner::buffer(Worker& worker, Buffers& buffers, int number) const {
+  std::unique_ptr<Buffer>& made = buffers[{worker.num_ranks(), number}];
+  if (made == nullptr) {
+    BufferOptions options;
+    options.device = target_.device;
+    options.timeout = target_.timeout;
+    // Odd ones start with nothing, so that their first results make them grow.
+    options.num_nvl_bytes =
+        number % 2 == 0 ? Config{}.get_nvl_buffer_size_hint(7168 * 2, worker.num_ranks()) : 0;
+    made = std::make_unique<Buffer>(worker.bootstrap(), options);
+  }
+  return *made;
+}
+
+void Runner::drop(Buffers& buffers, int num_ranks) {
+  for (auto it = buffers.begin(); it != buffers.end();) {
+    if (it->first.first != num_ranks) {
+      ++it;
+      continue;
+    }
+    keepsakes_.forget_buffer(*it->second);
+    it = buffers.erase(it);
+  }
+}
+
+}  // namespace deep_ep::test

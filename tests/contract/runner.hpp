@@ -1,0 +1,50 @@
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+#include <utility>
+
+#include "contract/keepsake.hpp"
+#include "contract/pool.hpp"
+#include "contract/program.hpp"
+
+namespace deep_ep::test {
+
+/// What the suite runs on.
+struct Target {
+  Device device{};
+  std::chrono::milliseconds timeout{20'000};  ///< of each Buffer
+};
+
+/// A rank's side of the suite: its Buffers live from program to program.
+class Runner {
+ public:
+  /// What `run` answers besides a text about what is wrong.
+  static constexpr const char* kPassed = "passed";
+  static constexpr const char* kSkipped = "skipped: ";
+
+  explicit Runner(const Target& target) : target_(target) {}
+
+  /// Collective. All Buffers of the rank go first if `generation` is a new one: then some rank's
+  /// are broken or gone.
+  std::string run(Worker& worker, const Program& program, std::int64_t generation);
+
+ private:
+  /// Number of ranks and the program's number of the Buffer.
+  using Buffers = std::map<std::pair<int, int>, std::unique_ptr<Buffer>>;
+
+  Buffer& buffer(Worker& worker, Buffers& buffers, int number) const;
+  std::string run_steps(Worker& worker, const Program& program, Buffers& buffers);
+  void drop(Buffers& buffers, int num_ranks);
+
+  Target target_;
+  std::int64_t generation_ = -1;
+  Buffers buffers_;
+  std::map<int, int> programs_since_renewal_;  // by number of ranks
+  Keepsakes keepsakes_;
+};
+
+}  // namespace deep_ep::test

@@ -1,0 +1,32 @@
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "contract/program.hpp"
+#include "contract/runner.hpp"
+
+namespace deep_ep::test {
+
+struct SuiteOptions {
+  std::int64_t from = 0;
+  std::int64_t count = -1;  ///< -1: to the end
+  std::string filter{};     ///< only programs whose name contains it
+  double max_seconds = 0;   ///< stop before the next program after so long; 0: no limit
+  std::string replay{};     ///< flags that select the same list of programs again
+};
+
+/// Where the programs come from: a list, or a function of the seed.
+class ProgramSource {
+ public:
+  virtual ~ProgramSource() = default;
+  virtual std::int64_t size() const = 0;
+  virtual Program at(std::int64_t i) const = 0;
+};
+
+/// Runs programs on one pool of ranks, prints what fails with the flags that repeat it, and closes
+/// with "N passed, N failed, N skipped". Returns the exit status.
+int run_suite(const ProgramSource& source, const Target& target, const SuiteOptions& options);
+
+}  // namespace deep_ep::test

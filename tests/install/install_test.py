@@ -1,0 +1,116 @@
+#!/usr/bin/env python3
+"""Installs a build tree, moves it, and uses it as a stranger would.
+
+Usage: install_test.py BUILD_DIRECTORY VERSION
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+HEADERS = HERE.parents[1] / "include"
+BUILD = Path(sys.argv[1]).resolve()
+VERSION = sys.argv[2]
+COMPILER = os.environ.get("CXX", "c++")
+
+
+def run(*command, ok=True, **settings):
+    """Output of a command, in an environment that does not help it to find the library."""
+    env = {k: v for k, v in os.environ.items() if k not in ("LD_LIBRARY_PATH", "CMAKE_PREFIX_PATH")}
+    env.update(settings)
+    result = subprocess.run([str(c) for c in command], env=env, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True)
+    if ok != (result.returncode == 0):
+        raise AssertionError(f"{command} exited with {result.returncode}:\n{result.stdout}")
+    return result.stdout
+
+
+def exported_names(library):
+    """Demangled names that programs could link against."""
+    lines = run("nm", "-DC", "--defined-only", library).splitlines()
+    return {line.split(" ", 2)[2] for line in lines if line}
+
+
+def declared_names():
+    """What the public headers mark with DEEP_EP_API."""
+    text = "\n".join(path.read_text() for path in (HEADERS / "deep_ep").glob("*.hpp"))
+    types = re.findall(r"(?:class|struct) DEEP_EP_API (\w+)", text)
+    functions = re.findall(r"^DEEP_EP_API [^;(]*?(\w+)\(", text, re.M)
+    return set(types), set(functions)
+
+
+class Install(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.folder = Path(tempfile.mkdtemp(prefix="deep_ep_install_"))
+        cls.addClassCleanup(shutil.rmtree, cls.folder)
+        run("cmake", "--install", BUILD, "--prefix", cls.folder / "first")
+        cls.prefix = cls.folder / "moved"
+        (cls.folder / "first").rename(cls.prefix)
+        cls.library = next(cls.prefix.glob("lib*/**/libdeep_ep.so"))
+
+    def configure(self, name, version, ok=True):
+        return run("cmake", "-S", HERE / "consumer", "-B", self.folder / name,
+                   f"-DCMAKE_PREFIX_PATH={self.prefix}", f"-DWANTED_VERSION={version}", ok=ok)
+
+    def test_a_program_finds_it_by_find_package(self):
+        major, minor, _ = VERSION.split(".")
+        self.configure("by_cmake", f"{major}.{minor}")
+        run("cmake", "--build", self.folder / "by_cmake")
+        self.assertIn(f"deep_ep {VERSION} received 2 rows", run(self.folder / "by_cmake/consumer"))
+
+    def test_find_package_refuses_another_minor_version(self):
+        major, minor, _ = VERSION.split(".")
+        output = self.configure("refused", f"{major}.{int(minor) + 1}", ok=False)
+        self.assertIn("deep_ep", output)
+
+    def test_a_program_finds_it_by_pkg_config(self):
+        where = str(self.library.parent / "pkgconfig")
+        flags = run("pkg-config", "--cflags", "--libs", "deep_ep", PKG_CONFIG_PATH=where).split()
+        program = self.folder / "by_pkg_config"
+        run(COMPILER, "-std=c++20", HERE / "consumer/main.cpp", "-o", program, *flags,
+            f"-Wl,-rpath,{self.library.parent}")
+        self.assertIn(f"deep_ep {VERSION} received 2 rows", run(program))
+
+    def test_every_public_header_compiles_alone_without_warnings(self):
+        for header in sorted((self.prefix / "include/deep_ep").glob("*.hpp")):
+            with self.subTest(header=header.name):
+                run(COMPILER, "-std=c++20", "-fsyntax-only", "-Wall", "-Wextra", "-Wpedantic",
+                    "-Werror", "-x", "c++", "-include", header, "/dev/null",
+                    f"-I{self.prefix}/include")
+
+    def test_exactly_the_declared_names_are_exported(self):
+        types, functions = declared_names()
+        exported = set()
+        for name in exported_names(self.library):
+            match = re.match(r"(?:(?:typeinfo|typeinfo name|vtable) for )?deep_ep::(\w+)", name)
+            self.assertTrue(match, f"exported, but not ours: {name}")
+            exported.add(match.group(1))
+        self.assertEqual(exported - types - functions, set(), "exported, but not declared")
+        self.assertEqual(functions - exported, set(), "declared, but not exported")
+
+    def test_the_library_needs_no_device_or_network_library(self):
+        dynamic = run("readelf", "-dW", self.library)
+        major, minor, _ = VERSION.split(".")
+        soname = f"{major}.{minor}" if major == "0" else major
+        self.assertIn(f"Library soname: [libdeep_ep.so.{soname}]", dynamic)
+        needed = re.findall(r"\(NEEDED\).*\[(.*)\]", dynamic)
+        for name in needed:
+            self.assertRegex(name, r"^(libstdc\+\+|libm|libgcc_s|libc|ld-linux)[-.]")
+        self.assertNotRegex(dynamic, r"\((RPATH|RUNPATH)\)")
+
+    def test_the_tool_runs_and_finds_its_library_relative_to_itself(self):
+        tool = self.prefix / "bin/deepep"
+        self.assertIn(VERSION, run(tool, "--version"))
+        for path in re.findall(r"\((?:RPATH|RUNPATH)\).*\[(.*)\]", run("readelf", "-dW", tool)):
+            self.assertRegex(path, r"^\$ORIGIN/")
+
+
+if __name__ == "__main__":
+    unittest.main(argv=sys.argv[:1], verbosity=2)

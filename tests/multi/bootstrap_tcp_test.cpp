@@ -1,0 +1,225 @@
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <netinet/in.h>
+#include <sys/socket.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cstdlib>
+#include <functional>
+#include <thread>
+
+#include "base/env.hpp"
+#include "deep_ep/bootstrap.hpp"
+#include "deep_ep/error.hpp"
+
+namespace deep_ep {
+namespace {
+
+using std::chrono::milliseconds;
+using ::testing::ElementsAre;
+using ::testing::HasSubstr;
+
+sockaddr_in loopback(int port) {
+  sockaddr_in address{};
+  address.sin_family = AF_INET;
+  address.sin_port = htons(static_cast<std::uint16_t>(port));
+  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  return address;
+}
+
+/// A port that nobody listens on just now.
+int free_port() {
+  const int fd = socket(AF_INET, SOCK_STREAM, 0);
+  sockaddr_in address = loopback(0);
+  socklen_t bytes = sizeof(address);
+  EXPECT_EQ(bind(fd, reinterpret_cast<sockaddr*>(&address), sizeof(address)), 0);
+  EXPECT_EQ(getsockname(fd, reinterpret_cast<sockaddr*>(&address), &bytes), 0);
+  close(fd);
+  return ntohs(address.sin_port);
+}
+
+/// Processes that are related by nothing but the port.
+void in_processes(int count, const std::function<void(int)>& body) {
+  std::vector<pid_t> pids;
+  for (int i = 0; i < count; ++i) {
+    const pid_t pid = fork();
+    if (pid == 0) {
+      try {
+        body(i);
+      } catch (const std::exception& error) {
+        ADD_FAILURE() << "process " << i << ": " << error.what();
+      }
+      fflush(nullptr);
+      _exit(::testing::Test::HasFailure() ? 1 : 0);
+    }
+    pids.push_back(pid);
+  }
+  for (int i = 0; i < count; ++i) {
+    int status = -1;
+    waitpid(pids[i], &status, 0);
+    EXPECT_EQ(status, 0) << "process " << i;
+  }
+}
+
+std::string refusal(const std::function<void()>& act, ErrorCode code) {
+  try {
+    act();
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), code) << error.what();
+    return error.what();
+  }
+  return "nothing was refused";
+}
+
+void expect_gather(Bootstrap& bootstrap) {
+  const auto all = bootstrap.all_gather("rank " + std::to_string(bootstrap.rank()));
+  ASSERT_EQ(all.size(), static_cast<std::size_t>(bootstrap.size()));
+  for (int i = 0; i < bootstrap.size(); ++i) EXPECT_EQ(all[i], "rank " + std::to_string(i));
+}
+
+TEST(BootstrapTcp, EightRanksMeetAndGather) {
+  const int port = free_port();
+  in_processes(8, [port](int rank) {
+    const auto bootstrap = bootstrap_tcp(rank, 8, "127.0.0.1", port, milliseconds(20000));
+    for (int i = 0; i < 20; ++i) expect_gather(*bootstrap);
+  });
+}
+
+TEST(BootstrapTcp, OneRankOpensNoSocket) {
+  const auto bootstrap = bootstrap_tcp(0, 1, "no.such.host.invalid", 1);
+  EXPECT_THAT(bootstrap->all_gather("x"), ElementsAre("x"));
+}
+
+TEST(BootstrapTcp, OthersWaitForALateRankZero) {
+  const int port = free_port();
+  in_processes(3, [port](int rank) {
+    if (rank == 0) std::this_thread::sleep_for(milliseconds(700));
+    expect_gather(*bootstrap_tcp(rank, 3, "localhost", port, milliseconds(20000)));
+  });
+}
+
+TEST(BootstrapTcp, SamePortServesTheNextRendezvousAtOnce) {
+  const int port = free_port();
+  in_processes(3, [port](int rank) {
+    for (int i = 0; i < 10; ++i)
+      expect_gather(*bootstrap_tcp(rank, 3, "127.0.0.1", port, milliseconds(20000)));
+  });
+}
+
+TEST(BootstrapTcp, MissingRankIsNamedToAllThatCame) {
+  const int port = free_port();
+  in_processes(3, [port](int process) {
+    const int rank = process == 2 ? 3 : process;  // 2 of 0..3 never comes
+    const std::string text = refusal(
+        [&] { bootstrap_tcp(rank, 4, "127.0.0.1", port, milliseconds(500)); }, ErrorCode::kTimeout);
+    EXPECT_THAT(text, HasSubstr("rank 2 did not come within 500 ms"));
+  });
+}
+
+TEST(BootstrapTcp, MissingRankZeroIsNamed) {
+  const int port = free_port();
+  const std::string text = refusal(
+      [&] { bootstrap_tcp(1, 2, "127.0.0.1", port, milliseconds(300)); }, ErrorCode::kTimeout);
+  EXPECT_THAT(text, HasSubstr("could not reach rank 0 at 127.0.0.1:" + std::to_string(port)));
+  EXPECT_THAT(text, HasSubstr("refused"));
+}
+
+TEST(BootstrapTcp, WrongSecretIsRefusedAndTheOthersMeet) {
+  const int port = free_port();
+  in_processes(3, [port](int process) {
+    setenv("DEEP_EP_RENDEZVOUS_SECRET", process == 2 ? "wrong" : "right", 1);
+    if (process == 2) {
+      const std::string text =
+          refusal([&] { bootstrap_tcp(1, 2, "127.0.0.1", port, milliseconds(20000)); },
+                  ErrorCode::kDisagreement);
+      EXPECT_THAT(text, HasSubstr("DEEP_EP_RENDEZVOUS_SECRET"));
+      return;
+    }
+    // Comes after the impostor has been turned away.
+    if (process == 1) std::this_thread::sleep_for(milliseconds(500));
+    expect_gather(*bootstrap_tcp(process, 2, "127.0.0.1", port, milliseconds(20000)));
+  });
+}
+
+TEST(BootstrapTcp, OtherWorldSizeAndSecondProcessOfARankAreRefused) {
+  const int port = free_port();
+  in_processes(4, [port](int process) {
+    const auto join = [port](int rank, int size) {
+      expect_gather(*bootstrap_tcp(rank, size, "127.0.0.1", port, milliseconds(20000)));
+    };
+    if (process == 0) return join(0, 3);
+    if (process == 1) return join(1, 3);
+    std::this_thread::sleep_for(milliseconds(400));
+    if (process == 2) {
+      EXPECT_THAT(refusal([&] { join(1, 3); }, ErrorCode::kDisagreement),
+                  HasSubstr("another process has come as this rank"));
+      return;
+    }
+    EXPECT_THAT(refusal([&] { join(2, 5); }, ErrorCode::kDisagreement),
+                HasSubstr("counts 5 ranks, rank 0 counts 3"));
+    std::this_thread::sleep_for(milliseconds(400));
+    join(2, 3);
+  });
+}
+
+TEST(BootstrapTcp, StrangersThatSayNothingOrNonsenseChangeNothing) {
+  const int port = free_port();
+  in_processes(3, [port](int process) {
+    if (process < 2) {
+      if (process == 1) std::this_thread::sleep_for(milliseconds(600));
+      return expect_gather(*bootstrap_tcp(process, 2, "127.0.0.1", port, milliseconds(20000)));
+    }
+    std::this_thread::sleep_for(milliseconds(200));
+    const sockaddr_in address = loopback(port);
+    for (int i = 0; i < 20; ++i) {
+      const int fd = socket(AF_INET, SOCK_STREAM, 0);
+      ASSERT_EQ(connect(fd, reinterpret_cast<const sockaddr*>(&address), sizeof(address)), 0);
+      if (i % 2 == 0) send(fd, "GET / HTTP/1.0\r\nHost: somebody\r\n\r\n", 34, MSG_NOSIGNAL);
+    }
+    std::this_thread::sleep_for(milliseconds(800));
+  });
+}
+
+TEST(BootstrapTcp, PortIsClosedOnceAllHaveCome) {
+  const int port = free_port();
+  in_processes(2, [port](int rank) {
+    const auto bootstrap = bootstrap_tcp(rank, 2, "127.0.0.1", port, milliseconds(20000));
+    const sockaddr_in address = loopback(port);
+    const int fd = socket(AF_INET, SOCK_STREAM, 0);
+    EXPECT_NE(connect(fd, reinterpret_cast<const sockaddr*>(&address), sizeof(address)), 0);
+    bootstrap->barrier();
+  });
+}
+
+TEST(BootstrapTcp, TakenPortIsAnErrorThatSaysWhatToSet) {
+  const int port = free_port();
+  const int fd = socket(AF_INET, SOCK_STREAM, 0);
+  const sockaddr_in address = loopback(port);
+  ASSERT_EQ(bind(fd, reinterpret_cast<const sockaddr*>(&address), sizeof(address)), 0);
+  ASSERT_EQ(listen(fd, 1), 0);
+  EXPECT_THAT(refusal([&] { bootstrap_tcp(0, 2, "127.0.0.1", port, milliseconds(500)); },
+                      ErrorCode::kSystem),
+              HasSubstr("MASTER_PORT"));
+  close(fd);
+}
+
+TEST(BootstrapFromEnvironment, FindsThePlaceThatTheLauncherTold) {
+  const std::string port = std::to_string(free_port());
+  in_processes(2, [port](int rank) {
+    setenv("RANK", std::to_string(rank).c_str(), 1);
+    setenv("WORLD_SIZE", "2", 1);
+    setenv("MASTER_PORT", port.c_str(), 1);
+    const auto bootstrap = bootstrap_from_environment();
+    EXPECT_EQ(bootstrap->rank(), rank);
+    expect_gather(*bootstrap);
+  });
+}
+
+TEST(BootstrapFromEnvironment, NoLauncherMeansOneRank) {
+  for (const auto& variable : env::variables()) unsetenv(variable.name);
+  EXPECT_EQ(bootstrap_from_environment()->size(), 1);
+}
+
+}  // namespace
+}  // namespace deep_ep

@@ -1,0 +1,130 @@
+#include "multi/fault_play.hpp"
+
+#include <fmt/format.h>
+
+#include <filesystem>
+#include <fstream>
+#include <string>
+
+#include "verify/case.hpp"
+
+namespace deep_ep::test {
+
+const char* to_string(Op op) {
+  switch (op) {
+    case Op::kBarrier:
+      return "barrier";
+    case Op::kDispatch:
+    case Op::kCachedDispatch:
+      return "dispatch";
+    case Op::kCombine:
+      return "combine";
+  }
+  return "";
+}
+
+Exchange::Exchange(int rank, int ranks)
+    : num_ranks(ranks), x(static_cast<std::size_t>(kTokens * kHidden), static_cast<float>(rank + 1)) {
+  for (std::int64_t token = 0; token < kTokens; ++token) {
+    for (int expert = 0; expert < ranks; ++expert) {
+      topk_idx.push_back(expert);
+      topk_weights.push_back(0.5F);
+    }
+  }
+}
+
+DispatchArgs Exchange::dispatch_args(Buffer& buffer) const {
+  DispatchArgs args;
+  args.x = {x.data(), DType::kFloat32, {kTokens, kHidden}};
+  args.topk_idx = {topk_idx.data(), DType::kInt64, {kTokens, num_ranks}};
+  args.topk_weights = {topk_weights.data(), DType::kFloat32, {kTokens, num_ranks}};
+  args.layout = buffer.get_dispatch_layout(args.topk_idx, num_ranks);
+  return args;
+}
+
+CombineArgs Exchange::combine_args(const DispatchResult& dispatched) {
+  CombineArgs args;
+  args.x = dispatched.recv_x;
+  args.handle = dispatched.handle;
+  return args;
+}
+
+DispatchArgs Exchange::cached_args(const Exchange& exchange, const DispatchResult& dispatched) {
+  DispatchArgs args;
+  args.x = {exchange.x.data(), DType::kFloat32, {kTokens, kHidden}};
+  args.handle = dispatched.handle;
+  return args;
+}
+
+void Exchange::run(Buffer& buffer, Op op, const DispatchResult& dispatched) const {
+  switch (op) {
+    case Op::kBarrier:
+      buffer.barrier();
+      break;
+    case Op::kDispatch:
+      buffer.dispatch(dispatch_args(buffer));
+      break;
+    case Op::kCachedDispatch:
+      buffer.dispatch(cached_args(*this, dispatched));
+      break;
+    case Op::kCombine:
+      buffer.combine(combine_args(dispatched));
+      break;
+  }
+}
+
+std::optional<Thrown> thrown_by(const std::function<void()>& call) {
+  const auto begin = std::chrono::steady_clock::now();
+  try {
+    call();
+  } catch (const Error& error) {
+    return Thrown{error.code(), error.what(), error.ranks(),
+                  std::chrono::duration_cast<std::chrono::milliseconds>(
+                      std::chrono::steady_clock::now() - begin)};
+  }
+  return std::nullopt;
+}
+
+Belongings Belongings::count() {
+  Belongings belongings;
+  for ([[maybe_unused]] const auto& entry : std::filesystem::directory_iterator("/proc/self/fd"))
+    ++belongings.descriptors;
+  std::ifstream maps("/proc/self/maps");
+  for (std::string line; std::getline(maps, line);)
+    belongings.segments += line.find("/memfd:") != std::string::npos ? 1 : 0;
+  return belongings;
+}
+
+void check_aftermath(Findings& findings, Buffer& buffer, const Keepsakes& kept,
+                     const Thrown& fault) {
+  for (int i = 0; i < 2; ++i) {
+    const auto again = thrown_by([&] { buffer.barrier(); });
+    findings.expect(again.has_value(), "a call after the fault succeeds");
+    if (!again) continue;
+    findings.expect(again->code == fault.code && again->ranks == fault.ranks,
+                    fmt::format("a call after the fault throws another Error: {}", again->text));
+    findings.expect(again->after < std::chrono::seconds(1), "a call after the fault waits");
+  }
+  findings.expect(thrown_by([&] { buffer.check(); }).has_value(), "check() sees no fault");
+  findings.expect(kept.check().empty(), "after the fault: " + kept.check());
+  const auto begin = std::chrono::steady_clock::now();
+  buffer.destroy();
+  const auto took = std::chrono::steady_clock::now() - begin;
+  findings.expect(took < std::chrono::seconds(1), "destroy waits");
+  findings.expect(!buffer.is_available(), "the Buffer is available after destroy");
+  findings.expect(kept.check().empty(), "after destroy: " + kept.check());
+}
+
+void check_new_buffer(Findings& findings, Worker& worker, const std::vector<int>& ranks) {
+  BufferOptions options;
+  options.timeout = std::chrono::seconds(10);
+  Buffer buffer(worker.bootstrap_among(ranks), options);
+  verify::Case exchange;
+  exchange.ranks = static_cast<int>(ranks.size());
+  exchange.experts = 4 * exchange.ranks;
+  exchange.topk = 3;
+  const verify::CaseResult result = verify::run_case(buffer, exchange);
+  findings.expect(result.passed(), "a new Buffer is wrong: " + result.first_mismatch);
+}
+
+}  // namespace deep_ep::test

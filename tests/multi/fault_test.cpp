@@ -1,0 +1,276 @@
+#include <fmt/format.h>
+#include <gtest/gtest.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <csignal>
+#include <filesystem>
+#include <random>
+#include <sstream>
+#include <thread>
+
+#include "multi/fault_play.hpp"
+#include "protocol/schedule.hpp"
+
+// A rank dies or sleeps at any point of a call: all others must end with an Error that names it.
+
+namespace deep_ep::test {
+namespace {
+
+using std::chrono_literals::operator""s;
+using std::chrono_literals::operator""ms;
+
+constexpr int kRanks = 4;
+constexpr auto kJobLimit = 60s;
+
+enum class Act { kKill, kStop, kKillAfterMicroseconds };
+
+/// What happens to the victim, and when.
+struct Plan {
+  Op op = Op::kBarrier;
+  Act act = Act::kKill;
+  protocol::Point point = protocol::Point::kPublish;
+  int count = 1;  ///< at the count-th such point; or after so many microseconds
+  int victim = 0;
+  int timeout_ms = 10'000;
+
+  std::string text() const {
+    return fmt::format("{} {} {} {} {} {}", static_cast<int>(op), static_cast<int>(act),
+                       static_cast<int>(point), count, victim, timeout_ms);
+  }
+  static Plan parse(const std::string& text) {
+    std::istringstream in(text);
+    int op = 0;
+    int act = 0;
+    int point = 0;
+    Plan plan;
+    in >> op >> act >> point >> plan.count >> plan.victim >> plan.timeout_ms;
+    plan.op = static_cast<Op>(op);
+    plan.act = static_cast<Act>(act);
+    plan.point = static_cast<protocol::Point>(point);
+    return plan;
+  }
+};
+
+/// Stops all threads of this process; a child wakes it.
+void stop_self(std::chrono::milliseconds how_long) {
+  const pid_t self = getpid();
+  const pid_t child = fork();
+  if (child == 0) {
+    usleep(static_cast<useconds_t>(how_long.count()) * 1000);
+    kill(self, SIGCONT);
+    _exit(0);
+  }
+  kill(self, SIGSTOP);
+  waitpid(child, nullptr, 0);
+}
+
+/// Lets its process die or stop at one point of a call.
+class Executioner final : public protocol::Scheduler {
+ public:
+  explicit Executioner(const Plan& plan) : plan_(plan) {}
+
+  void reach(protocol::Point point) override {
+    if (point != plan_.point || ++reached_ != plan_.count) return;
+    struck_ = true;
+    if (plan_.act == Act::kKill) kill(getpid(), SIGKILL);
+    if (plan_.act == Act::kStop) stop_self(std::chrono::milliseconds(plan_.timeout_ms * 4));
+  }
+  bool struck() const { return struck_; }
+
+ private:
+  Plan plan_;
+  std::atomic<int> reached_{0};
+  std::atomic<bool> struck_{false};
+};
+
+constexpr const char* kSurvived = "survived";
+
+/// The call, and a barrier behind it: whoever had all it needed from the victim before the end
+/// learns of it there.
+std::optional<Thrown> call_once(Buffer& buffer, const std::function<void()>& call) {
+  auto thrown = thrown_by(call);
+  if (!thrown) thrown = thrown_by([&] { buffer.barrier(); });
+  return thrown;
+}
+
+/// The victim's part. Answers only if it is still alive.
+std::string play_victim(const Plan& plan, Buffer& buffer, const std::function<void()>& call) {
+  if (plan.act == Act::kKillAfterMicroseconds) {
+    std::thread([&plan] {
+      usleep(static_cast<useconds_t>(plan.count));
+      kill(getpid(), SIGKILL);
+    }).detach();
+    for (;;) call_once(buffer, call);
+  }
+  Executioner executioner(plan);
+  const auto thrown = call_once(buffer, [&] {
+    protocol::scheduler = &executioner;
+    try {
+      call();
+    } catch (...) {
+      protocol::scheduler = nullptr;
+      throw;
+    }
+    protocol::scheduler = nullptr;
+  });
+  if (!executioner.struck()) return thrown ? "not struck, but: " + thrown->text : kSurvived;
+  // Awake again, it must learn that the others have given it up.
+  return thrown ? "" : "the victim woke up and noticed nothing";
+}
+
+/// Calls until the victim's end is noticed. Nothing if the victim survived.
+std::optional<Thrown> call_until_error(const Plan& plan, Buffer& buffer,
+                                       const std::function<void()>& call) {
+  auto thrown = call_once(buffer, call);
+  if (plan.act != Act::kKillAfterMicroseconds) return thrown;
+  const auto begin = std::chrono::steady_clock::now();
+  while (!thrown && std::chrono::steady_clock::now() - begin < 20s)
+    thrown = call_once(buffer, call);
+  return thrown;
+}
+
+std::string play(Worker& worker, const std::string& job) {
+  const Plan plan = Plan::parse(job);
+  const Belongings before = Belongings::count();
+  Findings findings;
+  {
+    Keepsakes kept;
+    BufferOptions options;
+    options.timeout = std::chrono::milliseconds(plan.timeout_ms);
+    Buffer buffer(worker.bootstrap(), options);
+    kept.take(buffer);
+    const Exchange exchange(worker.rank(), worker.num_ranks());
+    DispatchResult dispatched = buffer.dispatch(exchange.dispatch_args(buffer));
+    buffer.barrier();
+    const auto call = [&] { exchange.run(buffer, plan.op, dispatched); };
+
+    if (worker.rank() == plan.victim) return play_victim(plan, buffer, call);
+    const auto thrown = call_until_error(plan, buffer, call);
+    if (!thrown) return kSurvived;
+
+    const bool stopped = plan.act == Act::kStop;
+    findings.expect(thrown->code == (stopped ? ErrorCode::kTimeout : ErrorCode::kPeerFailed),
+                    fmt::format("code {}", deep_ep::to_string(thrown->code)));
+    findings.expect(thrown->ranks == std::vector{plan.victim}, "ranks() is not the victim");
+    const bool named = thrown->text.find(to_string(plan.op)) != std::string::npos ||
+                       thrown->text.find("barrier") != std::string::npos;
+    findings.expect(named, "the operation is not named in '" + thrown->text + "'");
+    for (const std::string& part :
+         {fmt::format("rank {}", worker.rank()),
+          fmt::format("rank {}", plan.victim), std::string("expected"), std::string("seen")})
+      findings.expect_contains(thrown->text, part);
+    const int limit_ms = stopped ? plan.timeout_ms * 2 + 1000 : 2000;
+    findings.expect(thrown->after.count() < limit_ms,
+                    fmt::format("the Error took {} ms", thrown->after.count()));
+    check_aftermath(findings, buffer, kept, *thrown);
+    std::vector<int> others;
+    for (int rank = 0; rank < worker.num_ranks(); ++rank) {
+      if (rank != plan.victim) others.push_back(rank);
+    }
+    check_new_buffer(findings, worker, others);
+    dispatched = {};
+  }
+  const Belongings after = Belongings::count();
+  findings.expect(after.descriptors == before.descriptors,
+                  fmt::format("{} descriptors before, {} after", before.descriptors,
+                              after.descriptors));
+  findings.expect(after.segments == before.segments,
+                  fmt::format("{} segments before, {} after", before.segments, after.segments));
+  return findings.text();
+}
+
+class Fault : public testing::Test {
+ protected:
+  void TearDown() override {
+    for (const auto& entry : std::filesystem::directory_iterator("/dev/shm"))
+      EXPECT_EQ(entry.path().string().find("deep_ep"), std::string::npos) << entry.path();
+  }
+
+  /// True if the victim was struck.
+  bool run(const Plan& plan) {
+    const auto outcomes = pool_.run(kRanks, plan.text(), kJobLimit);
+    bool survived = false;
+    for (std::size_t rank = 0; rank < outcomes.size(); ++rank) {
+      const Outcome& outcome = outcomes[rank];
+      if (outcome.answer == kSurvived) {
+        survived = true;
+        continue;
+      }
+      if (static_cast<int>(rank) == plan.victim && outcome.signal == SIGKILL) continue;
+      EXPECT_TRUE(outcome.answered && outcome.answer.empty())
+          << "plan '" << plan.text() << "', rank " << rank << ": "
+          << (outcome.timed_out ? "hangs" : outcome.answer + outcome.failure);
+    }
+    return !survived;
+  }
+
+  /// Strikes at every point of the kind, until the call ends before the point is reached.
+  void run_at_every_point(Plan plan, int most) {
+    int struck = 0;
+    for (plan.count = 1; plan.count <= most && !HasFailure(); ++plan.count) {
+      plan.victim = plan.count % kRanks;
+      if (!run(plan)) break;
+      ++struck;
+    }
+    RecordProperty(fmt::format("points_{}", static_cast<int>(plan.point)), struck);
+    // A wait may be over before it turns even once; publications are always there.
+    if (plan.point == protocol::Point::kPublish) {
+      EXPECT_GT(struck, 0);
+    }
+  }
+
+ private:
+  Pool pool_{kRanks, play};
+};
+
+class FaultInEveryCall : public Fault, public testing::WithParamInterface<Op> {};
+
+TEST_P(FaultInEveryCall, ARankKilledAtAnyPublicationIsNamed) {
+  run_at_every_point({.op = GetParam(), .point = protocol::Point::kPublish}, 64);
+}
+
+TEST_P(FaultInEveryCall, ARankKilledAtAnyTurnOfAWaitIsNamed) {
+  run_at_every_point({.op = GetParam(), .point = protocol::Point::kWait}, 12);
+}
+
+TEST_P(FaultInEveryCall, ARankKilledBetweenAnyTwoRowsIsNamed) {
+  run_at_every_point({.op = GetParam(), .point = protocol::Point::kCopy}, 24);
+}
+
+TEST_P(FaultInEveryCall, ARankKilledAtAnyTimeIsNamed) {
+  const unsigned seed = std::random_device{}();
+  RecordProperty("seed", static_cast<int>(seed));
+  std::mt19937 random(seed);
+  for (int i = 0; i < 8 && !HasFailure(); ++i) {
+    const int microseconds = static_cast<int>(random() % 3000);
+    EXPECT_TRUE(run({.op = GetParam(),
+                     .act = Act::kKillAfterMicroseconds,
+                     .count = 1 + microseconds,
+                     .victim = i % kRanks}))
+        << "seed " << seed;
+  }
+}
+
+TEST_P(FaultInEveryCall, AStoppedRankIsNamedAfterTheTimeout) {
+  for (const int count : {1, 2, 4}) {
+    EXPECT_TRUE(run({.op = GetParam(),
+                     .act = Act::kStop,
+                     .point = protocol::Point::kPublish,
+                     .count = count,
+                     .victim = count % kRanks,
+                     .timeout_ms = 400}));
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Calls, FaultInEveryCall,
+                         testing::Values(Op::kBarrier, Op::kDispatch, Op::kCachedDispatch,
+                                         Op::kCombine),
+                         [](const auto& call) -> std::string {
+                           return std::array{"Barrier", "Dispatch", "CachedDispatch",
+                                             "Combine"}[static_cast<std::size_t>(call.param)];
+                         });
+
+}  // namespace
+}  // namespace deep_ep::test

@@ -1,0 +1,31 @@
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+
+namespace deep_ep::sim {
+
+/// Calls `run(seed)` for seeds 1..count, or for DEEP_EP_SIM_SEED alone, up to the first that fails,
+/// and prints how to repeat that one.
+template <class Run>
+void for_each_seed(std::uint64_t count, Run&& run) {
+  const char* only = std::getenv("DEEP_EP_SIM_SEED");
+  const std::uint64_t first = only != nullptr ? std::strtoull(only, nullptr, 10) : 1;
+  const std::uint64_t last = only != nullptr ? first : count;
+  for (std::uint64_t seed = first; seed <= last; ++seed) {
+    run(seed);
+    if (!testing::Test::HasFailure()) continue;
+    const testing::TestInfo& test = *testing::UnitTest::GetInstance()->current_test_info();
+    std::printf("failed with seed %llu; repeat: ./dev sim --seed %llu --gtest_filter=%s.%s\n",
+                static_cast<unsigned long long>(seed), static_cast<unsigned long long>(seed),
+                test.test_suite_name(), test.name());
+    return;
+  }
+  std::printf("seeds %llu to %llu\n", static_cast<unsigned long long>(first),
+              static_cast<unsigned long long>(last));
+}
+
+}  // namespace deep_ep::sim
