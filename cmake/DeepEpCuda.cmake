@@ -5,8 +5,10 @@ set(DEEP_EP_CUDA_ON OFF)
 add_library(deep_ep_cuda_headers INTERFACE)
 
 function(deep_ep_find_nvcc nvcc_variable reason_variable)
-  find_program(DEEP_EP_NVCC nvcc HINTS $ENV{CUDACXX} $ENV{CUDA_HOME}/bin ${PROJECT_SOURCE_DIR}/.venv/cuda/bin
-               /usr/local/cuda/bin)
+  if(NOT "$ENV{CUDACXX}" STREQUAL "")
+    set(DEEP_EP_NVCC $ENV{CUDACXX} CACHE FILEPATH "nvcc")
+  endif()
+  find_program(DEEP_EP_NVCC nvcc HINTS $ENV{CUDA_HOME}/bin PATHS /usr/local/cuda/bin)
   set(${nvcc_variable} "" PARENT_SCOPE)
   if(NOT DEEP_EP_NVCC)
     set(${reason_variable} "no nvcc found (PATH, CUDACXX, CUDA_HOME, /usr/local/cuda)" PARENT_SCOPE)

@@ -25,7 +25,5 @@ configure_file(${CMAKE_CURRENT_LIST_DIR}/deep_ep.pc.in ${PROJECT_BINARY_DIR}/dee
 install(FILES ${PROJECT_BINARY_DIR}/deep_ep.pc DESTINATION ${CMAKE_INSTALL_LIBDIR}/pkgconfig)
 
 if(TARGET deepep)
-  file(RELATIVE_PATH deep_ep_bin_to_lib /${CMAKE_INSTALL_BINDIR} /${CMAKE_INSTALL_LIBDIR})
-  set_target_properties(deepep PROPERTIES INSTALL_RPATH "$ORIGIN/${deep_ep_bin_to_lib}")
   install(TARGETS deepep RUNTIME DESTINATION ${CMAKE_INSTALL_BINDIR})
 endif()

@@ -105,11 +105,11 @@ class Install(unittest.TestCase):
             self.assertRegex(name, r"^(libstdc\+\+|libm|libgcc_s|libc|ld-linux)[-.]")
         self.assertNotRegex(dynamic, r"\((RPATH|RUNPATH)\)")
 
-    def test_the_tool_runs_and_finds_its_library_relative_to_itself(self):
+    def test_the_tool_runs_from_where_it_was_moved(self):
         tool = self.prefix / "bin/deepep"
         self.assertIn(VERSION, run(tool, "--version"))
         for path in re.findall(r"\((?:RPATH|RUNPATH)\).*\[(.*)\]", run("readelf", "-dW", tool)):
-            self.assertRegex(path, r"^\$ORIGIN/")
+            self.assertRegex(path, r"^\$ORIGIN\b")
 
 
 if __name__ == "__main__":

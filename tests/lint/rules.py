@@ -188,7 +188,7 @@ def no_file_is_dead(sources):
         if source.is_header and name not in included:
             yield f"{source.path}:1: nobody includes this header"
         if source.suffix in {".cpp", ".cu"}:
-            above = [s.text for s in lists if source.path.startswith(str(Path(s.path).parent) + "/")]
+            above = [s.text for s in lists if Path(s.path).parent in Path(source.path).parents[:-1]]
             if not any(name in text or "GLOB" in text for text in above):
                 yield f"{source.path}:1: no CMakeLists.txt builds this file"
 

@@ -41,8 +41,8 @@ class Source:
 def read_tree(root):
     """Every text file that git tracks or would track."""
     listed = subprocess.run(
-        ["git", "-C", root, "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        check=True, capture_output=True, text=True).stdout
+        ["git", "-c", "safe.directory=*", "-C", root, "ls-files", "-z", "--cached", "--others",
+         "--exclude-standard"], check=True, capture_output=True, text=True).stdout
     sources = []
     for name in sorted(filter(None, listed.split("\0"))):
         path = Path(root, name)

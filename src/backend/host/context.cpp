@@ -67,6 +67,10 @@ std::int64_t Context::control_bytes(int num_ranks) {
 
 std::string Context::export_handles(std::int64_t heap_bytes) {
   fabric_.add_segment(heap_bytes);
+  Carver carver(fabric_.base(rank_, 0));
+  own_doorbell_ =
+      protocol::ControlBlock::carve(carver, control_shape(num_ranks_, inbox_bytes(num_ranks_)))
+          .doorbell;
   const Introduction intro{pool_.size(), 0, inbox_bytes(num_ranks_)};
   return std::string(reinterpret_cast<const char*>(&intro), sizeof intro) +
          fabric_.export_handles();
@@ -93,7 +97,7 @@ void Context::open_handles(const std::vector<std::string>& exported,
   }
   fabric_.open_handles(handles, timeout,
                        {.peer_gone = [this](int rank, bool orderly) { peer_gone(rank, orderly); },
-                        .segment_mapped = [this] { ring_doorbell(rank_); }});
+                        .segment_mapped = [this] { own_doorbell_->ring(); }});
 
   control_.resize(num_ranks_);
   for (int i = 0; i < num_ranks_; ++i) {

@@ -96,6 +96,8 @@ class Context {
   bool crowded_;  // more ranks than cores: spinning would only keep others from running
   fabric::Fabric fabric_;
   ThreadPool pool_;
+  protocol::Doorbell* own_doorbell_ =
+      nullptr;  // for the helper thread, which starts before the rest is known
   std::vector<protocol::ControlBlock> control_;  // by rank
   std::vector<protocol::RingSender> senders_;    // [lanes, R]
   std::vector<protocol::RingReceiver> receivers_;

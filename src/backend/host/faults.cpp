@@ -42,7 +42,7 @@ void Context::peer_gone(int rank, bool orderly) {
   gone_[rank].store(orderly ? kLeft : kDied, std::memory_order_relaxed);
   // release: pairs with the acquire in wait().
   num_gone_.fetch_add(1, std::memory_order_release);
-  ring_doorbell(rank_);
+  own_doorbell_->ring();
 }
 
 void Context::check_gone(const Call& call, const char* what, const std::vector<Missing>& missing) {
