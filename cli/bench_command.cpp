@@ -9,6 +9,7 @@
 #include "base/error.hpp"
 #include "bench_intranode.hpp"
 #include "commands.hpp"
+#include "json_file.hpp"
 #include "machine.hpp"
 #include "names.hpp"
 #include "ranks.hpp"
@@ -140,6 +141,8 @@ void validate(const Options& options, int ranks) {
   require(settings.live_results >= 1, "--live-results {} must be at least 1",
           settings.live_results);
   settings.config.validate();
+  // Before hours of measuring, not after.
+  if (!options.json.empty()) check_writable(options.json);
   for (const BenchShape& shape : list_shapes(options))
     verify::validate(make_bench_case(shape, settings, ranks));
 }
@@ -188,7 +191,7 @@ void add_bench(CLI::App& app, int& status) {
       "intranode", "Layout, dispatch, combine and pairs among ranks of this machine");
   const auto options = std::make_shared<Options>();
   command->option_defaults()->always_capture_default();
-  command->add_option("--ranks", options->ranks, "Ranks, one process each (default: 4)");
+  command->add_option("--ranks", options->ranks, "Ranks, one process each")->default_str("4");
   add_shape_options(*command, *options);
   add_run_options(*command, *options);
   command->footer(

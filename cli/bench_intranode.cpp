@@ -17,6 +17,8 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
+constexpr const char* kCachedPair = "pair_cached";
+
 double microseconds(Clock::duration duration) {
   return std::chrono::duration<double, std::micro>(duration).count();
 }
@@ -86,14 +88,27 @@ class Point {
   DispatchResult dispatch_cached();
   CombineResult combine(const IntranodeHandle& handle);
 
-  void keep(DispatchResult result) {
-    results_.push_back(std::move(result));
-    while (static_cast<int>(results_.size()) > settings_.live_results) results_.pop_front();
+  // Lets go of the oldest result, so that the next one makes live_results of them.
+  void make_room() {
+    while (static_cast<int>(results_.size()) >= settings_.live_results) results_.pop_front();
+  }
+  void call_dispatch() {
+    make_room();
+    results_.push_back(dispatch());
+  }
+  void call_dispatch_cached() {
+    make_room();
+    results_.push_back(dispatch_cached());
+  }
+  void call_combine(const IntranodeHandle& handle) {
+    combined_ = {};
+    combined_ = combine(handle);
   }
 
   std::vector<Operation> operations();
   BenchRow measure(const Operation& operation);
-  BenchRow measure_chained();
+  BenchRow measure_chained(const Operation& pair);
+  void finish(BenchRow& row, const Operation& operation);
 
   Buffer& buffer_;
   const BenchSettings& settings_;
@@ -154,13 +169,13 @@ std::vector<Point::Operation> Point::operations() {
   return {
       {"layout", 0, [this] { layout_ = buffer_.get_dispatch_layout(topk_idx_, case_.experts); },
        [this](verify::Checks& checks) { checks.layout(layout_); }},
-      {"dispatch", sent, [this] { keep(dispatch()); }, check_first},
-      {"dispatch_cached", sent, [this] { keep(dispatch_cached()); }, check_rows},
-      {"combine", returned, [this] { combined_ = combine(handle_); }, check_sums},
-      {"pair_cached", sent + returned,
+      {"dispatch", sent, [this] { call_dispatch(); }, check_first},
+      {"dispatch_cached", sent, [this] { call_dispatch_cached(); }, check_rows},
+      {"combine", returned, [this] { call_combine(handle_); }, check_sums},
+      {kCachedPair, sent + returned,
        [this] {
-         keep(dispatch_cached());
-         combined_ = combine(handle_);
+         call_dispatch_cached();
+         call_combine(handle_);
        },
        [=](verify::Checks& checks) {
          check_rows(checks);
@@ -169,8 +184,8 @@ std::vector<Point::Operation> Point::operations() {
       {"layout_pair", sent + returned,
        [this] {
          layout_ = buffer_.get_dispatch_layout(topk_idx_, case_.experts);
-         keep(dispatch());
-         combined_ = combine(results_.back().handle);
+         call_dispatch();
+         call_combine(results_.back().handle);
        },
        [=](verify::Checks& checks) {
          check_first(checks);
@@ -179,16 +194,8 @@ std::vector<Point::Operation> Point::operations() {
   };
 }
 
-BenchRow Point::measure(const Operation& operation) {
-  BenchRow row{operation.name};
-  for (int i = 0; i < settings_.warmup; ++i) operation.call();
-  for (int i = 0; i < settings_.iterations; ++i) {
-    if (settings_.check && i + 1 == settings_.iterations) load(round_ + 1);
-    buffer_.barrier();
-    const auto start = Clock::now();
-    operation.call();
-    row.times_us.push_back(microseconds(Clock::now() - start));
-  }
+// What does not come from the clock: bytes and the comparison with the reference.
+void Point::finish(BenchRow& row, const Operation& operation) {
   std::int64_t from_others = 0;
   for (const verify::RowSource& source : expected_.sources)
     from_others += source.rank != expected_.rank ? 1 : 0;
@@ -201,39 +208,45 @@ BenchRow Point::measure(const Operation& operation) {
     row.wrong_elements = checks.result().wrong_elements;
     row.first_mismatch = checks.result().first_mismatch;
   }
+}
+
+BenchRow Point::measure(const Operation& operation) {
+  BenchRow row{operation.name};
+  for (int i = 0; i < settings_.warmup; ++i) operation.call();
+  for (int i = 0; i < settings_.iterations; ++i) {
+    if (settings_.check && i + 1 == settings_.iterations) load(round_ + 1);
+    buffer_.barrier();
+    const auto start = Clock::now();
+    operation.call();
+    row.times_us.push_back(microseconds(Clock::now() - start));
+  }
+  finish(row, operation);
   return row;
 }
 
 // Pairs that follow each other without a barrier, as layers do. A barrier's exit is itself some
 // microseconds wide, which is what small shapes take.
-BenchRow Point::measure_chained() {
+BenchRow Point::measure_chained(const Operation& pair) {
   constexpr int kChain = 50;
   BenchRow row{"pair_cached_chained"};
   for (int i = 0; i < settings_.iterations + 1; ++i) {
     buffer_.barrier();
     const auto start = Clock::now();
-    for (int n = 0; n < kChain; ++n) {
-      keep(dispatch_cached());
-      combined_ = combine(handle_);
-    }
+    for (int n = 0; n < kChain; ++n) pair.call();
     // The first chain warms up.
     if (i > 0) row.times_us.push_back(microseconds(Clock::now() - start) / kChain);
   }
-  if (settings_.check) {
-    verify::Checks checks(case_, expected_, inputs_);
-    checks.payload(results_.back(), round_);
-    checks.combined(combined_, round_);
-    row.checked_elements = checks.result().checked_elements;
-    row.wrong_elements = checks.result().wrong_elements;
-    row.first_mismatch = checks.result().first_mismatch;
-  }
+  finish(row, pair);
   return row;
 }
 
 std::vector<BenchRow> Point::run() {
   std::vector<BenchRow> rows;
-  for (const Operation& operation : operations()) rows.push_back(measure(operation));
-  if (settings_.pair_latency) rows.push_back(measure_chained());
+  for (const Operation& operation : operations()) {
+    rows.push_back(measure(operation));
+    if (settings_.pair_latency && rows.back().operation == kCachedPair)
+      rows.push_back(measure_chained(operation));
+  }
   return rows;
 }
 

@@ -3,7 +3,6 @@
 #include <sched.h>
 #include <sys/utsname.h>
 
-#include <cstdlib>
 #include <ctime>
 #include <fstream>
 #include <string_view>
@@ -46,7 +45,7 @@ std::string chosen_mode(const std::string& modes) {
 }  // namespace
 
 std::string shown_value(const env::Variable& variable) {
-  const char* value = std::getenv(variable.name);
+  const char* value = env::value_of(variable);
   if (value == nullptr) return variable.default_value;
   // What was shared as a secret must not end up in a file of results.
   return std::string_view(variable.name).ends_with("_SECRET") ? "(set)" : value;
@@ -94,7 +93,7 @@ nlohmann::ordered_json environment_json() {
   json["shared_huge_pages"] = machine.shared_huge_pages;
   json["variables"] = nlohmann::ordered_json::object();
   for (const env::Variable& variable : env::variables())
-    if (std::getenv(variable.name) != nullptr)
+    if (env::value_of(variable) != nullptr)
       json["variables"][variable.name] = shown_value(variable);
   return json;
 }

@@ -1,9 +1,9 @@
 #include "report.hpp"
 
-#include <cstdio>
-#include <fstream>
+#include <fmt/format.h>
 
-#include "base/error.hpp"
+#include <cstdio>
+
 #include "deep_ep/version.hpp"
 #include "machine.hpp"
 #include "names.hpp"
@@ -66,13 +66,6 @@ nlohmann::ordered_json bench_row_json(const BenchShape& shape, const BenchRow& r
   json["checked_elements"] = row.checked_elements;
   json["wrong_elements"] = row.wrong_elements;
   return json;
-}
-
-void write_json(const std::string& path, const nlohmann::ordered_json& json) {
-  std::ofstream file(path);
-  file << json.dump(2) << '\n';
-  file.close();
-  if (!file) throw_errno(fmt::format("writing {}", path));
 }
 
 }  // namespace deep_ep::cli

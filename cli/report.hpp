@@ -13,7 +13,4 @@ void print_bench_header(const std::string& command, int ranks, const BenchSettin
 void print_bench_row(const BenchShape& shape, const BenchRow& row);
 nlohmann::ordered_json bench_row_json(const BenchShape& shape, const BenchRow& row);
 
-/// Throws Error(kSystem) if the file cannot be written.
-void write_json(const std::string& path, const nlohmann::ordered_json& json);
-
 }  // namespace deep_ep::cli

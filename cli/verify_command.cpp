@@ -119,7 +119,7 @@ void add_verify(CLI::App& app, int& status) {
   CLI::App* command = app.add_subcommand(
       "verify", "Layers on this machine, every output compared bitwise with the reference");
   const auto options = std::make_shared<Options>();
-  command->add_option("--ranks", options->ranks, "Ranks, one process each (default: 4)");
+  command->add_option("--ranks", options->ranks, "Ranks, one process each")->default_str("4");
   command->add_option("--tokens", options->tokens, "Tokens of a rank, or a list with one for each")
       ->delimiter(',');
   command->add_option("--hidden", options->hidden, "Values of a row");

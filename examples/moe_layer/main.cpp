@@ -127,11 +127,7 @@ bool verify(const Options& options, const std::string& text, const std::vector<B
     x += output.cast<float>();
   }
   const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
-  if (outside == 0)
-    fmt::print("verified: {} values, each within its bound (one process took {:.1f} s)\n", values,
-               took.count());
-  else
-    fmt::print("FAILED: {} of {} values are outside their bounds\n", outside, values);
+  print_verdict(values, outside, took.count());
   return outside == 0;
 }
 

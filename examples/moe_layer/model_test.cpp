@@ -117,7 +117,7 @@ TEST(Comparison, RoundingsOfTheRanksStayWithinTheBoundAndUseIt) {
   }
 }
 
-TEST(Comparison, SeesOneLostExpertOneSwappedRowAndNonNumbers) {
+TEST(Comparison, SeesALostExpertSwappedRowsAndNonNumbers) {
   const ModelShape shape{.hidden = 64, .intermediate = 96};
   const Rows x = some_rows(shape, 300);
   Layer layer = make_layer(shape, 0, 0, 16);

@@ -94,4 +94,13 @@ void print_difference(int layer, const Difference& difference) {
       100.0f * difference.closest);
 }
 
+void print_verdict(std::int64_t values, std::int64_t outside, double seconds) {
+  if (outside == 0)
+    fmt::print("verified: {} values, each within its bound (one process took {:.1f} s)\n",
+               grouped(values), seconds);
+  else
+    fmt::print("FAILED: {} of {} values are outside their bounds\n", grouped(outside),
+               grouped(values));
+}
+
 }  // namespace moe

@@ -22,5 +22,7 @@ void print_bytes(const Run& run, const Account& total);
 /// `slowest`: for each phase the time of the rank that took longest.
 void print_times(const Account& slowest);
 void print_difference(int layer, const Difference& difference);
+/// `seconds`: what the single process took for all layers.
+void print_verdict(std::int64_t values, std::int64_t outside, double seconds);
 
 }  // namespace moe

@@ -77,8 +77,9 @@ struct DispatchResult {
   /// Rows for each local expert, rounded up to expert_alignment. Empty if cached, without counts,
   /// or with num_worst_tokens.
   std::vector<std::int32_t> num_recv_tokens_per_expert_list;
-  std::int64_t num_recv_tokens =
-      0;  ///< received rows; -1 with num_worst_tokens (see handle.rank_prefix_matrix)
+  /// Received rows. -1 with num_worst_tokens (see handle.rank_prefix_matrix); the rows of the given
+  /// handle's recv_src_idx if cached.
+  std::int64_t num_recv_tokens = 0;
   IntranodeHandle handle;  ///< undefined tensors if cached
   EventHandle event;       ///< complete unless async_finish
 };

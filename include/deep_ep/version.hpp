@@ -2,7 +2,7 @@
 
 #include "deep_ep/export.hpp"
 
-// CMakeLists.txt reads the version from here. MAJOR is the soname.
+// CMakeLists.txt reads the version from here. MAJOR is the soname, MAJOR.MINOR while MAJOR is 0.
 #define DEEP_EP_VERSION_MAJOR 0
 #define DEEP_EP_VERSION_MINOR 1
 #define DEEP_EP_VERSION_PATCH 0

@@ -27,6 +27,9 @@ std::chrono::milliseconds choose_timeout(std::chrono::milliseconds given) {
 Buffer::Impl::Impl(std::shared_ptr<Bootstrap> bootstrap, const BufferOptions& options)
     : bootstrap_(std::move(bootstrap)), options_(options) {
   require(bootstrap_ != nullptr, "bootstrap is null");
+}
+
+std::string Buffer::Impl::allocate_and_export() {
   validate(options_, bootstrap_->rank(), bootstrap_->size());
   options_.timeout = choose_timeout(options_.timeout);
   trace::step("allocate");
@@ -37,6 +40,8 @@ Buffer::Impl::Impl(std::shared_ptr<Bootstrap> bootstrap, const BufferOptions& op
                            .num_threads = options_.num_threads,
                            .rank = bootstrap_->rank(),
                            .num_ranks = bootstrap_->size()});
+  trace::step("export_handles");
+  return backend_->export_handles();
 }
 
 // A failure on one rank must fail all: what each exports begins with "+", or is "-" and the reason.
@@ -63,8 +68,7 @@ void Buffer::Impl::sync() {
     }
     return all;
   };
-  trace::step("export_handles");
-  const std::vector<std::string> handles = exchange([this] { return backend_->export_handles(); });
+  const std::vector<std::string> handles = exchange([this] { return allocate_and_export(); });
   trace::step("Buffer::sync");
   trace::step("open_handles");
   exchange([&] {
@@ -115,6 +119,10 @@ std::function<void()> Buffer::Impl::stage(std::uint64_t number, bool last,
 }
 
 void Buffer::Impl::check_fault(const char* operation) const {
+  {
+    const std::lock_guard lock(first_error_mutex_);
+    if (first_error_) throw Error(*first_error_);
+  }
   if (std::optional<Error> known = backend_->fault(operation)) throw Error(*known);
 }
 
@@ -124,6 +132,10 @@ void Buffer::Impl::check() const {
 
 void Buffer::Impl::fail(const Error& error) noexcept {
   if (error.code() == ErrorCode::kUsage) return;
+  {
+    const std::lock_guard lock(first_error_mutex_);
+    if (!first_error_) first_error_ = error;
+  }
   backend_->raise_fault(error);
   try {
     const std::string directory = env::dump_directory();

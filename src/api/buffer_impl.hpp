@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <mutex>
+#include <optional>
 #include <string>
 
 #include "api/operation_log.hpp"
@@ -15,7 +17,7 @@ namespace deep_ep {
 
 /// The Buffer behind its public face: keeps the order of calls, numbers them, and turns what goes
 /// wrong into faults.
-class Buffer::Impl {
+class __attribute__((visibility("hidden"))) Buffer::Impl {  // a member of an exported class
  public:
   Impl(std::shared_ptr<Bootstrap> bootstrap, const BufferOptions& options);
   ~Impl();
@@ -65,6 +67,7 @@ class Buffer::Impl {
     }
   }
 
+  std::string allocate_and_export();
   /// A stage of call `number` on the communication stream: its Error becomes a fault, and is
   /// logged, wherever it runs.
   std::function<void()> stage(std::uint64_t number, bool last, std::function<void()> body);
@@ -79,6 +82,10 @@ class Buffer::Impl {
   std::uint64_t epoch_ = 0;
   std::atomic<bool> in_call_{false};
   std::atomic<bool> dumped_{false};
+  // What the call threw that failed here, so that later ones throw the same, whatever else was
+  // reported meanwhile.
+  mutable std::mutex first_error_mutex_;
+  std::optional<Error> first_error_;
 };
 
 }  // namespace deep_ep

@@ -50,7 +50,7 @@ constexpr auto kVariables = std::to_array<Variable>({
 std::string text(std::string_view name) {
   for (const Variable& variable : kVariables) {
     if (name != variable.name) continue;
-    const char* value = std::getenv(variable.name);
+    const char* value = value_of(variable);
     return value != nullptr && *value != '\0' ? value : variable.default_value;
   }
   throw Error(ErrorCode::kUsage, fmt::format("{} is not in the list of variables", name));
@@ -91,6 +91,11 @@ Launch launch_from(std::string_view rank_name, std::string_view size_name) {
 
 std::span<const Variable> variables() { return kVariables; }
 
+const char* value_of(const Variable& variable) {
+  // The library never writes the environment; a program that does must not do so meanwhile.
+  return std::getenv(variable.name);  // NOLINT(concurrency-mt-unsafe)
+}
+
 std::int64_t timeout_ms() {
   constexpr std::int64_t kYear = 365ll * 24 * 3600 * 1000;  // deadlines in ns stay far from 2^63
   return integer("DEEP_EP_TIMEOUT_MS", 1, kYear);
@@ -103,7 +108,7 @@ int ranks_per_node() { return static_cast<int>(integer("DEEP_EP_RANKS_PER_NODE",
 std::int64_t inbox_bytes() { return integer("DEEP_EP_INBOX_BYTES", 1024, std::int64_t{1} << 40); }
 
 std::string log_level() {
-  const std::string level = text("DEEP_EP_LOG_LEVEL");
+  std::string level = text("DEEP_EP_LOG_LEVEL");
   for (const char* known : {"trace", "debug", "info", "warn", "error", "off"}) {
     if (level == known) return level;
   }

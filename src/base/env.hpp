@@ -15,6 +15,8 @@ struct Variable {
   const char* meaning;
 };
 std::span<const Variable> variables();
+/// What the environment holds, unchecked; null if the variable is not there.
+const char* value_of(const Variable& variable);
 
 // Read at each call, so that a Buffer sees what was set before its construction. Throw
 // Error(kInvalidArgument) naming the variable and its value.

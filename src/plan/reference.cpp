@@ -133,6 +133,7 @@ template <class T>
 std::vector<std::byte> sum_rows(const RowTable& rows, std::int64_t num_tokens, std::int64_t hidden,
                                 const std::vector<CombineInput>& inputs, int source) {
   std::vector<std::byte> out;
+  out.reserve(num_tokens * hidden * sizeof(T));
   for (std::int64_t token = 0; token < num_tokens; ++token) {
     std::vector<float> sums(hidden, 0.0f);
     for (std::size_t rank = 0; rank < inputs.size(); ++rank)

@@ -1,9 +1,10 @@
 #include <fmt/format.h>
 
-#include <CLI/CLI.hpp>
 #include <cstdlib>
 #include <string>
 #include <vector>
+
+#include <CLI/CLI.hpp>
 
 #include "contract/suite.hpp"
 
@@ -17,7 +18,8 @@ class ProgramList final : public ProgramSource {
   ProgramList(std::uint64_t seed, bool full) : programs_(corner_programs(limits(full))) {
     const int rounds = full ? 4 : 1;
     for (int round = 0; round < rounds; ++round) {
-      for (Program& program : covering_programs(seed + static_cast<std::uint64_t>(round), limits(full)))
+      for (Program& program :
+           covering_programs(seed + static_cast<std::uint64_t>(round), limits(full)))
         programs_.push_back(std::move(program));
     }
   }
@@ -49,7 +51,9 @@ int main(int argc, char** argv) {
   bool full = wants_full != nullptr && std::string(wants_full) == "1";
   bool list = false;
   test::SuiteOptions options;
-  app.add_option("--backend", backend)->check(CLI::IsMember({"host", "cuda"}))->capture_default_str();
+  app.add_option("--backend", backend)
+      ->check(CLI::IsMember({"host", "cuda"}))
+      ->capture_default_str();
   app.add_option("--mode", mode)->check(CLI::IsMember({"intranode"}))->capture_default_str();
   app.add_option("--seed", seed, "of the covering array and the inputs")->capture_default_str();
   app.add_option("--from", options.from, "first program")->capture_default_str();
@@ -69,9 +73,9 @@ int main(int argc, char** argv) {
   test::Target target;
   target.device.type = backend == "cuda" ? DeviceType::kCuda : DeviceType::kHost;
   target.timeout = std::chrono::milliseconds(timeout_ms);
-  options.replay = fmt::format("{} --backend {} --mode {} --seed {}{}", argv[0], backend, mode, seed,
-                               full ? " --full" : "");
-  fmt::print("contract suite: {} {}, {} programs, seed {}{}\n", backend, mode, programs.size(), seed,
-             full ? ", full" : "");
+  options.replay = fmt::format("{} --backend {} --mode {} --seed {}{}", argv[0], backend, mode,
+                               seed, full ? " --full" : "");
+  fmt::print("contract suite: {} {}, {} programs, seed {}{}\n", backend, mode, programs.size(),
+             seed, full ? ", full" : "");
   return test::run_suite(programs, target, options);
 }

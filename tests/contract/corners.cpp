@@ -171,10 +171,11 @@ std::vector<Case> alternating(int ranks) {
 void add_orders(List& list) {
   for (int ranks : {2, 4, 8}) {
     list.add(fmt::format("alternating_shapes_{}", ranks), alternating(ranks));
-    list.add(fmt::format("two_buffers_in_turn_{}", ranks), alternating(ranks), [](Program& program) {
-      for (std::size_t i = 0; i < program.steps.size(); ++i)
-        program.steps[i].buffer = static_cast<int>(i % 2);
-    });
+    list.add(fmt::format("two_buffers_in_turn_{}", ranks), alternating(ranks),
+             [](Program& program) {
+               for (std::size_t i = 0; i < program.steps.size(); ++i)
+                 program.steps[i].buffer = static_cast<int>(i % 2);
+             });
   }
   list.add("three_buffers_at_once", alternating(3), [](Program& program) {
     program.concurrent = true;

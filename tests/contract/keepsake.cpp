@@ -2,22 +2,23 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <vector>
 
 namespace deep_ep::test {
 namespace {
 
-constexpr std::size_t kMost = 8;
+constexpr int kMost = 4;  // for each number of ranks, so that these keep the same ones
 constexpr std::int64_t kTokens = 12;
 constexpr std::int64_t kHidden = 64;
 constexpr int kTopk = 2;
 
 /// Small integers, so that a sum of eight of them is exact; never 0.
 float value(int source, std::int64_t token, std::int64_t i, std::uint64_t number) {
-  return static_cast<float>(
-      1 + (static_cast<std::uint64_t>(source) * 31 + static_cast<std::uint64_t>(token) * 7 +
-           static_cast<std::uint64_t>(i) + number * 13) %
-              1000);
+  return static_cast<float>(1 + (static_cast<std::uint64_t>(source) * 31 +
+                                 static_cast<std::uint64_t>(token) * 7 +
+                                 static_cast<std::uint64_t>(i) + number * 13) %
+                                    1000);
 }
 
 /// Token t goes to ranks t % R and (t + 1) % R; each rank has one expert.
@@ -31,19 +32,21 @@ bool goes_to(std::int64_t token, int rank, int num_ranks) {
 
 void Keepsakes::take(Buffer& buffer) {
   const int ranks = buffer.num_ranks();
+  const std::uint64_t number = taken_[ranks]++;
   std::vector<float> x;
   std::vector<std::int64_t> topk_idx;
   for (std::int64_t token = 0; token < kTokens; ++token) {
-    for (std::int64_t i = 0; i < kHidden; ++i) x.push_back(value(buffer.rank(), token, i, taken_));
+    for (std::int64_t i = 0; i < kHidden; ++i) x.push_back(value(buffer.rank(), token, i, number));
     for (int k = 0; k < kTopk; ++k) topk_idx.push_back(expert(token, k, ranks));
   }
   DispatchArgs args;
   args.x = {x.data(), DType::kFloat32, {kTokens, kHidden}};
   args.topk_idx = {topk_idx.data(), DType::kInt64, {kTokens, kTopk}};
   args.layout = buffer.get_dispatch_layout(args.topk_idx, ranks);
-  kept_.push_back({&buffer, buffer.rank(), ranks, taken_, buffer.dispatch(args)});
-  ++taken_;
-  if (kept_.size() > kMost) kept_.pop_front();
+  kept_.push_back({&buffer, buffer.rank(), ranks, number, buffer.dispatch(args)});
+  const auto alike = [ranks](const Keepsake& kept) { return kept.num_ranks == ranks; };
+  if (std::count_if(kept_.begin(), kept_.end(), alike) > kMost)
+    kept_.erase(std::find_if(kept_.begin(), kept_.end(), alike));
 }
 
 std::string Keepsakes::combine_oldest(Buffer& buffer) {

@@ -1,8 +1,9 @@
 #pragma once
 
 #include <cstdint>
-#include <deque>
+#include <map>
 #include <string>
+#include <vector>
 
 #include "deep_ep/deep_ep.hpp"
 
@@ -32,8 +33,8 @@ class Keepsakes {
     DispatchResult result;
   };
 
-  std::uint64_t taken_ = 0;
-  std::deque<Keepsake> kept_;
+  std::map<int, std::uint64_t> taken_;  // by number of ranks, so that these agree on it
+  std::vector<Keepsake> kept_;
 };
 
 }  // namespace deep_ep::test

@@ -232,7 +232,8 @@ std::vector<Outcome> Pool::run(int num_ranks, const std::string& job_text,
     }
   }
   if (!job.done()) {
-    for (std::size_t rank = 0; rank < count; ++rank) job.outcomes[rank].timed_out = job.running[rank];
+    for (std::size_t rank = 0; rank < count; ++rank)
+      job.outcomes[rank].timed_out = job.running[rank];
     for (int rank = 0; rank < size; ++rank) {
       if (ranks_[static_cast<std::size_t>(rank)].pid > 0) stop(rank);
     }

@@ -17,14 +17,14 @@ using verify::Scales;
 constexpr std::array kRanks{1, 2, 3, 4, 5, 8};
 constexpr std::array kTopk{1, 2, 6, 8, 9, 16, 32};
 constexpr std::array kTokens{0, 1, 7, 128, 4096};
-constexpr std::array kDtypes{DType::kBfloat16, DType::kFloat16, DType::kFloat32,
-                             DType::kFloat8E4m3, DType::kUint8};
+constexpr std::array kDtypes{DType::kBfloat16, DType::kFloat16, DType::kFloat32, DType::kFloat8E4m3,
+                             DType::kUint8};
 constexpr std::array kSumDtypes{DType::kBfloat16, DType::kFloat16, DType::kFloat32};
 constexpr std::array kScales{Scales::kNone, Scales::kFloat32, Scales::kFloat32ColumnMajor,
                              Scales::kPacked, Scales::kPackedColumnMajor};
-constexpr std::array kRoutings{
-    Routing::kUniform, Routing::kZipf,   Routing::kGrouped, Routing::kAllToAll,  Routing::kToRankZero,
-    Routing::kToSelf,  Routing::kNone,   Routing::kHoles,   Routing::kDuplicates};
+constexpr std::array kRoutings{Routing::kUniform,  Routing::kZipf,       Routing::kGrouped,
+                               Routing::kAllToAll, Routing::kToRankZero, Routing::kToSelf,
+                               Routing::kNone,     Routing::kHoles,      Routing::kDuplicates};
 constexpr std::array kNumScales{0, 1, 3};
 constexpr std::array kLocalExperts{1, 3, 32};
 constexpr std::array kAlignments{1, 8, 128};
@@ -138,9 +138,8 @@ Case case_of(const std::vector<int>& row, std::uint64_t seed) {
   c.combine_dtype = kSumDtypes[static_cast<std::size_t>(row[kSumDtypeFactor])];
   c.hidden = hidden_of(row[kHiddenFactor], c.dtype, c.combine_dtype);
   c.scales = kScales[static_cast<std::size_t>(row[kScalesFactor])];
-  c.num_scales = c.scales == Scales::kNone
-                     ? 0
-                     : kNumScales[static_cast<std::size_t>(row[kNumScalesFactor])];
+  c.num_scales =
+      c.scales == Scales::kNone ? 0 : kNumScales[static_cast<std::size_t>(row[kNumScalesFactor])];
   c.routing = kRoutings[static_cast<std::size_t>(row[kRoutingFactor])];
   c.topk_dtype = row[kIdFactor] == 0 ? DType::kInt64 : DType::kInt32;
   set_arguments(c, row[kArgumentsFactor]);
@@ -160,9 +159,13 @@ Case case_of(const std::vector<int>& row, std::uint64_t seed) {
 
 }  // namespace
 
+std::string Program::summary() const {
+  return fmt::format("{}: {} ranks, {} steps{}{}", name, ranks, steps.size(),
+                     concurrent ? ", concurrent" : "", own_buffers ? ", own buffers" : "");
+}
+
 std::string Program::describe() const {
-  std::string text = fmt::format("{}: {} ranks, {} steps{}{}", name, ranks, steps.size(),
-                                 concurrent ? ", concurrent" : "", own_buffers ? ", own buffers" : "");
+  std::string text = summary();
   for (const Step& step : steps)
     text += fmt::format("\n    buffer {}: {}", step.buffer, step.exchange.describe());
   return text;
@@ -171,16 +174,17 @@ std::string Program::describe() const {
 std::int64_t estimate_bytes(const Case& c) {
   std::int64_t tokens = 0;
   for (int rank = 0; rank < c.ranks; ++rank) tokens += c.tokens_of(rank);
-  const std::int64_t received = tokens * std::min(c.ranks, c.topk) +
-                                std::max<std::int64_t>(c.num_worst_tokens, 0) * c.ranks;
+  const std::int64_t received =
+      tokens * std::min(c.ranks, c.topk) + std::max<std::int64_t>(c.num_worst_tokens, 0) * c.ranks;
   const auto row = c.hidden * static_cast<std::int64_t>(size_of(c.dtype));
   const auto sum_row = c.hidden * static_cast<std::int64_t>(size_of(c.combine_dtype));
   // An input and an output of a dispatch; rows, biases and sums of a combine; the check holds as
   // much again.
   const std::int64_t dispatch = (tokens + received) * (row + 12 * c.topk + 64);
   const std::int64_t combine = (received + (2 + c.biases) * tokens) * (sum_row + 4 * c.topk);
-  const std::int64_t live =
-      c.hold_results ? dispatch * (1 + c.cached_repeats) + combine * c.combines : dispatch + combine;
+  const std::int64_t live = c.hold_results
+                                ? dispatch * (1 + c.cached_repeats) + combine * c.combines
+                                : dispatch + combine;
   return live + 2 * (dispatch + combine);
 }
 
@@ -229,9 +233,10 @@ Program random_program(std::uint64_t seed, const Limits& limits) {
   const int num_steps = 1 + static_cast<int>(random() % 5);
   for (int i = 0; i < num_steps; ++i) {
     std::vector<int> row(kNumFactors);
-    for (int factor = 0; factor < kNumFactors; ++factor) row[static_cast<std::size_t>(factor)] = level(factor);
-    row[kRanksFactor] = static_cast<int>(
-        std::find(kRanks.begin(), kRanks.end(), program.ranks) - kRanks.begin());
+    for (int factor = 0; factor < kNumFactors; ++factor)
+      row[static_cast<std::size_t>(factor)] = level(factor);
+    row[kRanksFactor] =
+        static_cast<int>(std::find(kRanks.begin(), kRanks.end(), program.ranks) - kRanks.begin());
     Case c = case_of(row, random());
     // Beside the levels, any number: most tokens, hidden sizes and top-ks are no round number.
     if (random() % 2 == 0) {

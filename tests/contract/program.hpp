@@ -26,6 +26,8 @@ struct Program {
   /// many ranks go on.
   bool own_buffers = false;
 
+  /// In one line, and with a line for each step.
+  std::string summary() const;
   std::string describe() const;
 };
 

@@ -17,8 +17,9 @@ std::string run_step(Buffer& buffer, const Program& program, std::size_t i) {
   const Step& step = program.steps[i];
   const verify::CaseResult result = verify::run_case(buffer, step.exchange);
   if (!result.passed())
-    return fmt::format("step {} on buffer {}: {} of {} elements wrong, first: {}", i, step.buffer,
-                       result.wrong_elements, result.checked_elements, result.first_mismatch);
+    return fmt::format("{} of {} elements wrong, first: {}\n    step {} on buffer {}: {}",
+                       result.wrong_elements, result.checked_elements, result.first_mismatch, i,
+                       step.buffer, step.exchange.describe());
   if (result.checked_outputs == 0) return fmt::format("step {} checked nothing", i);
   return "";
 }

@@ -91,10 +91,11 @@ class Suite {
     }
     ++failed_;
     broken_ = true;
-    fmt::print("FAILED {} {}{}\n  repeat alone:        {} --from {} --count 1\n"
-               "  with its history:    {} --from {} --count {}\n",
-               i, program.describe(), wrong, options_.replay, i, options_.replay, history_begin_,
-               i - history_begin_ + 1);
+    fmt::print(
+        "FAILED {} {}{}\n  repeat alone:        {} --from {} --count 1\n"
+        "  with its history:    {} --from {} --count {}\n",
+        i, program.summary(), wrong, options_.replay, i, options_.replay, history_begin_,
+        i - history_begin_ + 1);
     std::fflush(stdout);
   }
 

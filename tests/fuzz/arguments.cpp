@@ -81,9 +81,19 @@ class Mutator {
 
  private:
   void change_once(TensorView& view) {
-    constexpr std::array<std::int64_t, 13> kSizes{
-        -1, 0, 1, 2, 3, 4, kTokens, kTokens + 1, kHidden, 2 * kHidden, 65, std::int64_t{1} << 31,
-        std::int64_t{1} << 62};
+    constexpr std::array<std::int64_t, 13> kSizes{-1,
+                                                  0,
+                                                  1,
+                                                  2,
+                                                  3,
+                                                  4,
+                                                  kTokens,
+                                                  kTokens + 1,
+                                                  kHidden,
+                                                  2 * kHidden,
+                                                  65,
+                                                  std::int64_t{1} << 31,
+                                                  std::int64_t{1} << 62};
     switch (below(7)) {
       case 0:
         view = {};
@@ -139,12 +149,9 @@ void change_config(Mutator& mutator, Config& config) {
 }
 
 void change_handle(Mutator& mutator, IntranodeHandle& handle) {
-  const std::array<Tensor*, 6> tensors{&handle.rank_prefix_matrix,
-                                       &handle.channel_prefix_matrix,
-                                       &handle.recv_channel_prefix_matrix,
-                                       &handle.recv_src_idx,
-                                       &handle.is_token_in_rank,
-                                       &handle.send_head};
+  const std::array<Tensor*, 6> tensors{
+      &handle.rank_prefix_matrix, &handle.channel_prefix_matrix, &handle.recv_channel_prefix_matrix,
+      &handle.recv_src_idx,       &handle.is_token_in_rank,      &handle.send_head};
   Tensor& tensor = *tensors[mutator.below(tensors.size())];
   if (mutator.chance(2)) {
     mutator.scramble(tensor);
@@ -293,8 +300,9 @@ std::string ArgumentFuzzer::check_fault(const Error& error) {
     buffer_->check();
   } catch (const Error& fault) {
     buffer_.reset();
-    return fault.code() == error.code() ? ""
-                                        : fmt::format("'{}' became '{}'", error.what(), fault.what());
+    return fault.code() == error.code()
+               ? ""
+               : fmt::format("'{}' became '{}'", error.what(), fault.what());
   }
   return check_still_right();
 }

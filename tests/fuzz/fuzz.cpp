@@ -1,11 +1,12 @@
 #include <fmt/format.h>
 
-#include <CLI/CLI.hpp>
 #include <algorithm>
 #include <chrono>
 #include <memory>
 #include <sstream>
 #include <string>
+
+#include <CLI/CLI.hpp>
 
 #include "contract/suite.hpp"
 #include "fuzz/arguments.hpp"

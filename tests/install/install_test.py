@@ -91,6 +91,7 @@ class Install(unittest.TestCase):
         for name in exported_names(self.library):
             match = re.match(r"(?:(?:typeinfo|typeinfo name|vtable) for )?deep_ep::(\w+)", name)
             self.assertTrue(match, f"exported, but not ours: {name}")
+            self.assertNotIn("::Impl::", name)
             exported.add(match.group(1))
         self.assertEqual(exported - types - functions, set(), "exported, but not declared")
         self.assertEqual(functions - exported, set(), "declared, but not exported")

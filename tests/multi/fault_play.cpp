@@ -24,7 +24,8 @@ const char* to_string(Op op) {
 }
 
 Exchange::Exchange(int rank, int ranks)
-    : num_ranks(ranks), x(static_cast<std::size_t>(kTokens * kHidden), static_cast<float>(rank + 1)) {
+    : num_ranks(ranks),
+      x(static_cast<std::size_t>(kTokens * kHidden), static_cast<float>(rank + 1)) {
   for (std::int64_t token = 0; token < kTokens; ++token) {
     for (int expert = 0; expert < ranks; ++expert) {
       topk_idx.push_back(expert);

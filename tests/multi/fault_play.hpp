@@ -75,7 +75,8 @@ struct Belongings {
 
 /// What must hold on every rank whose Buffer is faulted: the Error repeats, earlier results are
 /// intact, destroy returns at once.
-void check_aftermath(Findings& findings, Buffer& buffer, const Keepsakes& kept, const Thrown& fault);
+void check_aftermath(Findings& findings, Buffer& buffer, const Keepsakes& kept,
+                     const Thrown& fault);
 
 /// A new Buffer among `ranks` works.
 void check_new_buffer(Findings& findings, Worker& worker, const std::vector<int>& ranks);

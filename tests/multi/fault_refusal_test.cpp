@@ -48,7 +48,8 @@ std::vector<std::int64_t>& spare_ids() {
 constexpr std::int64_t kTokens = Exchange::kTokens;
 constexpr std::int64_t kHidden = Exchange::kHidden;
 
-std::function<void(const Scene&)> dispatch_with(std::function<void(const Scene&, DispatchArgs&)> change) {
+std::function<void(const Scene&)> dispatch_with(
+    std::function<void(const Scene&, DispatchArgs&)> change) {
   return [change](const Scene& scene) {
     DispatchArgs args = scene.exchange.dispatch_args(scene.buffer);
     if (scene.victim) change(scene, args);
@@ -56,7 +57,8 @@ std::function<void(const Scene&)> dispatch_with(std::function<void(const Scene&,
   };
 }
 
-std::function<void(const Scene&)> combine_with(std::function<void(const Scene&, CombineArgs&)> change) {
+std::function<void(const Scene&)> combine_with(
+    std::function<void(const Scene&, CombineArgs&)> change) {
   return [change](const Scene& scene) {
     CombineArgs args = Exchange::combine_args(scene.dispatched);
     if (scene.victim) change(scene, args);
@@ -99,13 +101,15 @@ const std::vector<Situation>& disagreements() {
          give_scales(args, DType::kFloat32, 2);
        }),
        "x_scales"},
-      {"num_scales", [](const Scene& scene) {
+      {"num_scales",
+       [](const Scene& scene) {
          DispatchArgs args = scene.exchange.dispatch_args(scene.buffer);
          give_scales(args, DType::kFloat32, scene.victim ? 3 : 2);
          scene.buffer.dispatch(args);
        },
        "x_scales"},
-      {"scale_dtype", [](const Scene& scene) {
+      {"scale_dtype",
+       [](const Scene& scene) {
          DispatchArgs args = scene.exchange.dispatch_args(scene.buffer);
          give_scales(args, scene.victim ? DType::kInt32 : DType::kFloat32, 2);
          scene.buffer.dispatch(args);
@@ -120,26 +124,30 @@ const std::vector<Situation>& disagreements() {
        }),
        "dtype of x"},
       {"combine_weights", combine_with([](const Scene& scene, CombineArgs& args) {
-         args.topk_weights = {spare().data(), DType::kFloat32,
-                              {scene.dispatched.num_recv_tokens, kRanks}};
+         args.topk_weights = {
+             spare().data(), DType::kFloat32, {scene.dispatched.num_recv_tokens, kRanks}};
        }),
        "topk"},
-      {"dispatch_and_combine", [](const Scene& scene) {
+      {"dispatch_and_combine",
+       [](const Scene& scene) {
          scene.exchange.run(scene.buffer, scene.victim ? Op::kCombine : Op::kDispatch,
                             scene.dispatched);
        },
        "operation"},
-      {"barrier_and_dispatch", [](const Scene& scene) {
+      {"barrier_and_dispatch",
+       [](const Scene& scene) {
          scene.exchange.run(scene.buffer, scene.victim ? Op::kBarrier : Op::kDispatch,
                             scene.dispatched);
        },
        "operation"},
-      {"combine_and_barrier", [](const Scene& scene) {
+      {"combine_and_barrier",
+       [](const Scene& scene) {
          scene.exchange.run(scene.buffer, scene.victim ? Op::kCombine : Op::kBarrier,
                             scene.dispatched);
        },
        "operation"},
-      {"cached_and_not", [](const Scene& scene) {
+      {"cached_and_not",
+       [](const Scene& scene) {
          scene.exchange.run(scene.buffer, scene.victim ? Op::kCachedDispatch : Op::kDispatch,
                             scene.dispatched);
        },
@@ -172,15 +180,16 @@ const std::vector<Situation>& refusals() {
          args.x_scales = {spare().data(), DType::kFloat32, {kTokens - 1, 2}};
        }),
        "x_scales"},
-      {"alignment", dispatch_with([](const Scene&, DispatchArgs& args) { args.expert_alignment = 0; }),
+      {"alignment",
+       dispatch_with([](const Scene&, DispatchArgs& args) { args.expert_alignment = 0; }),
        "expert_alignment"},
       {"config", dispatch_with([](const Scene&, DispatchArgs& args) { args.config.num_sms = 0; }),
        "num_sms"},
-      {"no_layout", dispatch_with([](const Scene&, DispatchArgs& args) {
-         args.layout.is_token_in_rank = {};
-       }),
+      {"no_layout",
+       dispatch_with([](const Scene&, DispatchArgs& args) { args.layout.is_token_in_rank = {}; }),
        "is_token_in_rank"},
-      {"handle_and_topk", [](const Scene& scene) {
+      {"handle_and_topk",
+       [](const Scene& scene) {
          DispatchArgs args = Exchange::cached_args(scene.exchange, scene.dispatched);
          if (scene.victim) args.topk_idx = {spare_ids().data(), DType::kInt64, {kTokens, kRanks}};
          scene.buffer.dispatch(args);
@@ -212,10 +221,11 @@ const Situation& situation(std::size_t i) {
 
 void check_thrown(Findings& findings, int rank, bool refusal, const Situation& it,
                   const Thrown& thrown) {
-  const ErrorCode code = !refusal            ? ErrorCode::kDisagreement
+  const ErrorCode code = !refusal          ? ErrorCode::kDisagreement
                          : rank == kVictim ? ErrorCode::kInvalidArgument
-                                             : ErrorCode::kPeerFailed;
-  findings.expect(thrown.code == code, fmt::format("code {}: {}", deep_ep::to_string(thrown.code), thrown.text));
+                                           : ErrorCode::kPeerFailed;
+  findings.expect(thrown.code == code,
+                  fmt::format("code {}: {}", deep_ep::to_string(thrown.code), thrown.text));
   findings.expect_contains(thrown.text, it.field);
   findings.expect(thrown.after < kAtOnce, fmt::format("telling took {} ms", thrown.after.count()));
   if (rank == kVictim && refusal) return;
@@ -374,13 +384,13 @@ class AllAreTold : public Refusal, public testing::WithParamInterface<std::size_
 
 TEST_P(AllAreTold, WhichRankAndWhichField) { run(std::to_string(GetParam())); }
 
-INSTANTIATE_TEST_SUITE_P(
-    Situations, AllAreTold,
-    testing::Range(std::size_t{0}, disagreements().size() + refusals().size()),
-    [](const auto& number) -> std::string {
-      const bool disagrees = number.param < disagreements().size();
-      return std::string(disagrees ? "disagree_" : "refuse_") + situation(number.param).name;
-    });
+INSTANTIATE_TEST_SUITE_P(Situations, AllAreTold,
+                         testing::Range(std::size_t{0}, disagreements().size() + refusals().size()),
+                         [](const auto& number) -> std::string {
+                           const bool disagrees = number.param < disagreements().size();
+                           return std::string(disagrees ? "disagree_" : "refuse_") +
+                                  situation(number.param).name;
+                         });
 
 TEST_F(Refusal, TooFewWorstTokensOnOneRankFailsAll) { run("worst_on_one"); }
 TEST_F(Refusal, TooFewWorstTokensOnAllRanksFailsAll) { run("worst_on_all"); }

@@ -1,5 +1,6 @@
 #include <fmt/format.h>
 #include <gtest/gtest.h>
+#include <sched.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -72,10 +73,14 @@ class Executioner final : public protocol::Scheduler {
   explicit Executioner(const Plan& plan) : plan_(plan) {}
 
   void reach(protocol::Point point) override {
+    if (point == protocol::Point::kWait) sched_yield();  // waits do not sleep under a scheduler
     if (point != plan_.point || ++reached_ != plan_.count) return;
     struck_ = true;
     if (plan_.act == Act::kKill) kill(getpid(), SIGKILL);
     if (plan_.act == Act::kStop) stop_self(std::chrono::milliseconds(plan_.timeout_ms * 4));
+  }
+  std::int64_t now_ns() override {
+    return std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1);
   }
   bool struck() const { return struck_; }
 
@@ -158,8 +163,8 @@ std::string play(Worker& worker, const std::string& job) {
                        thrown->text.find("barrier") != std::string::npos;
     findings.expect(named, "the operation is not named in '" + thrown->text + "'");
     for (const std::string& part :
-         {fmt::format("rank {}", worker.rank()),
-          fmt::format("rank {}", plan.victim), std::string("expected"), std::string("seen")})
+         {fmt::format("rank {}", worker.rank()), fmt::format("rank {}", plan.victim),
+          std::string("expected"), std::string("seen")})
       findings.expect_contains(thrown->text, part);
     const int limit_ms = stopped ? plan.timeout_ms * 2 + 1000 : 2000;
     findings.expect(thrown->after.count() < limit_ms,
@@ -173,9 +178,9 @@ std::string play(Worker& worker, const std::string& job) {
     dispatched = {};
   }
   const Belongings after = Belongings::count();
-  findings.expect(after.descriptors == before.descriptors,
-                  fmt::format("{} descriptors before, {} after", before.descriptors,
-                              after.descriptors));
+  findings.expect(
+      after.descriptors == before.descriptors,
+      fmt::format("{} descriptors before, {} after", before.descriptors, after.descriptors));
   findings.expect(after.segments == before.segments,
                   fmt::format("{} segments before, {} after", before.segments, after.segments));
   return findings.text();
@@ -264,13 +269,14 @@ TEST_P(FaultInEveryCall, AStoppedRankIsNamedAfterTheTimeout) {
   }
 }
 
+std::string name_of(const testing::TestParamInfo<Op>& call) {
+  return call.param == Op::kCachedDispatch ? "cached_dispatch" : to_string(call.param);
+}
+
 INSTANTIATE_TEST_SUITE_P(Calls, FaultInEveryCall,
                          testing::Values(Op::kBarrier, Op::kDispatch, Op::kCachedDispatch,
                                          Op::kCombine),
-                         [](const auto& call) -> std::string {
-                           return std::array{"Barrier", "Dispatch", "CachedDispatch",
-                                             "Combine"}[static_cast<std::size_t>(call.param)];
-                         });
+                         name_of);
 
 }  // namespace
 }  // namespace deep_ep::test

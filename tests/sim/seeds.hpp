@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <exception>
 
 namespace deep_ep::sim {
 
@@ -16,7 +17,11 @@ void for_each_seed(std::uint64_t count, Run&& run) {
   const std::uint64_t first = only != nullptr ? std::strtoull(only, nullptr, 10) : 1;
   const std::uint64_t last = only != nullptr ? first : count;
   for (std::uint64_t seed = first; seed <= last; ++seed) {
-    run(seed);
+    try {
+      run(seed);
+    } catch (const std::exception& error) {
+      ADD_FAILURE() << error.what();
+    }
     if (!testing::Test::HasFailure()) continue;
     const testing::TestInfo& test = *testing::UnitTest::GetInstance()->current_test_info();
     std::printf("failed with seed %llu; repeat: ./dev sim --seed %llu --gtest_filter=%s.%s\n",

@@ -46,6 +46,8 @@ void Context::peer_gone(int rank, bool orderly) {
 }
 
 void Context::check_gone(const Call& call, const char* what, const std::vector<Missing>& missing) {
+  // Whoever left because of a fault has told why: that is the news, not that it left.
+  if (own().fault->load() != protocol::FaultRecord::kNone) return;
   for (const Missing& one : missing) {
     const int state = gone_[one.rank].load(std::memory_order_relaxed);
     if (state == kHere) continue;

@@ -12,9 +12,9 @@
 namespace deep_ep {
 namespace {
 
-/// What DeepEP asks its callers for, so that theirs is always enough: C * n * (2r + 3) * 4 + C * n *
-/// recv * (hidden_bytes + 8 + 128 * 8 + 128 * 4 + 128 * 4), rounded up to 128 bytes; C = num_sms /
-/// 2 channels, n = min(R, 8) peers, r = max(R / 8, 1) nodes.
+/// What DeepEP asks its callers for, so that theirs is always enough: C * n * (2r + 3) * 4 + C * n
+/// * recv * (hidden_bytes + 8 + 128 * 8 + 128 * 4 + 128 * 4), rounded up to 128 bytes; C = num_sms
+/// / 2 channels, n = min(R, 8) peers, r = max(R / 8, 1) nodes.
 std::int64_t deep_ep_v1_hint(const Config& config, std::int64_t hidden_bytes, int num_ranks) {
   const std::int64_t channels = config.num_sms / 2;
   const std::int64_t peers = num_ranks < 8 ? num_ranks : 8;
@@ -57,7 +57,8 @@ TEST(Config, TheNvlHintIsAMultipleOf128) {
 TEST(Config, HintsAcceptAnything) {
   constexpr auto kHuge = std::numeric_limits<std::int64_t>::max();
   constexpr auto kMany = std::numeric_limits<int>::max();
-  for (const std::int64_t hidden_bytes : {std::int64_t{-1}, std::int64_t{0}, std::int64_t{1}, kHuge}) {
+  for (const std::int64_t hidden_bytes :
+       {std::int64_t{-1}, std::int64_t{0}, std::int64_t{1}, kHuge}) {
     for (const int any : {-1, 0, 1, 7, kMany}) {
       Config config;
       config.num_sms = any;

@@ -147,12 +147,18 @@ TEST(Dlpack, AnImportWithoutDeleterIsAllowed) {
 }
 
 TEST(Dlpack, WhatCannotBeExpressedIsRefusedAndStaysWithItsOwner) {
-  const std::array<void (*)(DLTensor&), 5> spoils{
-      [](DLTensor& tensor) { tensor.dtype = {kDLComplex, 64, 1}; },
-      [](DLTensor& tensor) { tensor.dtype = {kDLFloat, 64, 1}; },
-      [](DLTensor& tensor) { tensor.dtype = {kDLFloat, 32, 4}; },
-      [](DLTensor& tensor) { tensor.device = {kDLOpenCL, 0}; },
-      [](DLTensor& tensor) { tensor.ndim = TensorView::kMaxDims + 1; }};
+  const std::array<void (*)(DLTensor&), 4> spoils{[](DLTensor& tensor) {
+                                                    tensor.dtype = {kDLComplex, 64, 1};
+                                                  },
+                                                  [](DLTensor& tensor) {
+                                                    tensor.dtype = {kDLFloat, 64, 1};
+                                                  },
+                                                  [](DLTensor& tensor) {
+                                                    tensor.dtype = {kDLFloat, 32, 4};
+                                                  },
+                                                  [](DLTensor& tensor) {
+                                                    tensor.device = {kDLOpenCL, 0};
+                                                  }};
   for (auto* spoil : spoils) {
     int deleted = 0;
     Foreign* foreign = Foreign::make(&deleted);
@@ -162,6 +168,17 @@ TEST(Dlpack, WhatCannotBeExpressedIsRefusedAndStaysWithItsOwner) {
     foreign->managed.deleter(&foreign->managed);
     EXPECT_EQ(deleted, 1);
   }
+}
+
+TEST(Dlpack, TooManyDimensionsAreRefused) {
+  int deleted = 0;
+  const std::unique_ptr<Foreign> foreign(Foreign::make(&deleted));
+  std::array<std::int64_t, TensorView::kMaxDims + 1> ones{1, 1, 1, 1, 1};
+  foreign->managed.dl_tensor.ndim = TensorView::kMaxDims + 1;
+  foreign->managed.dl_tensor.shape = ones.data();
+  foreign->managed.dl_tensor.strides = ones.data();
+  EXPECT_EQ(code_of_from_dlpack(&foreign->managed), ErrorCode::kInvalidArgument);
+  EXPECT_EQ(deleted, 0);
 }
 
 }  // namespace

@@ -77,11 +77,17 @@ TEST(TensorView, SizesBeyond32BitsAreExact) {
 }
 
 TEST(TensorView, RefusesNegativeAndTooManyDimensions) {
-  EXPECT_THAT(error_of([] { TensorView(nullptr, DType::kUint8, {3, -2}); },
-                       ErrorCode::kInvalidArgument),
+  EXPECT_THAT(error_of(
+                  [] {
+                    TensorView(nullptr, DType::kUint8, {3, -2});
+                  },
+                  ErrorCode::kInvalidArgument),
               HasSubstr("-2"));
-  EXPECT_THAT(error_of([] { TensorView(nullptr, DType::kUint8, {1, 2, 3, 4, 5}); },
-                       ErrorCode::kInvalidArgument),
+  EXPECT_THAT(error_of(
+                  [] {
+                    TensorView(nullptr, DType::kUint8, {1, 2, 3, 4, 5});
+                  },
+                  ErrorCode::kInvalidArgument),
               HasSubstr("5"));
 }
 

@@ -8,6 +8,7 @@
 #include <chrono>
 #include <thread>
 
+#include "protocol/atomic.hpp"
 #include "protocol/epoch.hpp"
 
 namespace deep_ep::protocol {

@@ -341,8 +341,9 @@ void run_lanes(std::vector<Lane>& lanes, int first, int stride, Context& context
 void combine(Context& context, const CombineParams& params) {
   const std::int64_t row_bytes =
       params.call.record.hidden * static_cast<std::int64_t>(size_of(params.dtype));
+  // From the record, which is the same on all ranks: a rank without rows may pass a null pointer.
   const std::int64_t weights_bytes =
-      params.topk_weights == nullptr ? 0 : params.call.record.num_topk * std::int64_t{4};
+      params.call.record.has_topk_weights ? params.call.record.num_topk * std::int64_t{4} : 0;
   // A piece holds whole elements and whole cache lines, and its record fits the ring.
   const Pieces pieces{weights_bytes, row_bytes, context.ring_to(0, 0).shape.max_record() / 64 * 64};
   std::vector<Lane> lanes;

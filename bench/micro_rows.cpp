@@ -1,0 +1,78 @@
+#include <benchmark/benchmark.h>
+
+#include <cstring>
+#include <vector>
+
+#include "backend/host/rows.hpp"
+
+// The kernels that move and sum rows, on memory that fits the caches (few rows) and that does not.
+namespace deep_ep::host {
+namespace {
+
+constexpr std::int64_t kRowBytes = 7168 * 2;
+
+/// Aligned like the results of a Buffer, and not zero.
+struct Rows {
+  explicit Rows(std::int64_t count)
+      : memory(static_cast<std::byte*>(std::aligned_alloc(4096, size(count)))) {
+    std::memset(memory, 0x3f, size(count));
+  }
+  ~Rows() { std::free(memory); }
+  Rows(const Rows&) = delete;
+  Rows& operator=(const Rows&) = delete;
+
+  static std::size_t size(std::int64_t count) {
+    return static_cast<std::size_t>((count * kRowBytes + 4095) / 4096 * 4096);
+  }
+  std::byte* at(std::int64_t row) const { return memory + row * kRowBytes; }
+
+  std::byte* memory;
+};
+
+template <Stores kStores>
+void copy(benchmark::State& state) {
+  const std::int64_t count = state.range(0);
+  const Rows from(count), to(count);
+  for (auto _ : state) {
+    for (std::int64_t row = 0; row < count; ++row)
+      copy_row(to.at(row), from.at(row), kRowBytes, kStores);
+    finish_stores();
+    benchmark::ClobberMemory();
+  }
+  state.SetBytesProcessed(state.iterations() * count * kRowBytes);
+}
+
+template <Stores kStores>
+void sum(benchmark::State& state) {
+  const std::int64_t count = state.range(0);
+  const int num_sources = static_cast<int>(state.range(1));
+  const Rows from(count * num_sources), to(count);
+  for (auto _ : state) {
+    for (std::int64_t row = 0; row < count; ++row) {
+      const std::byte* sources[8];
+      for (int s = 0; s < num_sources; ++s) sources[s] = from.at(s * count + row);
+      SumPiece piece;
+      piece.count = kRowBytes / 2;
+      piece.sources = sources;
+      piece.num_sources = num_sources;
+      piece.out = to.at(row);
+      sum_piece(piece, kStores);
+    }
+    finish_stores();
+    benchmark::ClobberMemory();
+  }
+  // Read and written.
+  state.SetBytesProcessed(state.iterations() * count * kRowBytes * (num_sources + 1));
+}
+
+BENCHMARK(copy<Stores::kCached>)->ArgName("rows")->Arg(16)->Arg(8192);
+BENCHMARK(copy<Stores::kStreaming>)->ArgName("rows")->Arg(16)->Arg(8192);
+BENCHMARK(sum<Stores::kCached>)
+    ->ArgNames({"rows", "sources"})
+    ->ArgsProduct({{16, 4096}, {1, 2, 4, 8}});
+BENCHMARK(sum<Stores::kStreaming>)
+    ->ArgNames({"rows", "sources"})
+    ->ArgsProduct({{16, 4096}, {1, 2, 4, 8}});
+
+}  // namespace
+}  // namespace deep_ep::host
