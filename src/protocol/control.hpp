@@ -64,6 +64,9 @@ struct ControlBlock {
 
   Doorbell* doorbell;
   FaultRecord* fault;
+  // The rank, plus 1, that this one has been waiting for a while now; 0: none. A hint for error
+  // texts, so relaxed.
+  std::int32_t* waiting_for;
   Mailbox mailbox[2];    // by parity of the epoch
   InboxPlace* inbox;     // [R] by receiver of this rank's rows
   EpochFlag* landed;     // [R] all rows of the source are in this rank's results
@@ -77,6 +80,7 @@ struct ControlBlock {
     ControlBlock block;
     block.doorbell = carver.take<Doorbell>(1);
     block.fault = carver.take<FaultRecord>(1);
+    block.waiting_for = carver.take<std::int32_t>(1);
     for (Mailbox& mailbox : block.mailbox) {
       mailbox.posted = carver.take<EpochFlag>(ranks);
       mailbox.record = carver.take<CallRecord>(ranks);

@@ -69,15 +69,16 @@ int fuzz_arguments(const Range& range, const std::string& command) {
   while (seed < end &&
          std::chrono::steady_clock::now() - begin < std::chrono::duration<double>(range.seconds)) {
     const std::int64_t last = std::min(seed + kSeedsAJob, end) - 1;
-    Outcome outcome = pool.run(1, fmt::format("{} {}", seed, last), kLimit)[0];
-    // What ended the process says nothing of the seed: look for it one by one.
-    for (std::int64_t one = seed; !outcome.answered && one <= last; ++one) {
-      outcome = pool.run(1, fmt::format("{} {}", one, one), kLimit)[0];
-      if (!outcome.answered) {
-        fmt::print("FAILED seed {}: {}\n  repeat: {} --from {} --count 1\n", one,
-                   outcome.timed_out ? "hangs" : outcome.failure, command, one);
-        return 1;
+    const Outcome outcome = pool.run(1, fmt::format("{} {}", seed, last), kLimit)[0];
+    if (!outcome.answered) {
+      fmt::print("FAILED: {}; one of the seeds of: {} --from {} --count {}\n",
+                 outcome.timed_out ? "hangs" : outcome.failure, command, seed, last - seed + 1);
+      // What ended the process says nothing of the seed: look for it one by one.
+      for (std::int64_t one = seed; one <= last; ++one) {
+        if (!pool.run(1, fmt::format("{} {}", one, one), kLimit)[0].answered)
+          fmt::print("  fails alone too: {} --from {} --count 1\n", command, one);
       }
+      return 1;
     }
     if (!outcome.answer.starts_with('=')) {
       fmt::print("FAILED {}\n  repeat: {} --from {} --count {}\n", outcome.answer, command, seed,

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -76,9 +77,11 @@ class Context {
       const bool some_gone = num_gone_.load(std::memory_order_acquire) != 0;
       if (ready()) return true;
       if (some_gone) check_gone(call, what, missing());
+      if (waiter.waited() > kAnnounceAfter) announce_wait(missing());
       return false;
     });
-    if (result != protocol::WaitResult::kReady) throw_unready(call, what, result, missing());
+    protocol::store_relaxed(own().waiting_for, 0);
+    if (result != protocol::WaitResult::kReady) throw_unready(call, what, missing());
   }
 
   void raise_fault(const Error& error) noexcept;
@@ -86,8 +89,13 @@ class Context {
 
  private:
   void peer_gone(int rank, bool orderly);
+  // Long against any wait of ranks that work, short against any timeout.
+  static constexpr std::chrono::milliseconds kAnnounceAfter{1};
+  void announce_wait(const std::vector<Missing>& missing);
+  /// Who keeps the missing ranks from coming: follows what they wait for themselves.
+  std::vector<int> find_culprits(const std::vector<Missing>& missing);
   void check_gone(const Call& call, const char* what, const std::vector<Missing>& missing);
-  [[noreturn]] void throw_unready(const Call& call, const char* what, protocol::WaitResult result,
+  [[noreturn]] void throw_unready(const Call& call, const char* what,
                                   const std::vector<Missing>& missing);
 
   int rank_;

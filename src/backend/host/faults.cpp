@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <set>
 #include <thread>
 
 #include "backend/host/context.hpp"
@@ -15,12 +16,6 @@ namespace {
 
 std::string list_ranks(const std::vector<int>& ranks) {
   return fmt::format("rank{} {}", ranks.size() == 1 ? "" : "s", fmt::join(ranks, ", "));
-}
-
-std::vector<int> ranks_of(const std::vector<Missing>& missing) {
-  std::vector<int> ranks;
-  for (const Missing& one : missing) ranks.push_back(one.rank);
-  return ranks;
 }
 
 // "waited for its rows: rank 3 expected 7, seen 6"
@@ -60,19 +55,45 @@ void Context::check_gone(const Call& call, const char* what, const std::vector<M
   }
 }
 
-void Context::throw_unready(const Call& call, const char* what, protocol::WaitResult result,
-                            const std::vector<Missing>& missing) {
-  if (result == protocol::WaitResult::kFaulted) {
-    if (std::optional<Error> known = fault(call.operation)) {
-      throw Error(known->code(), fmt::format("{}; {}", known->what(), describe(what, missing)),
-                  known->ranks());
+void Context::announce_wait(const std::vector<Missing>& missing) {
+  if (!missing.empty()) protocol::store_relaxed(own().waiting_for, missing.front().rank + 1);
+}
+
+std::vector<int> Context::find_culprits(const std::vector<Missing>& missing) {
+  std::set<int> culprits;
+  for (const Missing& one : missing) {
+    std::vector<int> path;
+    int at = one.rank;
+    // Ends at a rank that waits for nobody, or comes round: then all of the round are suspect but
+    // this rank.
+    while (std::find(path.begin(), path.end(), at) == path.end()) {
+      path.push_back(at);
+      const int next = protocol::load_relaxed(peer(at).waiting_for) - 1;
+      if (next < 0 || next >= num_ranks_) break;
+      at = next;
     }
+    culprits.insert(std::find(path.begin(), path.end(), at), path.end());
   }
+  culprits.erase(rank_);
+  if (culprits.empty()) {
+    for (const Missing& one : missing) culprits.insert(one.rank);
+  }
+  return {culprits.begin(), culprits.end()};
+}
+
+void Context::throw_unready(const Call& call, const char* what,
+                            const std::vector<Missing>& missing) {
+  // Also when the wait expired: a fault record that nobody finished writing ends it early.
+  if (std::optional<Error> known = fault(call.operation)) {
+    throw Error(known->code(), fmt::format("{}; {}", known->what(), describe(what, missing)),
+                known->ranks());
+  }
+  const std::vector<int> culprits = find_culprits(missing);
   throw Error(ErrorCode::kTimeout,
               fmt::format("{} (call {}) on rank {}: {} did not arrive within {} ms; {}",
-                          call.operation, call.epoch, rank_, list_ranks(ranks_of(missing)),
+                          call.operation, call.epoch, rank_, list_ranks(culprits),
                           call.timeout.count(), describe(what, missing)),
-              ranks_of(missing));
+              culprits);
 }
 
 void Context::raise_fault(const Error& error) noexcept {

@@ -78,35 +78,47 @@ struct Fp32 {
   }
 };
 
-template <class Element>
-hn::Vec<F32> sum_at(const SumPiece& piece, std::int64_t i) {
+// Sums kVectors vectors from element `i` on: several, so that the additions of one source do not
+// wait for each other.
+template <class Element, int kVectors, class Store>
+void sum_at(const SumPiece& piece, std::int64_t i, Store&& store) {
   using Word = typename Element::Word;
-  auto sum = hn::Zero(F32());
-  for (int s = 0; s < piece.num_sources; ++s) {
-    sum = hn::Add(sum, Element::load(reinterpret_cast<const Word*>(piece.sources[s]) + i));
-  }
+  const auto lanes = static_cast<std::int64_t>(hn::Lanes(F32()));
+  hn::Vec<F32> sums[kVectors];
+  for (auto& sum : sums) sum = hn::Zero(F32());
+  const auto add = [&](const std::byte* source) {
+    const Word* words = reinterpret_cast<const Word*>(source) + i;
+    for (int v = 0; v < kVectors; ++v) {
+      sums[v] = hn::Add(sums[v], Element::load(words + v * lanes));
+    }
+  };
+  for (int s = 0; s < piece.num_sources; ++s) add(piece.sources[s]);
   for (const std::byte* bias : piece.bias) {
-    if (bias != nullptr) sum = hn::Add(sum, Element::load(reinterpret_cast<const Word*>(bias) + i));
+    if (bias != nullptr) add(bias);
   }
-  return sum;
+  for (int v = 0; v < kVectors; ++v) store(Element::round(sums[v]), i + v * lanes);
 }
 
 template <class Element>
 void sum(const SumPiece& piece, bool streaming) {
   using Word = typename Element::Word;
+  constexpr int kVectors = 4;
   const hn::DFromV<decltype(Element::round(hn::Zero(F32())))> words;
   const auto lanes = static_cast<std::int64_t>(hn::Lanes(F32()));
   auto* out = reinterpret_cast<Word*>(piece.out);
   const bool aligned = reinterpret_cast<std::uintptr_t>(out) % (lanes * sizeof(Word)) == 0;
+  const auto stream = [&](auto value, std::int64_t at) { hn::Stream(value, words, out + at); };
+  const auto keep = [&](auto value, std::int64_t at) { hn::StoreU(value, words, out + at); };
   std::int64_t i = 0;
   if (streaming && aligned) {
-    for (; i + lanes <= piece.count; i += lanes) {
-      hn::Stream(Element::round(sum_at<Element>(piece, i)), words, out + i);
+    for (; i + kVectors * lanes <= piece.count; i += kVectors * lanes) {
+      sum_at<Element, kVectors>(piece, i, stream);
     }
   }
-  for (; i + lanes <= piece.count; i += lanes) {
-    hn::StoreU(Element::round(sum_at<Element>(piece, i)), words, out + i);
+  for (; i + kVectors * lanes <= piece.count; i += kVectors * lanes) {
+    sum_at<Element, kVectors>(piece, i, keep);
   }
+  for (; i + lanes <= piece.count; i += lanes) sum_at<Element, 1>(piece, i, keep);
   if (i == piece.count) return;
   // The last elements: through full vectors on the stack.
   const std::int64_t rest = piece.count - i;
