@@ -56,7 +56,7 @@ class Mutator {
 
   /// A view with memory of its own in place of a result's, so that its content can be anything.
   void scramble(Tensor& tensor) {
-    if (tensor.nbytes() == 0) return;
+    if (tensor.owner() == nullptr || tensor.nbytes() == 0) return;
     const Tensor copy = Tensor::empty(tensor.dtype, {tensor.numel()});
     std::memcpy(copy.data, tensor.data, tensor.nbytes());
     auto* bytes = copy.as<std::uint8_t>();
@@ -157,8 +157,8 @@ void change_handle(Mutator& mutator, IntranodeHandle& handle) {
     mutator.scramble(tensor);
     return;
   }
-  TensorView view(mutator.arena().data(), tensor.dtype, {tensor.shape[0], tensor.shape[1]});
-  view.ndim = tensor.ndim;
+  TensorView view = tensor;
+  view.data = mutator.arena().data();
   mutator.change(view);
   tensor = view;
 }
@@ -175,8 +175,8 @@ void change_dispatch(Mutator& mutator, DispatchArgs& args) {
       mutator.scramble(tensor);
       return;
     }
-    TensorView view(mutator.arena().data(), tensor.dtype, {tensor.shape[0], tensor.shape[1]});
-    view.ndim = tensor.ndim;
+    TensorView view = tensor;
+    view.data = mutator.arena().data();
     mutator.change(view);
     tensor = view;
   };

@@ -2,10 +2,9 @@
 #include <gtest/gtest.h>
 
 #include <atomic>
-#include <functional>
 #include <thread>
 
-#include "multi/fault_play.hpp"
+#include "multi/fault_situations.hpp"
 
 // Ranks that disagree, or refuse what they were given, tell all others at once; misuse of one rank
 // touches nobody.
@@ -15,204 +14,9 @@ namespace {
 
 using std::chrono_literals::operator""s;
 
-constexpr int kRanks = 3;
-constexpr int kVictim = 1;
 /// Far above what telling takes, so that a wait that runs out shows.
 constexpr auto kTimeout = 20s;
 constexpr auto kAtOnce = std::chrono::milliseconds(2000);
-
-/// What a call of a test may use. The victim changes what it gives.
-struct Scene {
-  Buffer& buffer;
-  const Exchange& exchange;
-  const DispatchResult& dispatched;
-  bool victim;
-};
-
-struct Situation {
-  const char* name;
-  std::function<void(const Scene&)> call;
-  const char* field;  ///< that every rank's Error must name
-};
-
-// Memory for arguments that differ from the others'; longer than any of them needs.
-std::vector<float>& spare() {
-  static std::vector<float> memory(1 << 16, 1.0F);
-  return memory;
-}
-std::vector<std::int64_t>& spare_ids() {
-  static std::vector<std::int64_t> memory(1 << 16, 0);
-  return memory;
-}
-
-constexpr std::int64_t kTokens = Exchange::kTokens;
-constexpr std::int64_t kHidden = Exchange::kHidden;
-
-std::function<void(const Scene&)> dispatch_with(
-    std::function<void(const Scene&, DispatchArgs&)> change) {
-  return [change](const Scene& scene) {
-    DispatchArgs args = scene.exchange.dispatch_args(scene.buffer);
-    if (scene.victim) change(scene, args);
-    scene.buffer.dispatch(args);
-  };
-}
-
-std::function<void(const Scene&)> combine_with(
-    std::function<void(const Scene&, CombineArgs&)> change) {
-  return [change](const Scene& scene) {
-    CombineArgs args = Exchange::combine_args(scene.dispatched);
-    if (scene.victim) change(scene, args);
-    scene.buffer.combine(args);
-  };
-}
-
-void give_scales(DispatchArgs& args, DType dtype, std::int64_t count) {
-  args.x_scales = {spare().data(), dtype, {kTokens, count}};
-}
-
-const std::vector<Situation>& disagreements() {
-  static const std::vector<Situation> situations{
-      {"hidden", dispatch_with([](const Scene&, DispatchArgs& args) {
-         args.x = {spare().data(), DType::kFloat32, {kTokens, kHidden * 2}};
-       }),
-       "hidden"},
-      {"dtype", dispatch_with([](const Scene&, DispatchArgs& args) {
-         args.x = {spare().data(), DType::kBfloat16, {kTokens, kHidden}};
-       }),
-       "dtype of x"},
-      {"topk", dispatch_with([](const Scene& scene, DispatchArgs& args) {
-         args.topk_idx = {spare_ids().data(), DType::kInt64, {kTokens, 2}};
-         args.topk_weights = {spare().data(), DType::kFloat32, {kTokens, 2}};
-         args.layout = scene.buffer.get_dispatch_layout(args.topk_idx, kRanks);
-       }),
-       "topk"},
-      {"topk_dtype", dispatch_with([](const Scene& scene, DispatchArgs& args) {
-         args.topk_idx = {spare_ids().data(), DType::kInt32, {kTokens, kRanks}};
-         args.layout = scene.buffer.get_dispatch_layout(args.topk_idx, kRanks);
-       }),
-       "dtype of topk_idx"},
-      {"experts", dispatch_with([](const Scene& scene, DispatchArgs& args) {
-         args.layout = scene.buffer.get_dispatch_layout(args.topk_idx, kRanks * 2);
-       }),
-       "num_experts"},
-      {"weights", dispatch_with([](const Scene&, DispatchArgs& args) { args.topk_weights = {}; }),
-       "topk_weights"},
-      {"scales", dispatch_with([](const Scene&, DispatchArgs& args) {
-         give_scales(args, DType::kFloat32, 2);
-       }),
-       "x_scales"},
-      {"num_scales",
-       [](const Scene& scene) {
-         DispatchArgs args = scene.exchange.dispatch_args(scene.buffer);
-         give_scales(args, DType::kFloat32, scene.victim ? 3 : 2);
-         scene.buffer.dispatch(args);
-       },
-       "x_scales"},
-      {"scale_dtype",
-       [](const Scene& scene) {
-         DispatchArgs args = scene.exchange.dispatch_args(scene.buffer);
-         give_scales(args, scene.victim ? DType::kInt32 : DType::kFloat32, 2);
-         scene.buffer.dispatch(args);
-       },
-       "x_scales"},
-      {"combine_hidden", combine_with([](const Scene& scene, CombineArgs& args) {
-         args.x = {spare().data(), DType::kFloat32, {scene.dispatched.num_recv_tokens, 4}};
-       }),
-       "hidden"},
-      {"combine_dtype", combine_with([](const Scene& scene, CombineArgs& args) {
-         args.x = {spare().data(), DType::kFloat16, {scene.dispatched.num_recv_tokens, kHidden}};
-       }),
-       "dtype of x"},
-      {"combine_weights", combine_with([](const Scene& scene, CombineArgs& args) {
-         args.topk_weights = {
-             spare().data(), DType::kFloat32, {scene.dispatched.num_recv_tokens, kRanks}};
-       }),
-       "topk"},
-      {"dispatch_and_combine",
-       [](const Scene& scene) {
-         scene.exchange.run(scene.buffer, scene.victim ? Op::kCombine : Op::kDispatch,
-                            scene.dispatched);
-       },
-       "operation"},
-      {"barrier_and_dispatch",
-       [](const Scene& scene) {
-         scene.exchange.run(scene.buffer, scene.victim ? Op::kBarrier : Op::kDispatch,
-                            scene.dispatched);
-       },
-       "operation"},
-      {"combine_and_barrier",
-       [](const Scene& scene) {
-         scene.exchange.run(scene.buffer, scene.victim ? Op::kCombine : Op::kBarrier,
-                            scene.dispatched);
-       },
-       "operation"},
-      {"cached_and_not",
-       [](const Scene& scene) {
-         scene.exchange.run(scene.buffer, scene.victim ? Op::kCachedDispatch : Op::kDispatch,
-                            scene.dispatched);
-       },
-       "operation"}};
-  return situations;
-}
-
-const std::vector<Situation>& refusals() {
-  static const std::vector<Situation> situations{
-      {"expert_id", dispatch_with([](const Scene& scene, DispatchArgs& args) {
-         static std::vector<std::int64_t> ids;
-         ids = scene.exchange.topk_idx;
-         ids[7] = kRanks;
-         args.topk_idx = {ids.data(), DType::kInt64, {kTokens, kRanks}};
-       }),
-       "topk_idx"},
-      {"x_rows", dispatch_with([](const Scene&, DispatchArgs& args) {
-         args.x = {spare().data(), DType::kFloat32, {kTokens + 1, kHidden}};
-       }),
-       "is_token_in_rank"},
-      {"row_bytes", dispatch_with([](const Scene&, DispatchArgs& args) {
-         args.x = {spare().data(), DType::kFloat32, {kTokens, kHidden + 1}};
-       }),
-       "multiple of 16"},
-      {"weights_shape", dispatch_with([](const Scene&, DispatchArgs& args) {
-         args.topk_weights = {spare().data(), DType::kFloat32, {kTokens, kRanks + 1}};
-       }),
-       "topk_weights"},
-      {"scales_shape", dispatch_with([](const Scene&, DispatchArgs& args) {
-         args.x_scales = {spare().data(), DType::kFloat32, {kTokens - 1, 2}};
-       }),
-       "x_scales"},
-      {"alignment",
-       dispatch_with([](const Scene&, DispatchArgs& args) { args.expert_alignment = 0; }),
-       "expert_alignment"},
-      {"config", dispatch_with([](const Scene&, DispatchArgs& args) { args.config.num_sms = 0; }),
-       "num_sms"},
-      {"no_layout",
-       dispatch_with([](const Scene&, DispatchArgs& args) { args.layout.is_token_in_rank = {}; }),
-       "is_token_in_rank"},
-      {"handle_and_topk",
-       [](const Scene& scene) {
-         DispatchArgs args = Exchange::cached_args(scene.exchange, scene.dispatched);
-         if (scene.victim) args.topk_idx = {spare_ids().data(), DType::kInt64, {kTokens, kRanks}};
-         scene.buffer.dispatch(args);
-       },
-       "topk_idx"},
-      {"combine_fp8", combine_with([](const Scene& scene, CombineArgs& args) {
-         args.x = {spare().data(), DType::kFloat8E4m3, {scene.dispatched.num_recv_tokens, kHidden}};
-       }),
-       "float8_e4m3"},
-      {"combine_rows", combine_with([](const Scene&, CombineArgs& args) {
-         args.x = {spare().data(), DType::kFloat32, {1, kHidden}};
-       }),
-       "x"},
-      {"bias_shape", combine_with([](const Scene&, CombineArgs& args) {
-         args.bias[1] = {spare().data(), DType::kFloat32, {kTokens, kHidden / 2}};
-       }),
-       "bias"},
-      {"comm_stream_alone", combine_with([](const Scene&, CombineArgs& args) {
-         args.options.allocate_on_comm_stream = true;
-       }),
-       "allocate_on_comm_stream"}};
-  return situations;
-}
 
 /// The situations by number: disagreements, then refusals.
 const Situation& situation(std::size_t i) {
@@ -262,7 +66,7 @@ std::string play_too_few_worst_tokens(Worker& worker, bool on_all) {
   const Exchange exchange(worker.rank(), worker.num_ranks());
   Findings findings;
   DispatchArgs args = exchange.dispatch_args(buffer);
-  args.num_worst_tokens = kTokens * kRanks - (on_all || worker.rank() == kVictim ? 1 : 0);
+  args.num_worst_tokens = Exchange::kTokens * kRanks - (on_all || worker.rank() == kVictim ? 1 : 0);
   const auto thrown = thrown_by([&] {
     buffer.dispatch(args);
     buffer.barrier();
@@ -271,7 +75,7 @@ std::string play_too_few_worst_tokens(Worker& worker, bool on_all) {
   findings.expect(thrown->code == ErrorCode::kCapacity,
                   fmt::format("code {}: {}", deep_ep::to_string(thrown->code), thrown->text));
   findings.expect_contains(thrown->text, "num_worst_tokens");
-  findings.expect_contains(thrown->text, fmt::format("{}", kTokens * kRanks - 1));
+  findings.expect_contains(thrown->text, fmt::format("{}", Exchange::kTokens * kRanks - 1));
   findings.expect(thrown->after < kAtOnce, "telling took too long");
   return findings.text();
 }

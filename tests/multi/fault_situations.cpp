@@ -1,0 +1,199 @@
+#include "multi/fault_situations.hpp"
+
+namespace deep_ep::test {
+namespace {
+
+// Memory for arguments that differ from the others'; longer than any of them needs.
+std::vector<float>& spare() {
+  static std::vector<float> memory(1 << 16, 1.0F);
+  return memory;
+}
+std::vector<std::int64_t>& spare_ids() {
+  static std::vector<std::int64_t> memory(1 << 16, 0);
+  return memory;
+}
+
+constexpr std::int64_t kTokens = Exchange::kTokens;
+constexpr std::int64_t kHidden = Exchange::kHidden;
+
+std::function<void(const Scene&)> dispatch_with(
+    std::function<void(const Scene&, DispatchArgs&)> change) {
+  return [change](const Scene& scene) {
+    DispatchArgs args = scene.exchange.dispatch_args(scene.buffer);
+    if (scene.victim) change(scene, args);
+    scene.buffer.dispatch(args);
+  };
+}
+
+std::function<void(const Scene&)> combine_with(
+    std::function<void(const Scene&, CombineArgs&)> change) {
+  return [change](const Scene& scene) {
+    CombineArgs args = Exchange::combine_args(scene.dispatched);
+    if (scene.victim) change(scene, args);
+    scene.buffer.combine(args);
+  };
+}
+
+void give_scales(DispatchArgs& args, DType dtype, std::int64_t count) {
+  args.x_scales = {spare().data(), dtype, {kTokens, count}};
+}
+
+std::vector<Situation> dispatch_disagreements() {
+  return {
+      {"hidden", dispatch_with([](const Scene&, DispatchArgs& args) {
+         args.x = {spare().data(), DType::kFloat32, {kTokens, kHidden * 2}};
+       }),
+       "hidden"},
+      {"dtype", dispatch_with([](const Scene&, DispatchArgs& args) {
+         args.x = {spare().data(), DType::kBfloat16, {kTokens, kHidden}};
+       }),
+       "dtype of x"},
+      {"topk", dispatch_with([](const Scene& scene, DispatchArgs& args) {
+         args.topk_idx = {spare_ids().data(), DType::kInt64, {kTokens, 2}};
+         args.topk_weights = {spare().data(), DType::kFloat32, {kTokens, 2}};
+         args.layout = scene.buffer.get_dispatch_layout(args.topk_idx, kRanks);
+       }),
+       "topk"},
+      {"topk_dtype", dispatch_with([](const Scene& scene, DispatchArgs& args) {
+         args.topk_idx = {spare_ids().data(), DType::kInt32, {kTokens, kRanks}};
+         args.layout = scene.buffer.get_dispatch_layout(args.topk_idx, kRanks);
+       }),
+       "dtype of topk_idx"},
+      {"experts", dispatch_with([](const Scene& scene, DispatchArgs& args) {
+         args.layout = scene.buffer.get_dispatch_layout(args.topk_idx, kRanks * 2);
+       }),
+       "num_experts"},
+      {"weights", dispatch_with([](const Scene&, DispatchArgs& args) { args.topk_weights = {}; }),
+       "topk_weights"},
+      {"scales", dispatch_with([](const Scene&, DispatchArgs& args) {
+         give_scales(args, DType::kFloat32, 2);
+       }),
+       "x_scales"},
+      {"num_scales",
+       [](const Scene& scene) {
+         DispatchArgs args = scene.exchange.dispatch_args(scene.buffer);
+         give_scales(args, DType::kFloat32, scene.victim ? 3 : 2);
+         scene.buffer.dispatch(args);
+       },
+       "x_scales"},
+      {"scale_dtype",
+       [](const Scene& scene) {
+         DispatchArgs args = scene.exchange.dispatch_args(scene.buffer);
+         give_scales(args, scene.victim ? DType::kInt32 : DType::kFloat32, 2);
+         scene.buffer.dispatch(args);
+       },
+       "x_scales"}};
+}
+
+std::vector<Situation> other_disagreements() {
+  return {
+      {"combine_hidden", combine_with([](const Scene& scene, CombineArgs& args) {
+         args.x = {spare().data(), DType::kFloat32, {scene.dispatched.num_recv_tokens, 4}};
+       }),
+       "hidden"},
+      {"combine_dtype", combine_with([](const Scene& scene, CombineArgs& args) {
+         args.x = {spare().data(), DType::kFloat16, {scene.dispatched.num_recv_tokens, kHidden}};
+       }),
+       "dtype of x"},
+      {"combine_weights", combine_with([](const Scene& scene, CombineArgs& args) {
+         args.topk_weights = {
+             spare().data(), DType::kFloat32, {scene.dispatched.num_recv_tokens, kRanks}};
+       }),
+       "topk"},
+      {"dispatch_and_combine",
+       [](const Scene& scene) {
+         scene.exchange.run(scene.buffer, scene.victim ? Op::kCombine : Op::kDispatch,
+                            scene.dispatched);
+       },
+       "operation"},
+      {"barrier_and_dispatch",
+       [](const Scene& scene) {
+         scene.exchange.run(scene.buffer, scene.victim ? Op::kBarrier : Op::kDispatch,
+                            scene.dispatched);
+       },
+       "operation"},
+      {"combine_and_barrier",
+       [](const Scene& scene) {
+         scene.exchange.run(scene.buffer, scene.victim ? Op::kCombine : Op::kBarrier,
+                            scene.dispatched);
+       },
+       "operation"},
+      {"cached_and_not",
+       [](const Scene& scene) {
+         scene.exchange.run(scene.buffer, scene.victim ? Op::kCachedDispatch : Op::kDispatch,
+                            scene.dispatched);
+       },
+       "operation"}};
+}
+
+}  // namespace
+
+const std::vector<Situation>& disagreements() {
+  static const std::vector<Situation> situations = [] {
+    std::vector<Situation> all = dispatch_disagreements();
+    for (const Situation& one : other_disagreements()) all.push_back(one);
+    return all;
+  }();
+  return situations;
+}
+
+const std::vector<Situation>& refusals() {
+  static const std::vector<Situation> situations{
+      {"expert_id", dispatch_with([](const Scene& scene, DispatchArgs& args) {
+         static std::vector<std::int64_t> ids;
+         ids = scene.exchange.topk_idx;
+         ids[7] = kRanks;
+         args.topk_idx = {ids.data(), DType::kInt64, {kTokens, kRanks}};
+       }),
+       "topk_idx"},
+      {"x_rows", dispatch_with([](const Scene&, DispatchArgs& args) {
+         args.x = {spare().data(), DType::kFloat32, {kTokens + 1, kHidden}};
+       }),
+       "is_token_in_rank"},
+      {"row_bytes", dispatch_with([](const Scene&, DispatchArgs& args) {
+         args.x = {spare().data(), DType::kFloat32, {kTokens, kHidden + 1}};
+       }),
+       "multiple of 16"},
+      {"weights_shape", dispatch_with([](const Scene&, DispatchArgs& args) {
+         args.topk_weights = {spare().data(), DType::kFloat32, {kTokens, kRanks + 1}};
+       }),
+       "topk_weights"},
+      {"scales_shape", dispatch_with([](const Scene&, DispatchArgs& args) {
+         args.x_scales = {spare().data(), DType::kFloat32, {kTokens - 1, 2}};
+       }),
+       "x_scales"},
+      {"alignment",
+       dispatch_with([](const Scene&, DispatchArgs& args) { args.expert_alignment = 0; }),
+       "expert_alignment"},
+      {"config", dispatch_with([](const Scene&, DispatchArgs& args) { args.config.num_sms = 0; }),
+       "num_sms"},
+      {"no_layout",
+       dispatch_with([](const Scene&, DispatchArgs& args) { args.layout.is_token_in_rank = {}; }),
+       "is_token_in_rank"},
+      {"handle_and_topk",
+       [](const Scene& scene) {
+         DispatchArgs args = Exchange::cached_args(scene.exchange, scene.dispatched);
+         if (scene.victim) args.topk_idx = {spare_ids().data(), DType::kInt64, {kTokens, kRanks}};
+         scene.buffer.dispatch(args);
+       },
+       "topk_idx"},
+      {"combine_fp8", combine_with([](const Scene& scene, CombineArgs& args) {
+         args.x = {spare().data(), DType::kFloat8E4m3, {scene.dispatched.num_recv_tokens, kHidden}};
+       }),
+       "float8_e4m3"},
+      {"combine_rows", combine_with([](const Scene&, CombineArgs& args) {
+         args.x = {spare().data(), DType::kFloat32, {1, kHidden}};
+       }),
+       "x"},
+      {"bias_shape", combine_with([](const Scene&, CombineArgs& args) {
+         args.bias[1] = {spare().data(), DType::kFloat32, {kTokens, kHidden / 2}};
+       }),
+       "bias"},
+      {"comm_stream_alone", combine_with([](const Scene&, CombineArgs& args) {
+         args.options.allocate_on_comm_stream = true;
+       }),
+       "allocate_on_comm_stream"}};
+  return situations;
+}
+
+}  // namespace deep_ep::test
