@@ -4,6 +4,7 @@ find_package(Threads REQUIRED)
 find_package(fmt REQUIRED)
 find_package(hwy REQUIRED)
 find_package(dlpack REQUIRED)
+find_package(nlohmann_json REQUIRED)
 
 # deep_ep_part(name state reason): one line of the table; `state` is ON or OFF.
 function(deep_ep_part name state reason)
