@@ -22,7 +22,10 @@ struct Buffer::Impl::DispatchJob {
 
 namespace {
 
-int num_channels(const Config& config) { return std::max(1, config.num_sms / 2); }
+// Far above half the SMs of any GPU; keeps the handle's matrices small for any num_sms.
+constexpr int kMaxChannels = 1024;
+
+int num_channels(const Config& config) { return std::clamp(config.num_sms / 2, 1, kMaxChannels); }
 
 std::int64_t received_rows(const intranode::NotifyDispatchParams& params, int rank, int num_ranks) {
   return plan::rows_from(params.rank_prefix_matrix, num_ranks - 1, rank, num_ranks).end;

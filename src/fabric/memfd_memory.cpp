@@ -123,7 +123,7 @@ class MemfdMemory final : public Memory {
       throw_errno("fcntl(F_ADD_SEALS)");
     auto mapping = std::make_shared<MemfdMapping>(random_bytes(sizeof(Name::id)), fd.get(), bytes);
     mapping->own(std::move(fd));
-    return keep(std::move(mapping));
+    return keep(mapping);
   }
 
   Descriptor describe(const Mapping& own) override {
@@ -160,7 +160,7 @@ class MemfdMemory final : public Memory {
   }
 
   /// Another thread may have mapped the same memory meanwhile: the first one stays.
-  static std::shared_ptr<Mapping> keep(std::shared_ptr<MemfdMapping> fresh) {
+  static std::shared_ptr<Mapping> keep(const std::shared_ptr<MemfdMapping>& fresh) {
     Registry& registry = Registry::instance();
     std::shared_ptr<Mapping> first;
     {

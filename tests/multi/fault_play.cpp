@@ -96,6 +96,15 @@ Belongings Belongings::count() {
   return belongings;
 }
 
+void check_belongings(Findings& findings, const Belongings& before) {
+  const Belongings after = Belongings::count();
+  findings.expect(
+      after.descriptors == before.descriptors,
+      fmt::format("{} descriptors before, {} after", before.descriptors, after.descriptors));
+  findings.expect(after.segments == before.segments,
+                  fmt::format("{} segments before, {} after", before.segments, after.segments));
+}
+
 void check_aftermath(Findings& findings, Buffer& buffer, const Keepsakes& kept,
                      const Thrown& fault) {
   for (int i = 0; i < 2; ++i) {

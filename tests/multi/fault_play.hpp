@@ -73,6 +73,9 @@ struct Belongings {
   static Belongings count();
 };
 
+/// Nothing is left behind: as many descriptors and segments as before.
+void check_belongings(Findings& findings, const Belongings& before);
+
 /// What must hold on every rank whose Buffer is faulted: the Error repeats, earlier results are
 /// intact, destroy returns at once.
 void check_aftermath(Findings& findings, Buffer& buffer, const Keepsakes& kept,

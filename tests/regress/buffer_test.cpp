@@ -1,0 +1,98 @@
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <climits>
+#include <functional>
+#include <memory>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "deep_ep/deep_ep.hpp"
+
+namespace deep_ep {
+namespace {
+
+using testing::HasSubstr;
+
+constexpr std::int64_t kTokens = 8;
+
+/// One rank's input: every token goes to every rank.
+struct Input {
+  std::vector<float> x = std::vector<float>(kTokens * 32, 1.0F);
+  std::vector<std::int32_t> topk_idx;
+
+  explicit Input(int num_ranks) {
+    for (std::int64_t token = 0; token < kTokens; ++token) {
+      for (int rank = 0; rank < num_ranks; ++rank) topk_idx.push_back(rank);
+    }
+  }
+  DispatchArgs args(Buffer& buffer, std::int64_t hidden = 32) const {
+    const int ranks = buffer.num_ranks();
+    DispatchArgs args;
+    args.x = {x.data(), DType::kFloat32, {kTokens, hidden}};
+    args.topk_idx = {topk_idx.data(), DType::kInt32, {kTokens, ranks}};
+    args.layout = buffer.get_dispatch_layout(args.topk_idx, ranks);
+    return args;
+  }
+};
+
+void run_ranks(int num_ranks, const std::function<void(std::shared_ptr<Bootstrap>)>& main) {
+  const auto bootstraps = bootstrap_threads(num_ranks);
+  std::vector<std::thread> threads;
+  for (const auto& bootstrap : bootstraps) threads.emplace_back(main, bootstrap);
+  for (std::thread& thread : threads) thread.join();
+}
+
+std::string error_of(const std::function<void()>& call) {
+  try {
+    call();
+  } catch (const Error& error) {
+    return error.what();
+  }
+  return "no Error";
+}
+
+// The handle's matrices had a column for each of num_sms / 2 channels: 2^30 of them, 8 GiB.
+TEST(Regress, AHugeNumSmsDoesNotMakeAHugeHandle) {
+  Buffer buffer(bootstrap_threads(1)[0]);
+  const Input input(1);
+  DispatchArgs args = input.args(buffer);
+  args.config.num_sms = INT_MAX;
+  const DispatchResult dispatched = buffer.dispatch(args);
+  EXPECT_LT(dispatched.handle.channel_prefix_matrix.nbytes(), std::size_t{1} << 20);
+  EXPECT_EQ(dispatched.num_recv_tokens, kTokens);
+}
+
+// The others were told "has destroyed its Buffer" when they saw the end before the reason.
+TEST(Regress, WhoRefusesAndLeavesAtOnceIsKnownForTheReason) {
+  for (int round = 0; round < 20; ++round) {
+    run_ranks(2, [](const std::shared_ptr<Bootstrap>& bootstrap) {
+      Buffer buffer(bootstrap);
+      const Input input(2);
+      DispatchArgs args = input.args(buffer);
+      bootstrap->barrier();
+      if (bootstrap->rank() == 1) args.config.num_sms = 0;
+      EXPECT_THAT(error_of([&] { buffer.dispatch(args); }), HasSubstr("num_sms is 0"));
+    });
+  }
+}
+
+// Each rank found the disagreement by itself, but later calls threw what another one had reported.
+TEST(Regress, LaterCallsThrowWhatTheFailedCallThrew) {
+  for (int round = 0; round < 20; ++round) {
+    run_ranks(3, [](const std::shared_ptr<Bootstrap>& bootstrap) {
+      Buffer buffer(bootstrap);
+      const Input input(3);
+      const DispatchArgs args = input.args(buffer, bootstrap->rank() == 1 ? 16 : 32);
+      const std::string first = error_of([&] { buffer.dispatch(args); });
+      EXPECT_THAT(first, HasSubstr("hidden"));
+      if (first.find("reported") != std::string::npos) return;  // it names the present call
+      EXPECT_EQ(error_of([&] { buffer.barrier(); }), first);
+      EXPECT_EQ(error_of([&] { buffer.check(); }), first);
+    });
+  }
+}
+
+}  // namespace
+}  // namespace deep_ep
