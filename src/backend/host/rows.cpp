@@ -85,9 +85,11 @@ void sum_at(const SumPiece& piece, std::int64_t i, Store&& store) {
   using Word = typename Element::Word;
   const auto lanes = static_cast<std::int64_t>(hn::Lanes(F32()));
   hn::Vec<F32> sums[kVectors];
+#pragma GCC unroll 8
   for (auto& sum : sums) sum = hn::Zero(F32());
   const auto add = [&](const std::byte* source) {
     const Word* words = reinterpret_cast<const Word*>(source) + i;
+#pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
       sums[v] = hn::Add(sums[v], Element::load(words + v * lanes));
     }
@@ -96,6 +98,7 @@ void sum_at(const SumPiece& piece, std::int64_t i, Store&& store) {
   for (const std::byte* bias : piece.bias) {
     if (bias != nullptr) add(bias);
   }
+#pragma GCC unroll 8
   for (int v = 0; v < kVectors; ++v) store(Element::round(sums[v]), i + v * lanes);
 }
 
