@@ -32,6 +32,13 @@ Buffer::Impl::Impl(std::shared_ptr<Bootstrap> bootstrap, const BufferOptions& op
 std::string Buffer::Impl::allocate_and_export() {
   validate(options_, bootstrap_->rank(), bootstrap_->size());
   options_.timeout = choose_timeout(options_.timeout);
+  const int node = env::ranks_per_node();
+  if (node > 0 && node < bootstrap_->size()) {
+    throw Error(ErrorCode::kUnsupported,
+                fmt::format("DEEP_EP_RANKS_PER_NODE is {} for {} ranks: several nodes need "
+                            "internode mode, which this version does not have",
+                            node, bootstrap_->size()));
+  }
   trace::step("allocate");
   // While all ranks are peers the memory for low latency is ordinary mapped memory too.
   backend_ = make_backend({.device = options_.device,

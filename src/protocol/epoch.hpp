@@ -7,9 +7,9 @@
 
 namespace deep_ep::protocol {
 
-/// A flag that only grows, alone in its cache line: written by one rank, read by one rank. There is
-/// no reset, so there is no reset to race with. 64 bits never wrap: at 1e9 publications a second
-/// they last 584 years.
+/// A flag that only grows (I1), alone in its cache line: written by one rank, read by one rank.
+/// There is no reset, so there is no reset to race with. 64 bits never wrap: at 1e9 publications a
+/// second they last 584 years.
 struct alignas(128) EpochFlag {
   std::uint64_t value;
 

@@ -113,7 +113,7 @@ class Lane {
     return plan::channel_begin(params_.call.record.num_tokens, lane, context_.num_lanes());
   }
 
-  /// Nothing of a rank is used before its call was compared with ours.
+  /// Nothing of a rank is used before its call was compared with ours (I9).
   bool agreed(int rank) {
     if (agreed_[rank]) return true;
     if (!context_.posted(params_.call, rank)) return false;

@@ -58,8 +58,8 @@ class Dispatch {
         .end;
   }
 
-  /// Tells every sender where this rank's results lie. The block's last readers are done: it came
-  /// from the heap.
+  /// Tells every sender where this rank's results lie. Nobody reads the block (I6), and no sender
+  /// reads the place of an earlier call any more (I4).
   void publish_inbox() {
     for (int i = 0; i < context_.num_ranks(); ++i) {
       const int source = context_.peer_in_turn(i);
@@ -120,6 +120,7 @@ class Dispatch {
     });
   }
 
+  /// Only this rank writes these slots, behind the acquire in find_targets() (I5).
   void send_token(std::int64_t token) {
     const int num_ranks = context_.num_ranks();
     for (int i = 0; i < num_ranks; ++i) {
