@@ -90,12 +90,12 @@ void check_rows(const deep_ep::intranode::CombineParams& params, int rank, int n
           params.handle_rows, received);
   for (int source = 0; source < num_ranks; ++source) {
     const auto rows = plan::rows_from(params.rank_prefix_matrix, source, rank, num_ranks);
-    std::int32_t least = 0;
+    std::int64_t least = 0;
     for (std::int64_t row = rows.begin; row < rows.end; ++row) {
       require(params.recv_src_idx[row] >= least,
               "handle.recv_src_idx[{}] is {}, must be at least {}: rows of a source ascend", row,
               params.recv_src_idx[row], least);
-      least = params.recv_src_idx[row] + 1;
+      least = std::int64_t{params.recv_src_idx[row]} + 1;
     }
   }
 }
