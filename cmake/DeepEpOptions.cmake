@@ -24,7 +24,7 @@ endif()
 add_library(deep_ep_options INTERFACE)
 # No contraction: fma happens where plan/numerics.hpp says so and nowhere else.
 target_compile_options(deep_ep_options INTERFACE
-  $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -Wshadow -Wno-missing-field-initializers -ffp-contract=off>
+  $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -Wshadow -Wno-missing-field-initializers -Wno-restrict -ffp-contract=off>
   $<$<COMPILE_LANGUAGE:CUDA>:--fmad=false --Wext-lambda-captures-this -Xcompiler=-Wall>)
 if(DEEP_EP_WERROR)
   target_compile_options(deep_ep_options INTERFACE

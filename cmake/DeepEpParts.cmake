@@ -2,6 +2,11 @@
 # configuration.
 find_package(Threads REQUIRED)
 find_package(fmt REQUIRED)
+if(DEEP_EP_FMT_INSIDE)
+  set(DEEP_EP_FMT fmt::fmt-header-only)
+else()
+  set(DEEP_EP_FMT fmt::fmt)
+endif()
 find_package(hwy REQUIRED)
 find_package(dlpack REQUIRED)
 find_package(nlohmann_json REQUIRED)

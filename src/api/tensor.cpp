@@ -3,11 +3,26 @@
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
+#include <algorithm>
+#include <cstdint>
 #include <new>
 
 #include "base/error.hpp"
 
 namespace deep_ep {
+
+namespace {
+
+/// a * b of numbers that are not negative, at most 2^63 - 1.
+std::int64_t saturated_product(std::int64_t a, std::int64_t b) {
+  std::int64_t product = 0;
+  return __builtin_mul_overflow(a, b, &product) ? INT64_MAX : product;
+}
+
+/// The fields of a view are anybody's to write, but its arrays have so many elements.
+int known_dims(const TensorView& view) { return std::min(view.ndim, TensorView::kMaxDims); }
+
+}  // namespace
 
 TensorView::TensorView(const void* memory, DType type, std::initializer_list<std::int64_t> sizes,
                        Device where)
@@ -22,23 +37,26 @@ TensorView::TensorView(const void* memory, DType type, std::initializer_list<std
     shape[i] = sizes.begin()[i];
     require(shape[i] >= 0, "shape[{}] is {}, must not be negative", i, shape[i]);
     strides[i] = stride;
-    stride *= shape[i];
+    stride = saturated_product(stride, shape[i]);
   }
 }
 
 std::int64_t TensorView::numel() const {
   if (!defined()) return 0;
   std::int64_t count = 1;
-  for (int i = 0; i < ndim; ++i) count *= shape[i];
+  for (int i = 0; i < known_dims(*this); ++i) {
+    if (shape[i] <= 0) return 0;
+    count = saturated_product(count, shape[i]);
+  }
   return count;
 }
 
 bool TensorView::is_contiguous() const {
   std::int64_t expected = 1;
-  for (int i = ndim - 1; i >= 0; --i) {
+  for (int i = known_dims(*this) - 1; i >= 0; --i) {
     // The stride of a dimension of one element says nothing.
     if (shape[i] != 1 && strides[i] != expected) return numel() == 0;
-    expected *= shape[i];
+    expected = saturated_product(expected, shape[i]);
   }
   return true;
 }
@@ -46,7 +64,7 @@ bool TensorView::is_contiguous() const {
 std::string TensorView::describe() const {
   if (!defined()) return "none";
   return fmt::format("{}[{}]", to_string(dtype),
-                     fmt::join(shape.begin(), shape.begin() + ndim, ", "));
+                     fmt::join(shape.begin(), shape.begin() + known_dims(*this), ", "));
 }
 
 Tensor Tensor::empty(DType dtype, std::initializer_list<std::int64_t> shape) {

@@ -4,6 +4,7 @@
 #include <poll.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/un.h>
 #include <unistd.h>
 
@@ -22,7 +23,7 @@
 namespace deep_ep::fabric {
 namespace {
 
-constexpr const char* kFormat = "deep_ep_fabric_1";
+constexpr const char* kFormat = "deep_ep_fabric_2";
 constexpr std::size_t kSecretBytes = 16;
 
 struct Hello {
@@ -32,12 +33,16 @@ struct Hello {
   char cookie[2 * kSecretBytes] = {};
 };
 
+std::string namespace_id(const char* path) {
+  struct stat status {};
+  if (stat(path, &status) != 0) throw_errno(fmt::format("stat({})", path));
+  return std::to_string(status.st_ino);
+}
+
 std::string host_id() {
   std::string boot;
   std::ifstream("/proc/sys/kernel/random/boot_id") >> boot;
-  struct stat net {};
-  if (stat("/proc/self/ns/net", &net) != 0) throw_errno("stat(/proc/self/ns/net)");
-  return fmt::format("{}/{}", boot.empty() ? "unknown" : boot, net.st_ino);
+  return fmt::format("{}/{}", boot.empty() ? "unknown" : boot, namespace_id("/proc/self/ns/net"));
 }
 
 std::string host_name() {
@@ -81,6 +86,7 @@ class Mesh {
 
   std::vector<Fd> run() {
     const int rank = door_.address.rank;
+    watch_peers();
     for (int j = 0; j < rank; ++j) links_[j] = call(addresses_[j]);
     while (!missing().empty()) {
       if (deadline_.expired()) {
@@ -96,6 +102,20 @@ class Mesh {
   }
 
  private:
+  /// A rank that dies now may be one that never calls here, or whose death keeps others from
+  /// calling.
+  void watch_peers() {
+    for (const PeerAddress& peer : addresses_) {
+      if (peer.pid_space != door_.address.pid_space || peer.pid == door_.address.pid) continue;
+      Fd process(static_cast<int>(syscall(SYS_pidfd_open, peer.pid, 0)));
+      if (process) {
+        processes_.push_back({peer.rank, std::move(process)});
+      } else if (errno == ESRCH) {
+        fail(ErrorCode::kPeerFailed, peer.rank, "has left or died");
+      }
+    }
+  }
+
   std::vector<int> missing() const {
     std::vector<int> ranks;
     for (int i = door_.address.rank + 1; i < static_cast<int>(links_.size()); ++i) {
@@ -135,7 +155,13 @@ class Mesh {
   void answer() {
     std::vector<pollfd> polled{{door_.listener.get(), POLLIN, 0}};
     for (const Fd& caller : callers_) polled.push_back({caller.get(), POLLIN, 0});
+    const std::size_t first_process = polled.size();
+    for (const Watched& one : processes_) polled.push_back({one.process.get(), POLLIN, 0});
     if (poll(polled.data(), polled.size(), deadline_.poll_ms()) <= 0) return;
+    for (std::size_t i = 0; i < processes_.size(); ++i) {
+      if (polled[first_process + i].revents != 0)
+        fail(ErrorCode::kPeerFailed, processes_[i].rank, "has left or died");
+    }
     for (std::size_t i = 0; i < callers_.size(); ++i) {
       if (polled[1 + i].revents != 0) admit(callers_[i]);
     }
@@ -165,13 +191,18 @@ class Mesh {
   Deadline deadline_;
   std::vector<Fd> links_;
   std::vector<Fd> callers_;
+  struct Watched {
+    int rank;
+    Fd process;
+  };
+  std::vector<Watched> processes_;
 };
 
 }  // namespace
 
 std::string PeerAddress::encode() const {
-  return fmt::format("{} {} {} {} {} {} {} {}", kFormat, rank, pid, uid, host, host_name, socket,
-                     cookie);
+  return fmt::format("{} {} {} {} {} {} {} {} {}", kFormat, rank, pid, uid, host, host_name,
+                     pid_space, socket, cookie);
 }
 
 PeerAddress PeerAddress::decode(const std::string& text, int rank) {
@@ -179,7 +210,7 @@ PeerAddress PeerAddress::decode(const std::string& text, int rank) {
   std::string format;
   PeerAddress address;
   words >> format >> address.rank >> address.pid >> address.uid >> address.host >>
-      address.host_name >> address.socket >> address.cookie;
+      address.host_name >> address.pid_space >> address.socket >> address.cookie;
   if (!words || format != kFormat || address.rank != rank ||
       address.cookie.size() != 2 * kSecretBytes)
     throw Error(
@@ -197,6 +228,7 @@ Door::Door(int rank) : listener(packet_socket()) {
   address.uid = geteuid();
   address.host = host_id();
   address.host_name = host_name();
+  address.pid_space = namespace_id("/proc/self/ns/pid");
   address.socket = "deep_ep." + to_hex(random_bytes(kSecretBytes));
   address.cookie = to_hex(random_bytes(kSecretBytes));
   sockaddr_un name{};

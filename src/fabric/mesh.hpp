@@ -15,6 +15,7 @@ struct PeerAddress {
   unsigned uid = 0;
   std::string host;  ///< boot id and network namespace: equal where sockets and memory are shared
   std::string host_name;  ///< for error texts
+  std::string pid_space;  ///< process ids mean the same where it is equal
   std::string socket;     ///< random name of an abstract Unix socket
   std::string cookie;     ///< what a caller must show to be let in
 

@@ -111,7 +111,7 @@ class Mutator {
         view.strides[below(2)] = kSizes[below(kSizes.size())];
         break;
       case 4:
-        view.ndim = static_cast<int>(below(5));
+        view.ndim = static_cast<int>(below(9)) - 1;
         break;
       case 5:
         view.data = nullptr;

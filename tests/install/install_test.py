@@ -103,7 +103,7 @@ class Install(unittest.TestCase):
         self.assertIn(f"Library soname: [libdeep_ep.so.{soname}]", dynamic)
         needed = re.findall(r"\(NEEDED\).*\[(.*)\]", dynamic)
         for name in needed:
-            self.assertRegex(name, r"^(libstdc\+\+|libm|libgcc_s|libc|ld-linux|libhwy)[-.]")
+            self.assertRegex(name, r"^(libstdc\+\+|libm|libgcc_s|libc|ld-linux|libhwy|libfmt)[-.]")
         self.assertNotRegex(dynamic, r"\((RPATH|RUNPATH)\)")
 
     def test_the_tool_runs_from_where_it_was_moved(self):

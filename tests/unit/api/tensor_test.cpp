@@ -76,6 +76,19 @@ TEST(TensorView, SizesBeyond32BitsAreExact) {
   EXPECT_EQ(view.nbytes(), (std::size_t{1} << 32) * 7168);
 }
 
+TEST(TensorView, CountsBeyond63BitsAreTheLargestNumber) {
+  constexpr auto kMost = std::numeric_limits<std::int64_t>::max();
+  EXPECT_EQ(TensorView(nullptr, DType::kUint8, {std::int64_t{1} << 62, 6}).numel(), kMost);
+  EXPECT_EQ(TensorView(nullptr, DType::kUint8, {0, kMost, kMost}).numel(), 0);
+}
+
+TEST(TensorView, MoreDimensionsThanThereCanBeAreHarmless) {
+  TensorView view(nullptr, DType::kUint8, {2, 3, 4, 5});
+  view.ndim = 100;
+  EXPECT_EQ(view.numel(), 120);
+  EXPECT_EQ(view.describe(), "uint8[2, 3, 4, 5]");
+}
+
 TEST(TensorView, RefusesNegativeAndTooManyDimensions) {
   EXPECT_THAT(error_of(
                   [] {
