@@ -16,7 +16,7 @@ namespace {
 class ProgramList final : public ProgramSource {
  public:
   ProgramList(std::uint64_t seed, bool full) : programs_(corner_programs(limits(full))) {
-    const int rounds = full ? 4 : 1;
+    const int rounds = full ? 16 : 3;
     for (int round = 0; round < rounds; ++round) {
       for (Program& program :
            covering_programs(seed + static_cast<std::uint64_t>(round), limits(full)))
@@ -27,10 +27,10 @@ class ProgramList final : public ProgramSource {
   Program at(std::int64_t i) const override { return programs_.at(static_cast<std::size_t>(i)); }
 
  private:
-  /// 1 GiB a case is what the smallest machines that run the whole suite have to spare.
+  /// 1 GiB is what the smallest machines that run the whole suite have to spare.
   static Limits limits(bool full) {
     Limits limits;
-    limits.bytes = std::int64_t{full ? 1024 : 192} << 20;
+    limits.bytes = std::int64_t{full ? 1024 : 512} << 20;
     return limits;
   }
 
