@@ -94,6 +94,12 @@ std::vector<std::int64_t> parse_line(std::string_view line, const std::string& p
   }
 }
 
+// At most 2^63 - 1; both are positive.
+std::int64_t saturated_product(std::int64_t a, std::int64_t b) {
+  std::int64_t product = 0;
+  return __builtin_mul_overflow(a, b, &product) ? INT64_MAX : product;
+}
+
 }  // namespace
 
 TopkTable parse_npy(std::string_view bytes, const std::string& name) {
@@ -111,7 +117,7 @@ TopkTable parse_npy(std::string_view bytes, const std::string& name) {
   require(shape[0] <= static_cast<std::int64_t>(header.data.size()) &&
               shape[0] * shape[1] * size == static_cast<std::int64_t>(header.data.size()),
           "{}: has {} bytes of data, shape {} of {} needs {}", name, header.data.size(), shape_text,
-          dtype, shape[0] * shape[1] * size);
+          dtype, saturated_product(shape[0], shape[1] * size));
   TopkTable table{shape[0], static_cast<int>(shape[1]), {}};
   if (size == 4)
     append_ids<std::int32_t>(header.data, table.ids);

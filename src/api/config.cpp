@@ -37,10 +37,10 @@ std::int64_t Config::get_nvl_buffer_size_hint(std::int64_t hidden_bytes,
   const std::int64_t hidden = std::clamp<std::int64_t>(hidden_bytes, 1, std::int64_t{1} << 30);
   // What callers of DeepEP V1 are used to give for this Config (8 peers a node at most, up to 128
   // experts a token and 128 scales a row): never more than that.
-  const std::int64_t channels = std::clamp(num_sms / 2, 1, 1 << 16);
+  const std::int64_t channels = std::clamp(num_sms / 2, 1, 1 << 12);
   const std::int64_t peers = std::min<std::int64_t>(ranks, 8);
   const std::int64_t nodes = std::max<std::int64_t>(ranks / 8, 1);
-  const std::int64_t window = std::clamp(num_max_nvl_chunked_recv_tokens, 1, 1 << 20);
+  const std::int64_t window = std::clamp(num_max_nvl_chunked_recv_tokens, 1, 1 << 16);
   const std::int64_t row = hidden + 8 + 128 * 8 + 128 * 4 + 128 * 4;
   const std::int64_t usual =
       channels * peers * (2 * nodes + 3) * 4 + channels * peers * window * row;

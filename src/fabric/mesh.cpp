@@ -201,8 +201,8 @@ class Mesh {
 }  // namespace
 
 std::string PeerAddress::encode() const {
-  return fmt::format("{} {} {} {} {} {} {} {} {}", kFormat, rank, pid, uid, host, host_name,
-                     pid_space, socket, cookie);
+  return fmt::format("{} {} {} {} {} {} {} {} {}", kFormat, rank, pid, uid, host, host_name, socket,
+                     cookie, pid_space);
 }
 
 PeerAddress PeerAddress::decode(const std::string& text, int rank) {
@@ -210,7 +210,7 @@ PeerAddress PeerAddress::decode(const std::string& text, int rank) {
   std::string format;
   PeerAddress address;
   words >> format >> address.rank >> address.pid >> address.uid >> address.host >>
-      address.host_name >> address.pid_space >> address.socket >> address.cookie;
+      address.host_name >> address.socket >> address.cookie >> address.pid_space;
   if (!words || format != kFormat || address.rank != rank ||
       address.cookie.size() != 2 * kSecretBytes)
     throw Error(
