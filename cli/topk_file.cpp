@@ -7,6 +7,7 @@
 #include <iterator>
 
 #include "base/error.hpp"
+#include "base/saturate.hpp"
 
 namespace deep_ep::cli {
 namespace {
@@ -92,12 +93,6 @@ std::vector<std::int64_t> parse_line(std::string_view line, const std::string& p
     ids.push_back(id);
     line.remove_prefix(word.size());
   }
-}
-
-// At most 2^63 - 1; both are positive.
-std::int64_t saturated_product(std::int64_t a, std::int64_t b) {
-  std::int64_t product = 0;
-  return __builtin_mul_overflow(a, b, &product) ? INT64_MAX : product;
 }
 
 }  // namespace

@@ -8,16 +8,11 @@
 #include <new>
 
 #include "base/error.hpp"
+#include "base/saturate.hpp"
 
 namespace deep_ep {
 
 namespace {
-
-/// a * b of numbers that are not negative, at most 2^63 - 1.
-std::int64_t saturated_product(std::int64_t a, std::int64_t b) {
-  std::int64_t product = 0;
-  return __builtin_mul_overflow(a, b, &product) ? INT64_MAX : product;
-}
 
 /// The fields of a view are anybody's to write, but its arrays have so many elements.
 int known_dims(const TensorView& view) { return std::min(view.ndim, TensorView::kMaxDims); }
