@@ -7,6 +7,7 @@
 #include <hwy/highway.h>
 
 #include <cstring>
+#include <type_traits>
 
 // A race detector does not see streaming stores and non-vector code is easier on it: plain stores
 // there.
@@ -42,101 +43,158 @@ using F32 = hn::ScalableTag<float>;
 using Bits = hn::RebindToUnsigned<F32>;
 using Half = hn::Rebind<std::uint16_t, F32>;
 
-// Loads and stores of one vector of elements as fp32; `stream` needs an aligned target.
+hn::Vec<Bits> or_nan(hn::Vec<F32> value, hn::Vec<Bits> rounded, std::uint32_t nan) {
+  return hn::IfThenElse(hn::RebindMask(Bits(), hn::IsNaN(value)), hn::Set(Bits(), nan), rounded);
+}
+
+// The sums of a few neighbouring elements: one vector of memory, widened. witness() is NaN if a sum
+// is (and for some infinities); without one, round<false>() is enough. clear() instead of
+// initialisers: the compiler's own constructors are not built for the target.
+
+// Two elements a 32-bit word, widened and rounded where they lie: nothing crosses lanes.
 struct Bf16 {
   using Word = std::uint16_t;
-  static hn::Vec<F32> load(const Word* in) {
-    return hn::BitCast(F32(), hn::ShiftLeft<16>(hn::PromoteTo(Bits(), hn::LoadU(Half(), in))));
+  using Out = Bits;
+  hn::Vec<F32> even, odd;
+
+  void clear() { even = odd = hn::Zero(F32()); }
+  void add(const Word* in) {
+    const auto words = hn::LoadU(Bits(), reinterpret_cast<const std::uint32_t*>(in));
+    even = hn::Add(even, hn::BitCast(F32(), hn::ShiftLeft<16>(words)));
+    odd = hn::Add(odd, hn::BitCast(F32(), hn::And(words, hn::Set(Bits(), 0xffff0000))));
   }
-  static hn::Vec<Half> round(hn::Vec<F32> value) {
+  hn::Vec<F32> witness() const { return hn::Add(even, odd); }
+  template <bool kNan>
+  hn::Vec<Bits> round() const {
+    const auto upper = hn::And(upper_rounded<kNan>(odd), hn::Set(Bits(), 0xffff0000));
+    return hn::Or(upper, hn::ShiftRight<16>(upper_rounded<kNan>(even)));
+  }
+
+ private:
+  // To nearest even, in the upper half of each word.
+  template <bool kNan>
+  static hn::Vec<Bits> upper_rounded(hn::Vec<F32> value) {
     const auto bits = hn::BitCast(Bits(), value);
-    const auto odd = hn::And(hn::ShiftRight<16>(bits), hn::Set(Bits(), 1));
-    const auto rounded = hn::ShiftRight<16>(hn::Add(bits, hn::Add(odd, hn::Set(Bits(), 0x7fff))));
-    const auto is_nan = hn::RebindMask(Bits(), hn::IsNaN(value));
-    return hn::TruncateTo(Half(), hn::IfThenElse(is_nan, hn::Set(Bits(), 0x7fff), rounded));
+    const auto last = hn::And(hn::ShiftRight<16>(bits), hn::Set(Bits(), 1));
+    const auto rounded = hn::Add(bits, hn::Add(last, hn::Set(Bits(), 0x7fff)));
+    return kNan ? or_nan(value, rounded, 0x7fff0000) : rounded;
   }
 };
+
 struct Fp16 {
   using Word = std::uint16_t;
-  static hn::Vec<F32> load(const Word* in) {
+  using Out = Half;
+  hn::Vec<F32> sum;
+
+  void clear() { sum = hn::Zero(F32()); }
+  void add(const Word* in) {
     const hn::Rebind<hwy::float16_t, F32> half;
-    return hn::PromoteTo(F32(), hn::LoadU(half, reinterpret_cast<const hwy::float16_t*>(in)));
+    const auto values = hn::LoadU(half, reinterpret_cast<const hwy::float16_t*>(in));
+    sum = hn::Add(sum, hn::PromoteTo(F32(), values));
   }
-  static hn::Vec<Half> round(hn::Vec<F32> value) {
+  hn::Vec<F32> witness() const { return sum; }
+  template <bool kNan>
+  hn::Vec<Half> round() const {
     const hn::Rebind<hwy::float16_t, F32> half;
-    const auto bits = hn::PromoteTo(Bits(), hn::BitCast(Half(), hn::DemoteTo(half, value)));
-    const auto is_nan = hn::RebindMask(Bits(), hn::IsNaN(value));
-    return hn::TruncateTo(Half(), hn::IfThenElse(is_nan, hn::Set(Bits(), 0x7fff), bits));
+    const auto rounded = hn::BitCast(Half(), hn::DemoteTo(half, sum));
+    if (!kNan) return rounded;
+    return hn::TruncateTo(Half(), or_nan(sum, hn::PromoteTo(Bits(), rounded), 0x7fff));
   }
 };
+
 struct Fp32 {
   using Word = std::uint32_t;
-  static hn::Vec<F32> load(const Word* in) { return hn::BitCast(F32(), hn::LoadU(Bits(), in)); }
-  static hn::Vec<Bits> round(hn::Vec<F32> value) {
-    const auto is_nan = hn::RebindMask(Bits(), hn::IsNaN(value));
-    return hn::IfThenElse(is_nan, hn::Set(Bits(), 0x7fffffff), hn::BitCast(Bits(), value));
+  using Out = Bits;
+  hn::Vec<F32> sum;
+
+  void clear() { sum = hn::Zero(F32()); }
+  void add(const Word* in) { sum = hn::Add(sum, hn::BitCast(F32(), hn::LoadU(Bits(), in))); }
+  hn::Vec<F32> witness() const { return sum; }
+  template <bool kNan>
+  hn::Vec<Bits> round() const {
+    const auto bits = hn::BitCast(Bits(), sum);
+    return kNan ? or_nan(sum, bits, 0x7fffffff) : bits;
   }
 };
+
+template <class Sums>
+std::int64_t lanes_of() {
+  return static_cast<std::int64_t>(hn::Lanes(typename Sums::Out()) *
+                                   sizeof(hn::TFromD<typename Sums::Out>) /
+                                   sizeof(typename Sums::Word));
+}
 
 // Sums kVectors vectors from element `i` on: several, so that the additions of one source do not
 // wait for each other.
-template <class Element, int kVectors, class Store>
+template <class Sums, int kVectors, class Store>
 void sum_at(const SumPiece& piece, std::int64_t i, Store&& store) {
-  using Word = typename Element::Word;
-  const auto lanes = static_cast<std::int64_t>(hn::Lanes(F32()));
-  hn::Vec<F32> sums[kVectors];
+  using Word = typename Sums::Word;
+  const std::int64_t lanes = lanes_of<Sums>();
+  Sums sums[kVectors];
 #pragma GCC unroll 8
-  for (auto& sum : sums) sum = hn::Zero(F32());
+  for (Sums& sum : sums) sum.clear();
   const auto add = [&](const std::byte* source) {
     const Word* words = reinterpret_cast<const Word*>(source) + i;
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
-      sums[v] = hn::Add(sums[v], Element::load(words + v * lanes));
-    }
+    for (int v = 0; v < kVectors; ++v) sums[v].add(words + v * lanes);
   };
   for (int s = 0; s < piece.num_sources; ++s) add(piece.sources[s]);
   for (const std::byte* bias : piece.bias) {
     if (bias != nullptr) add(bias);
   }
+  auto witness = hn::Zero(F32());
 #pragma GCC unroll 8
-  for (int v = 0; v < kVectors; ++v) store(Element::round(sums[v]), i + v * lanes);
+  for (const Sums& sum : sums) witness = hn::Add(witness, sum.witness());
+  const auto store_all = [&](auto nan) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      const auto rounded = sums[v].template round<decltype(nan)::value>();
+      store(rounded, reinterpret_cast<hn::TFromD<typename Sums::Out>*>(
+                         reinterpret_cast<Word*>(piece.out) + i + v * lanes));
+    }
+  };
+  if (hn::AllFalse(F32(), hn::IsNaN(witness))) {
+    store_all(std::false_type());
+  } else {
+    store_all(std::true_type());
+  }
 }
 
-template <class Element>
+template <class Sums>
 void sum(const SumPiece& piece, bool streaming) {
-  using Word = typename Element::Word;
+  using Word = typename Sums::Word;
   constexpr int kVectors = 4;
-  const hn::DFromV<decltype(Element::round(hn::Zero(F32())))> words;
-  const auto lanes = static_cast<std::int64_t>(hn::Lanes(F32()));
-  auto* out = reinterpret_cast<Word*>(piece.out);
-  const bool aligned = reinterpret_cast<std::uintptr_t>(out) % (lanes * sizeof(Word)) == 0;
-  const auto stream = [&](auto value, std::int64_t at) { hn::Stream(value, words, out + at); };
-  const auto keep = [&](auto value, std::int64_t at) { hn::StoreU(value, words, out + at); };
+  const typename Sums::Out d;
+  const std::int64_t lanes = lanes_of<Sums>();
+  const bool aligned = reinterpret_cast<std::uintptr_t>(piece.out) % (lanes * sizeof(Word)) == 0;
+  const auto stream = [&](auto value, auto* at) { hn::Stream(value, d, at); };
+  const auto keep = [&](auto value, auto* at) { hn::StoreU(value, d, at); };
   std::int64_t i = 0;
   if (streaming && aligned) {
     for (; i + kVectors * lanes <= piece.count; i += kVectors * lanes) {
-      sum_at<Element, kVectors>(piece, i, stream);
+      sum_at<Sums, kVectors>(piece, i, stream);
     }
   }
   for (; i + kVectors * lanes <= piece.count; i += kVectors * lanes) {
-    sum_at<Element, kVectors>(piece, i, keep);
+    sum_at<Sums, kVectors>(piece, i, keep);
   }
-  for (; i + lanes <= piece.count; i += lanes) sum_at<Element, 1>(piece, i, keep);
+  for (; i + lanes <= piece.count; i += lanes) sum_at<Sums, 1>(piece, i, keep);
   if (i == piece.count) return;
-  // The last elements: through full vectors on the stack.
-  const std::int64_t rest = piece.count - i;
+  // The last elements: through a full vector on the stack.
+  const std::size_t rest = (piece.count - i) * sizeof(Word);
   HWY_ALIGN Word tail[HWY_MAX_BYTES / sizeof(Word)] = {};
-  auto total = hn::Zero(F32());
+  Sums total;
+  total.clear();
   const auto add = [&](const std::byte* source) {
-    std::memcpy(tail, source + i * static_cast<std::int64_t>(sizeof(Word)), rest * sizeof(Word));
-    total = hn::Add(total, Element::load(tail));
+    std::memcpy(tail, source + i * static_cast<std::int64_t>(sizeof(Word)), rest);
+    total.add(tail);
   };
   for (int s = 0; s < piece.num_sources; ++s) add(piece.sources[s]);
   for (const std::byte* bias : piece.bias) {
     if (bias != nullptr) add(bias);
   }
-  hn::StoreU(Element::round(total), words, tail);
-  std::memcpy(out + i, tail, rest * sizeof(Word));
+  keep(total.template round<true>(), reinterpret_cast<hn::TFromD<typename Sums::Out>*>(tail));
+  std::memcpy(piece.out + i * static_cast<std::int64_t>(sizeof(Word)), tail, rest);
 }
 
 void sum_bf16(const SumPiece& piece, bool streaming) { sum<Bf16>(piece, streaming); }
