@@ -16,7 +16,7 @@ enum class ErrorCode : std::uint32_t {
   kDisagreement = 2,     ///< ranks called with different shapes, dtypes or operations
   kTimeout = 3,          ///< a rank did not arrive within the timeout
   kPeerFailed = 4,       ///< another rank refused its call, died, or destroyed its Buffer
-  kOutOfMemory = 5,      ///< a segment could not be allocated; the text has the sizes
+  kOutOfMemory = 5,      ///< a segment (the text has the sizes) or bookkeeping got no memory
   kCapacity = 6,         ///< num_worst_tokens is below the number of received tokens
   kUsage = 7,            ///< use after destroy, overlapping calls; touches no peer
   kUnsupported = 8,      ///< this build or machine cannot do it; the text says what is missing

@@ -121,8 +121,17 @@ std::function<void()> Buffer::Impl::stage(std::uint64_t number, bool last,
       log_.finish(number, "failed");
       fail(error);
       throw;
+    } catch (const std::bad_alloc&) {
+      log_.finish(number, "failed");
+      fail(no_memory("a queued call"));
+      throw no_memory("a queued call");
     }
   };
+}
+
+Error Buffer::Impl::no_memory(const char* operation) {
+  return {ErrorCode::kOutOfMemory,
+          fmt::format("{}: the allocator has no memory for this rank's bookkeeping", operation)};
 }
 
 void Buffer::Impl::check_fault(const char* operation) const {

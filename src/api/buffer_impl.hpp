@@ -5,6 +5,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <optional>
 #include <string>
 
@@ -64,6 +65,9 @@ class __attribute__((visibility("hidden"))) Buffer::Impl {  // a member of an ex
     } catch (const Error& error) {
       fail(error);
       throw;
+    } catch (const std::bad_alloc&) {
+      fail(no_memory(operation));
+      throw no_memory(operation);
     }
   }
 
@@ -71,6 +75,8 @@ class __attribute__((visibility("hidden"))) Buffer::Impl {  // a member of an ex
   /// A stage of call `number` on the communication stream: its Error becomes a fault, and is
   /// logged, wherever it runs.
   std::function<void()> stage(std::uint64_t number, bool last, std::function<void()> body);
+  /// What std::bad_alloc becomes, so that the other ranks learn of it too.
+  static Error no_memory(const char* operation);
   void check_fault(const char* operation) const;
   void fail(const Error& error) noexcept;
   Call make_call(const char* operation, const Config& config) const;

@@ -1,0 +1,100 @@
+#include "backend/host/rows.hpp"
+
+#include <gtest/gtest.h>
+
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "plan/numerics.hpp"
+
+namespace deep_ep::host {
+namespace {
+
+// Any bits: finite values, denormals, infinities and NaN of both signs, and ties, which sums of
+// random 16-bit values are full of.
+template <class T>
+std::vector<T> random_bits(std::mt19937_64& random, std::size_t count, int wild_percent) {
+  std::vector<T> values(count);
+  for (T& value : values) {
+    if (static_cast<int>(random() % 100) < wild_percent) {
+      const std::uint64_t bits = random();
+      std::memcpy(&value, &bits, sizeof value);
+    } else {
+      value = plan::from_float<T>(static_cast<float>(random() % 4096) / 64 - 32);
+    }
+  }
+  return values;
+}
+
+template <class T>
+void expect_sums(DType dtype, std::size_t count, int num_sources, int num_biases, Stores stores,
+                 int wild_percent) {
+  std::mt19937_64 random(count * 64 + static_cast<std::size_t>(num_sources * 8 + num_biases));
+  std::vector<std::vector<T>> inputs;
+  for (int i = 0; i < num_sources + num_biases; ++i)
+    inputs.push_back(random_bits<T>(random, count, wild_percent));
+  std::vector<const std::byte*> sources;
+  for (int i = 0; i < num_sources; ++i)
+    sources.push_back(reinterpret_cast<const std::byte*>(inputs[i].data()));
+  alignas(64) static T out[4096];
+  std::memset(out, 0x5a, sizeof out);
+  SumPiece piece;
+  piece.dtype = dtype;
+  piece.count = static_cast<std::int64_t>(count);
+  piece.sources = sources.data();
+  piece.num_sources = num_sources;
+  for (int b = 0; b < num_biases; ++b)
+    piece.bias[b] = reinterpret_cast<const std::byte*>(inputs[num_sources + b].data());
+  piece.out = reinterpret_cast<std::byte*>(out);
+  sum_piece(piece, stores);
+  finish_stores();
+  for (std::size_t i = 0; i < count; ++i) {
+    float sum = 0;
+    for (const auto& input : inputs) sum = plan::add(sum, plan::to_float(input[i]));
+    const T expected = plan::from_float<T>(sum);
+    ASSERT_EQ(std::memcmp(&out[i], &expected, sizeof expected), 0)
+        << "element " << i << " of " << count << ", sources " << num_sources << ", biases "
+        << num_biases;
+  }
+  T untouched;
+  std::memset(&untouched, 0x5a, sizeof untouched);
+  EXPECT_EQ(std::memcmp(&out[count], &untouched, sizeof untouched), 0) << "written past the end";
+}
+
+template <class T>
+void expect_sums_of_all_shapes(DType dtype) {
+  for (const std::size_t count : {4u, 8u, 24u, 60u, 64u, 1000u, 2048u, 4092u})
+    for (const int num_sources : {0, 1, 2, 5})
+      for (const int num_biases : {0, 1, 2})
+        for (const Stores stores : {Stores::kCached, Stores::kStreaming})
+          for (const int wild_percent : {0, 1, 100})
+            expect_sums<T>(dtype, count, num_sources, num_biases, stores, wild_percent);
+}
+
+TEST(SumPiece, Bfloat16HasTheBitsOfThePlan) {
+  expect_sums_of_all_shapes<plan::Bfloat16>(DType::kBfloat16);
+}
+TEST(SumPiece, Float16HasTheBitsOfThePlan) {
+  expect_sums_of_all_shapes<plan::Float16>(DType::kFloat16);
+}
+TEST(SumPiece, Float32HasTheBitsOfThePlan) { expect_sums_of_all_shapes<float>(DType::kFloat32); }
+
+TEST(CopyRow, StreamingStoresCopyExactlyTheRow) {
+  std::mt19937_64 random(7);
+  const auto from = random_bits<float>(random, 1024, 100);
+  for (const std::size_t words : {4u, 8u, 12u, 100u, 1020u})
+    for (const std::size_t shift : {0u, 4u, 8u}) {  // 16-byte steps off a vector's alignment
+      std::vector<float> to(1040, 1.0f);
+      auto* at = to.data() + (16 - reinterpret_cast<std::uintptr_t>(to.data()) % 16) % 16 / 4;
+      copy_row(reinterpret_cast<std::byte*>(at + shift),
+               reinterpret_cast<const std::byte*>(from.data()),
+               static_cast<std::int64_t>(words * 4), Stores::kStreaming);
+      finish_stores();
+      EXPECT_EQ(std::memcmp(at + shift, from.data(), words * 4), 0);
+      EXPECT_EQ(at[shift + words], 1.0f);
+    }
+}
+
+}  // namespace
+}  // namespace deep_ep::host
