@@ -113,19 +113,16 @@ Buffer::Impl::Usage::Usage(Impl& impl, const char* operation) : impl_(impl) {
 std::function<void()> Buffer::Impl::stage(std::uint64_t number, bool last,
                                           std::function<void()> body) {
   return [this, number, last, body = std::move(body)] {
-    try {
-      check_fault("a queued call");
-      body();
-      if (last) log_.finish(number, "done");
-    } catch (const Error& error) {
-      log_.finish(number, "failed");
-      fail(error);
-      throw;
-    } catch (const std::bad_alloc&) {
-      log_.finish(number, "failed");
-      fail(no_memory("a queued call"));
-      throw no_memory("a queued call");
-    }
+    fail_together("a queued call", [&] {
+      try {
+        check_fault("a queued call");
+        body();
+        if (last) log_.finish(number, "done");
+      } catch (...) {
+        log_.finish(number, "failed");  // before the dump of a fault
+        throw;
+      }
+    });
   };
 }
 

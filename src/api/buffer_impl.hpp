@@ -60,14 +60,21 @@ class __attribute__((visibility("hidden"))) Buffer::Impl {  // a member of an ex
     const NvtxRange range(operation);
     check_fault(operation);
     ++epoch_;
+    return fail_together(operation, body);
+  }
+
+  /// Runs `body`; what it throws is told to the other ranks, std::bad_alloc too.
+  template <class Body>
+  auto fail_together(const char* operation, Body&& body) {
     try {
       return body();
     } catch (const Error& error) {
       fail(error);
       throw;
     } catch (const std::bad_alloc&) {
-      fail(no_memory(operation));
-      throw no_memory(operation);
+      const Error error = no_memory(operation);
+      fail(error);
+      throw error;
     }
   }
 
@@ -75,7 +82,6 @@ class __attribute__((visibility("hidden"))) Buffer::Impl {  // a member of an ex
   /// A stage of call `number` on the communication stream: its Error becomes a fault, and is
   /// logged, wherever it runs.
   std::function<void()> stage(std::uint64_t number, bool last, std::function<void()> body);
-  /// What std::bad_alloc becomes, so that the other ranks learn of it too.
   static Error no_memory(const char* operation);
   void check_fault(const char* operation) const;
   void fail(const Error& error) noexcept;

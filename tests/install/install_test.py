@@ -53,7 +53,7 @@ class Install(unittest.TestCase):
         run("cmake", "--install", BUILD, "--prefix", cls.folder / "first")
         cls.prefix = cls.folder / "moved"
         (cls.folder / "first").rename(cls.prefix)
-        cls.library = next(cls.prefix.glob("lib*/**/libdeep_ep.so"))
+        cls.shared_library = next(cls.prefix.glob("lib*/**/libdeep_ep.so"))
 
     def configure(self, name, version, ok=True):
         return run("cmake", "-S", HERE / "consumer", "-B", self.folder / name,
@@ -71,11 +71,11 @@ class Install(unittest.TestCase):
         self.assertIn("deep_ep", output)
 
     def test_a_program_finds_it_by_pkg_config(self):
-        where = str(self.library.parent / "pkgconfig")
+        where = str(self.shared_library.parent / "pkgconfig")
         flags = run("pkg-config", "--cflags", "--libs", "deep_ep", PKG_CONFIG_PATH=where).split()
         program = self.folder / "by_pkg_config"
         run(COMPILER, "-std=c++20", HERE / "consumer/main.cpp", "-o", program, *flags,
-            f"-Wl,-rpath,{self.library.parent}")
+            f"-Wl,-rpath,{self.shared_library.parent}")
         self.assertIn(f"deep_ep {VERSION} received 2 rows", run(program))
 
     def test_every_public_header_compiles_alone_without_warnings(self):
@@ -88,7 +88,7 @@ class Install(unittest.TestCase):
     def test_exactly_the_declared_names_are_exported(self):
         types, functions = declared_names()
         exported = set()
-        for name in exported_names(self.library):
+        for name in exported_names(self.shared_library):
             match = re.match(r"(?:(?:typeinfo|typeinfo name|vtable) for )?deep_ep::(\w+)", name)
             self.assertTrue(match, f"exported, but not ours: {name}")
             self.assertNotIn("::Impl::", name)
@@ -97,7 +97,7 @@ class Install(unittest.TestCase):
         self.assertEqual(functions - exported, set(), "declared, but not exported")
 
     def test_the_library_needs_no_device_or_network_library(self):
-        dynamic = run("readelf", "-dW", self.library)
+        dynamic = run("readelf", "-dW", self.shared_library)
         major, minor, _ = VERSION.split(".")
         soname = f"{major}.{minor}" if major == "0" else major
         self.assertIn(f"Library soname: [libdeep_ep.so.{soname}]", dynamic)

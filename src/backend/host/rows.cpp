@@ -148,9 +148,8 @@ void sum_at(const SumPiece& piece, std::int64_t i, Store&& store) {
   const auto store_all = [&](auto nan) {
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
-      const auto rounded = sums[v].template round<decltype(nan)::value>();
-      store(rounded, reinterpret_cast<hn::TFromD<typename Sums::Out>*>(
-                         reinterpret_cast<Word*>(piece.out) + i + v * lanes));
+      store(sums[v].template round<decltype(nan)::value>(),
+            reinterpret_cast<Word*>(piece.out) + i + v * lanes);
     }
   };
   if (hn::AllFalse(F32(), hn::IsNaN(witness))) {
@@ -167,8 +166,13 @@ void sum(const SumPiece& piece, bool streaming) {
   const typename Sums::Out d;
   const std::int64_t lanes = lanes_of<Sums>();
   const bool aligned = reinterpret_cast<std::uintptr_t>(piece.out) % (lanes * sizeof(Word)) == 0;
-  const auto stream = [&](auto value, auto* at) { hn::Stream(value, d, at); };
-  const auto keep = [&](auto value, auto* at) { hn::StoreU(value, d, at); };
+  using Stored = hn::TFromD<typename Sums::Out>;
+  const auto stream = [&](auto value, Word* at) {
+    hn::Stream(value, d, reinterpret_cast<Stored*>(at));
+  };
+  const auto keep = [&](auto value, Word* at) {
+    hn::StoreU(value, d, reinterpret_cast<Stored*>(at));
+  };
   std::int64_t i = 0;
   if (streaming && aligned) {
     for (; i + kVectors * lanes <= piece.count; i += kVectors * lanes) {
@@ -193,7 +197,7 @@ void sum(const SumPiece& piece, bool streaming) {
   for (const std::byte* bias : piece.bias) {
     if (bias != nullptr) add(bias);
   }
-  keep(total.template round<true>(), reinterpret_cast<hn::TFromD<typename Sums::Out>*>(tail));
+  keep(total.template round<true>(), tail);
   std::memcpy(piece.out + i * static_cast<std::int64_t>(sizeof(Word)), tail, rest);
 }
 
