@@ -214,9 +214,11 @@ DispatchLayout Buffer::Impl::get_dispatch_layout(const TensorView& topk_idx, int
   params.shape = validate_topk_idx(topk_idx, num_experts, num_ranks);
   params.topk_idx = topk_idx;
   DispatchLayout layout;
-  layout.num_tokens_per_rank = backend_->allocate(DType::kInt32, {num_ranks});
-  layout.num_tokens_per_expert = backend_->allocate(DType::kInt32, {num_experts});
-  layout.is_token_in_rank = backend_->allocate(DType::kBool, {params.shape.num_tokens, num_ranks});
+  const Stream stream = options.stream;
+  layout.num_tokens_per_rank = backend_->allocate(DType::kInt32, {num_ranks}, stream);
+  layout.num_tokens_per_expert = backend_->allocate(DType::kInt32, {num_experts}, stream);
+  layout.is_token_in_rank =
+      backend_->allocate(DType::kBool, {params.shape.num_tokens, num_ranks}, stream);
   params.num_tokens_per_rank = layout.num_tokens_per_rank.as<std::int32_t>();
   params.num_tokens_per_expert = layout.num_tokens_per_expert.as<std::int32_t>();
   params.is_token_in_rank = layout.is_token_in_rank.as<bool>();

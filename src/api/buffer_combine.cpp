@@ -22,7 +22,8 @@ CombineResult Buffer::Impl::intranode_combine(const CombineArgs& args) {
 
     const std::int64_t tokens = params.call.record.num_tokens;
     CombineResult& result = job->result;
-    result.combined_x = backend_->allocate(args.x.dtype, {tokens, args.x.shape[1]});
+    result.combined_x =
+        backend_->allocate(args.x.dtype, {tokens, args.x.shape[1]}, args.options.stream);
     params.dtype = args.x.dtype;
     params.x = args.x.as<const std::byte>();
     params.num_rows = args.x.shape[0];
@@ -35,16 +36,14 @@ CombineResult Buffer::Impl::intranode_combine(const CombineArgs& args) {
     params.window_rows = args.config.num_max_nvl_chunked_recv_tokens;
     params.combined_x = result.combined_x.as<std::byte>();
     if (args.topk_weights.defined()) {
-      result.combined_topk_weights =
-          backend_->allocate(DType::kFloat32, {tokens, args.topk_weights.shape[1]});
+      result.combined_topk_weights = backend_->allocate(
+          DType::kFloat32, {tokens, args.topk_weights.shape[1]}, args.options.stream);
       params.topk_weights = args.topk_weights.as<const float>();
       params.combined_topk_weights = result.combined_topk_weights.as<float>();
     }
     params.wait_stats = args.combine_wait_recv_cost_stats.as<std::int64_t>();
 
     result.event = backend_->submit(args.options, stage(number, true, [this, job] {
-                                      job->params.call.record.routing_hash = backend_->routing_hash(
-                                          job->args.handle.rank_prefix_matrix);
                                       intranode::cached_notify_combine(*backend_, job->params);
                                       intranode::combine(*backend_, job->params);
                                     }));

@@ -15,6 +15,7 @@ struct Buffer::Impl::DispatchJob {
   std::uint64_t number = 0;  // in the log
   intranode::NotifyDispatchParams notify;
   intranode::DispatchParams dispatch;
+  std::int64_t num_recv_rows = 0;
   std::vector<std::int64_t> tokens_per_expert;  // received, of the local experts
   Backend::Results block;
   DispatchResult result;
@@ -26,10 +27,6 @@ namespace {
 constexpr int kMaxChannels = 1024;
 
 int num_channels(const Config& config) { return std::clamp(config.num_sms / 2, 1, kMaxChannels); }
-
-std::int64_t received_rows(const intranode::NotifyDispatchParams& params, int rank, int num_ranks) {
-  return plan::rows_from(params.rank_prefix_matrix, num_ranks - 1, rank, num_ranks).end;
-}
 
 }  // namespace
 
@@ -57,12 +54,15 @@ std::shared_ptr<Buffer::Impl::DispatchJob> Buffer::Impl::prepare_dispatch(
   }
 
   const int channels = num_channels(args.config);
+  const auto allocate = [&](std::int64_t rows, std::int64_t columns) {
+    return backend_->allocate(DType::kInt32, {rows, columns}, args.options.stream);
+  };
   IntranodeHandle& handle = job->result.handle;
-  handle.rank_prefix_matrix = backend_->allocate(DType::kInt32, {num_ranks, num_ranks});
-  handle.channel_prefix_matrix = backend_->allocate(DType::kInt32, {num_ranks, channels});
-  handle.recv_channel_prefix_matrix = backend_->allocate(DType::kInt32, {num_ranks, channels});
+  handle.rank_prefix_matrix = allocate(num_ranks, num_ranks);
+  handle.channel_prefix_matrix = allocate(num_ranks, channels);
+  handle.recv_channel_prefix_matrix = allocate(num_ranks, channels);
   handle.is_token_in_rank = args.layout.is_token_in_rank;
-  handle.send_head = backend_->allocate(DType::kInt32, {shape.record.num_tokens, num_ranks});
+  handle.send_head = allocate(shape.record.num_tokens, num_ranks);
   job->tokens_per_expert.resize(shape.record.num_experts / num_ranks);
 
   intranode::NotifyDispatchParams& notify = job->notify;
@@ -75,7 +75,11 @@ std::shared_ptr<Buffer::Impl::DispatchJob> Buffer::Impl::prepare_dispatch(
   notify.rank_prefix_matrix = handle.rank_prefix_matrix.as<std::int32_t>();
   notify.channel_prefix_matrix = handle.channel_prefix_matrix.as<std::int32_t>();
   notify.send_head = handle.send_head.as<std::int32_t>();
-  notify.recv_tokens_per_expert = job->tokens_per_expert.data();
+  notify.max_rows = args.num_worst_tokens;
+  if (args.num_worst_tokens == 0) {
+    notify.num_recv_rows = &job->num_recv_rows;
+    notify.recv_tokens_per_expert = job->tokens_per_expert.data();
+  }
 
   dispatch.rank_prefix_matrix = notify.rank_prefix_matrix;
   dispatch.send_head = notify.send_head;
@@ -88,7 +92,8 @@ void Buffer::Impl::allocate_results(DispatchJob& job, std::int64_t rows) {
   const plan::RowFormat& format = job.dispatch.format;
   const DispatchArgs& args = job.args;
   DispatchResult& result = job.result;
-  job.block = backend_->allocate_results(plan::RecvArrays::bytes(format, rows));
+  job.block =
+      backend_->allocate_results(plan::RecvArrays::bytes(format, rows), args.options.stream);
   Carver carver(job.block.data);
   const plan::RecvArrays arrays = plan::RecvArrays::carve(carver, format, rows);
   const auto view = [&](const std::byte* data, const TensorView& like) {
@@ -103,36 +108,26 @@ void Buffer::Impl::allocate_results(DispatchJob& job, std::int64_t rows) {
   }
   if (!job.dispatch.cached) {
     // A copy of its own: a handle outlives recv_x and must not keep that block.
-    result.handle.recv_src_idx = backend_->allocate(DType::kInt32, {rows});
+    result.handle.recv_src_idx = backend_->allocate(DType::kInt32, {rows}, args.options.stream);
     job.dispatch.recv_src_idx = result.handle.recv_src_idx.as<std::int32_t>();
   }
   job.dispatch.block = job.block.block;
   job.dispatch.block_rows = rows;
 }
 
-void Buffer::Impl::notify(DispatchJob& job) {
-  intranode::notify_dispatch(*backend_, job.notify);
-  const std::int64_t rows = received_rows(job.notify, bootstrap_->rank(), bootstrap_->size());
-  if (job.args.num_worst_tokens == 0 || rows <= job.args.num_worst_tokens) return;
-  throw Error(ErrorCode::kCapacity,
-              fmt::format("intranode_dispatch: rank {} receives {} rows, num_worst_tokens is {}",
-                          bootstrap_->rank(), rows, job.args.num_worst_tokens),
-              {bootstrap_->rank()});
-}
-
 DispatchResult Buffer::Impl::intranode_dispatch(const DispatchArgs& args) {
   return collective("intranode_dispatch", [&] {
     const std::shared_ptr<DispatchJob> job = prepare_dispatch(args);
-    const int rank = bootstrap_->rank();
-    const int num_ranks = bootstrap_->size();
     const bool counted = !job->dispatch.cached && args.num_worst_tokens == 0;
     DispatchResult& result = job->result;
     if (counted) {
       // The counts are needed here and now: how many rows there will be.
       CallOptions now = args.options;
       now.async_finish = false;
-      backend_->submit(now, stage(job->number, false, [this, job] { notify(*job); }));
-      result.num_recv_tokens = received_rows(job->notify, rank, num_ranks);
+      backend_->submit(now, stage(job->number, false, [this, job] {
+                         intranode::notify_dispatch(*backend_, job->notify);
+                       }));
+      result.num_recv_tokens = job->num_recv_rows;
       for (const std::int64_t count : job->tokens_per_expert) {
         result.num_recv_tokens_per_expert_list.push_back(
             plan::aligned_expert_count(count, args.expert_alignment));
@@ -145,14 +140,9 @@ DispatchResult Buffer::Impl::intranode_dispatch(const DispatchArgs& args) {
     allocate_results(
         *job, counted || job->dispatch.cached ? result.num_recv_tokens : args.num_worst_tokens);
     result.event = backend_->submit(args.options, stage(job->number, true, [this, job, counted] {
-                                      intranode::DispatchParams& params = job->dispatch;
-                                      if (params.cached) {
-                                        params.call.record.routing_hash = backend_->routing_hash(
-                                            job->args.handle->rank_prefix_matrix);
-                                      } else if (!counted) {
-                                        notify(*job);
-                                      }
-                                      intranode::dispatch(*backend_, params);
+                                      if (!counted && !job->dispatch.cached)
+                                        intranode::notify_dispatch(*backend_, job->notify);
+                                      intranode::dispatch(*backend_, job->dispatch);
                                     }));
     return result;
   });

@@ -29,16 +29,17 @@ class Backend {
   virtual std::string export_handles() = 0;
   /// Collective: maps the peers' heaps.
   virtual void open_handles(const std::vector<std::string>& exported) = 0;
-  /// A block that peers can write, for the results of one call; goes back when the last owner goes.
-  /// Outlives the backend.
+  /// A block that peers can write, for the results of one call; goes back when the last owner goes,
+  /// on GPUs behind the work that `stream`, the caller's, has then. Outlives the backend.
   struct Results {
     fabric::Block block;
     std::byte* data = nullptr;
     std::shared_ptr<void> owner;
   };
-  virtual Results allocate_results(std::int64_t bytes) = 0;
+  virtual Results allocate_results(std::int64_t bytes, Stream stream) = 0;
   /// Memory of the device for what no peer writes.
-  virtual Tensor allocate(DType dtype, std::initializer_list<std::int64_t> shape) = 0;
+  virtual Tensor allocate(DType dtype, std::initializer_list<std::int64_t> shape,
+                          Stream stream) = 0;
   /// Local: grows until a block of `bytes` fits.
   virtual void reserve(std::int64_t bytes) = 0;
   virtual int num_segments() const = 0;
@@ -51,8 +52,9 @@ class Backend {
 
   // -- order of work
   /// Runs `work` on the communication stream, behind options.previous_event or the caller's stream.
-  /// Returns when it is done, or, with async_finish, when it is queued; then the event carries the
-  /// Error of a work that threw.
+  /// On the host it returns when that is done, or, with async_finish, when it is queued; then the
+  /// event carries the Error of a work that threw. On GPUs `work` queues kernels, at once, and
+  /// without async_finish the caller's stream waits for them.
   virtual EventHandle submit(const CallOptions& options, std::function<void()> work) = 0;
   /// Waits for all queued work.
   virtual void synchronize() = 0;
@@ -64,10 +66,6 @@ class Backend {
   virtual std::optional<Error> fault(const char* operation) const = 0;
   /// Tells the peers that this rank leaves in good order, stops all threads, lets memory go. Local.
   virtual void close() = 0;
-
-  /// Of a handle's rank_prefix_matrix [R, R], for the ranks to compare; 0 where the backend
-  /// compares it elsewhere.
-  virtual std::uint64_t routing_hash(const TensorView& rank_prefix_matrix) = 0;
 
   // -- the steps of the modes
   virtual void get_dispatch_layout(const internode::LayoutParams& params) = 0;

@@ -50,10 +50,13 @@ struct NotifyDispatchParams {
   const bool* is_token_in_rank = nullptr;               // [N, R]
   TensorView topk_idx;                                  // [N, K] or undefined: checked
   int num_channels = 1;
-  std::int32_t* rank_prefix_matrix = nullptr;      // out [R, R]
-  std::int32_t* channel_prefix_matrix = nullptr;   // out [R, C]
-  std::int32_t* send_head = nullptr;               // out [N, R]
-  std::int64_t* recv_tokens_per_expert = nullptr;  // out, host [L]; untouched without counts
+  std::int32_t* rank_prefix_matrix = nullptr;     // out [R, R]
+  std::int32_t* channel_prefix_matrix = nullptr;  // out [R, C]
+  std::int32_t* send_head = nullptr;              // out [N, R]
+  std::int64_t max_rows = 0;  // more received rows are Error(kCapacity); 0: none
+  // Out, host; the step returns when they are known. Null: nobody waits for counts.
+  std::int64_t* num_recv_rows = nullptr;
+  std::int64_t* recv_tokens_per_expert = nullptr;  // [L]; untouched without counts
 };
 
 /// The payload of the source: arrays of N rows.

@@ -33,6 +33,33 @@ struct CallRecord {
   std::int32_t num_experts;       // * 0 if unknown
   std::uint64_t routing_hash;     // * of the handle's rank_prefix_matrix, 0 without a handle
   std::int64_t num_tokens;        // tokens of the source
+
+  static constexpr int kNumAgreed = 10;
+  /// The fields marked *, in the order above.
+  DEEP_EP_HD std::int64_t agreed(int i) const {
+    switch (i) {
+      case 0:
+        return static_cast<std::int64_t>(kind);
+      case 1:
+        return x_dtype;
+      case 2:
+        return hidden;
+      case 3:
+        return scale_dtype;
+      case 4:
+        return num_scales;
+      case 5:
+        return num_topk;
+      case 6:
+        return topk_dtype;
+      case 7:
+        return has_topk_weights;
+      case 8:
+        return num_experts;
+      default:
+        return static_cast<std::int64_t>(routing_hash);
+    }
+  }
 };
 
 /// Where the sender of rows finds the results' block of a receiver.

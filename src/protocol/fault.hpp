@@ -6,6 +6,24 @@
 
 namespace deep_ep::protocol {
 
+/// What a GPU found, which composes no texts; the values are numbers for the text.
+enum class Finding : std::uint32_t {
+  kText,          // not a GPU's: the text says all
+  kTimeout,       // ranks: who; values: Wait, expected, seen
+  kGone,          // the same, of a rank that has died (value 3: 0) or left in good order (1)
+  kDisagreement,  // ranks: with whom; values: field of CallRecord::agreed(), mine, theirs
+  kBadExpert,     // values: token, k, id, num_experts
+  kNotInRank,     // values: token, k, id, rank: is_token_in_rank says otherwise
+  kCounts,        // values: rank, num_tokens_per_rank, tokens of is_token_in_rank
+  kTooManyRows,   // the matrix of counts overflows; value: rank
+  kCapacity,      // values: rows, num_worst_tokens
+  kBadPosition,   // values: token, rank, send_head, rows that go there
+  kBadMatrix,     // values: rank, rows by the matrix, rows that there is room for
+};
+
+/// What a wait waits for.
+enum class Wait : std::uint32_t { kCall, kPlace, kRows };
+
 /// Why a rank's Buffer no longer works, in that rank's control block. Anyone may write it, once:
 /// the first writer wins, and everything that waits reads it at each turn. claim() needs memory
 /// with native atomics for all who call it: a GPU must not claim a record in host memory.
@@ -21,7 +39,11 @@ struct alignas(128) FaultRecord {
   std::int32_t origin;            // the rank that found the fault
   std::int32_t num_ranks;         // how many of `ranks` are set
   std::int32_t ranks[kMaxRanks];  // missing, dead or disagreeing
-  char text[kTextBytes];          // zero-terminated, composed by the origin
+  Finding finding;
+  std::uint32_t operation;  // OpKind of the call that found it, if the finding is a GPU's
+  std::uint64_t epoch;      // of that call
+  std::int64_t values[4];
+  char text[kTextBytes];  // zero-terminated, composed by the origin
 
   /// True for the first caller only, who fills the fields and calls publish(). Should it die in
   /// between, nobody may fill them any more (it may only be slow): waits then end after a grace

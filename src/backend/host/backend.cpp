@@ -57,7 +57,7 @@ class HostBackend final : public Backend {
     context_.open_handles(exported, options_.timeout);
   }
 
-  Results allocate_results(std::int64_t bytes) override {
+  Results allocate_results(std::int64_t bytes, Stream) override {
     Results results;
     results.block = heap_->allocate(bytes);
     const std::shared_ptr<fabric::Mapping> mapping =
@@ -68,10 +68,10 @@ class HostBackend final : public Backend {
     return results;
   }
 
-  Tensor allocate(DType dtype, std::initializer_list<std::int64_t> shape) override {
+  Tensor allocate(DType dtype, std::initializer_list<std::int64_t> shape, Stream stream) override {
     TensorView view(nullptr, dtype, shape);
     if (static_cast<std::int64_t>(view.nbytes()) < kHeapBytes) return Tensor::empty(dtype, shape);
-    const Results results = allocate_results(static_cast<std::int64_t>(view.nbytes()));
+    const Results results = allocate_results(static_cast<std::int64_t>(view.nbytes()), stream);
     view.data = results.data;
     return {view, results.owner};
   }
@@ -125,16 +125,6 @@ class HostBackend final : public Backend {
     context_.fabric().close();
   }
 
-  /// FNV-1a over the elements.
-  std::uint64_t routing_hash(const TensorView& rank_prefix_matrix) override {
-    std::uint64_t hash = 0xcbf29ce484222325;
-    const auto* words = rank_prefix_matrix.as<const std::uint32_t>();
-    for (std::int64_t i = 0; i < rank_prefix_matrix.numel(); ++i) {
-      hash = (hash ^ words[i]) * 0x100000001b3;
-    }
-    return hash;
-  }
-
   void get_dispatch_layout(const internode::LayoutParams& params) override {
     if (params.topk_idx.dtype == DType::kInt64) {
       fill_layout<std::int64_t>(params);
@@ -151,7 +141,7 @@ class HostBackend final : public Backend {
     host::intranode::notify_dispatch(context_, params);
   }
   void dispatch(const intranode::DispatchParams& params) override {
-    host::intranode::dispatch(context_, params);
+    host::intranode::dispatch(context_, params.cached ? hashed(params) : params);
   }
   void cached_notify_combine(const intranode::CombineParams& params) override {
     const int rank = options_.rank;
@@ -160,13 +150,25 @@ class HostBackend final : public Backend {
         {params.rank_prefix_matrix, params.send_head, params.call.record.num_tokens}, rank,
         num_ranks);
     host::intranode::check_rows(params, rank, num_ranks);
-    context_.post(params.call);
+    context_.post(hashed(params).call);
   }
   void combine(const intranode::CombineParams& params) override {
-    host::intranode::combine(context_, params);
+    host::intranode::combine(context_, hashed(params));
   }
 
  private:
+  /// With the hash of the handle's routing in the record, for the ranks to compare.
+  template <class Params>
+  Params hashed(Params params) const {
+    // FNV-1a over the elements.
+    std::uint64_t hash = 0xcbf29ce484222325;
+    for (int i = 0; i < options_.num_ranks * options_.num_ranks; ++i) {
+      hash = (hash ^ static_cast<std::uint32_t>(params.rank_prefix_matrix[i])) * 0x100000001b3;
+    }
+    params.call.record.routing_hash = hash;
+    return params;
+  }
+
   fabric::Heap::NewSegment grow(std::int64_t bytes) {
     const std::int64_t rounded = (bytes + kGrowthBytes - 1) / kGrowthBytes * kGrowthBytes;
     const int segment = context_.fabric().add_segment(rounded);

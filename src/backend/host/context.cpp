@@ -6,7 +6,7 @@
 #include <cstring>
 #include <thread>
 
-#include "backend/host/agreement.hpp"
+#include "backend/agreement.hpp"
 #include "base/env.hpp"
 #include "base/error.hpp"
 #include "base/log.hpp"

@@ -45,6 +45,16 @@ void read_counts(Context& context, const NotifyDispatchParams& params) {
   std::copy_n(mailbox.tokens_per_rank, num_ranks * num_ranks, params.rank_prefix_matrix);
   require(plan::build_rank_prefix_matrix(params.rank_prefix_matrix, num_ranks),
           "the ranks send more than 2^31 - 1 rows to one rank");
+  const std::int64_t rows =
+      plan::rows_from(params.rank_prefix_matrix, num_ranks - 1, context.rank(), num_ranks).end;
+  if (params.max_rows > 0 && rows > params.max_rows) {
+    throw Error(ErrorCode::kCapacity,
+                fmt::format("intranode_dispatch: rank {} receives {} rows, num_worst_tokens is {}",
+                            context.rank(), rows, params.max_rows),
+                {context.rank()});
+  }
+  if (params.num_recv_rows == nullptr) return;
+  *params.num_recv_rows = rows;
   if (params.num_tokens_per_expert == nullptr) return;
   const int local_experts = params.call.record.num_experts / num_ranks;
   for (int e = 0; e < local_experts; ++e) {
