@@ -8,6 +8,9 @@ set(CMAKE_POSITION_INDEPENDENT_CODE ON)
 set(CMAKE_EXPORT_COMPILE_COMMANDS ON)
 # Binaries find the library beside them, so that a build folder can be copied to another machine.
 set(CMAKE_BUILD_RPATH_USE_ORIGIN ON)
+# What is loaded at run time: from bin/ and tests/*/ of a build folder, from bin/ of what
+# `./dev gpu-package` makes.
+set(CMAKE_BUILD_RPATH "$ORIGIN/../src;$ORIGIN/../../src;$ORIGIN/../lib")
 
 if(NOT CMAKE_BUILD_TYPE)
   set(CMAKE_BUILD_TYPE RelWithDebInfo)

@@ -14,18 +14,44 @@
 namespace deep_ep::verify {
 namespace {
 
-Tensor clone(const Tensor& tensor) {
-  Tensor memory = Tensor::empty(DType::kUint8, {static_cast<std::int64_t>(tensor.nbytes())});
-  if (tensor.nbytes() > 0) std::memcpy(memory.data, tensor.data, tensor.nbytes());
-  TensorView view = tensor;
-  view.data = memory.data;
-  return {view, memory.owner()};
-}
+Tensor clone(const Tensor& tensor) { return tensor.to(tensor.device); }
 
 IntranodeHandle clone(const IntranodeHandle& handle) {
   return {clone(handle.rank_prefix_matrix),         clone(handle.channel_prefix_matrix),
           clone(handle.recv_channel_prefix_matrix), clone(handle.recv_src_idx),
           clone(handle.is_token_in_rank),           clone(handle.send_head)};
+}
+
+/// What checks can read: `tensor` itself if it is on the host.
+Tensor on_host(const Tensor& tensor) {
+  return tensor.device.type == DeviceType::kHost ? tensor : tensor.to({});
+}
+
+IntranodeHandle on_host(const IntranodeHandle& handle) {
+  return {on_host(handle.rank_prefix_matrix),         on_host(handle.channel_prefix_matrix),
+          on_host(handle.recv_channel_prefix_matrix), on_host(handle.recv_src_idx),
+          on_host(handle.is_token_in_rank),           on_host(handle.send_head)};
+}
+
+DispatchLayout on_host(DispatchLayout layout) {
+  layout.num_tokens_per_rank = on_host(layout.num_tokens_per_rank);
+  layout.num_tokens_per_expert = on_host(layout.num_tokens_per_expert);
+  layout.is_token_in_rank = on_host(layout.is_token_in_rank);
+  return layout;
+}
+
+DispatchResult on_host(DispatchResult result) {
+  for (Tensor* tensor :
+       {&result.recv_x, &result.recv_x_scales, &result.recv_topk_idx, &result.recv_topk_weights})
+    *tensor = on_host(*tensor);
+  result.handle = on_host(result.handle);
+  return result;
+}
+
+CombineResult on_host(CombineResult result) {
+  result.combined_x = on_host(result.combined_x);
+  result.combined_topk_weights = on_host(result.combined_topk_weights);
+  return result;
 }
 
 /// The calls of one case, in order, with the check of each one's outputs. Without async a call is
@@ -47,7 +73,7 @@ class Run {
     event_.host_wait();
     for (const auto& check : late_checks_) check();
     checks_.stage("handle, after all calls", event_);
-    checks_.handle(handle_);
+    checks_.handle(on_host(handle_));
     return checks_.result();
   }
 
@@ -67,8 +93,16 @@ class Run {
     return options;
   }
 
+  /// An input as the Buffer's calls take it.
+  Tensor input(const Tensor& tensor) const {
+    return !tensor.defined() || tensor.device == buffer_.device() ? tensor
+                                                                  : tensor.to(buffer_.device());
+  }
+
   void finish(const EventHandle& event, std::string stage, std::function<void()> check) {
     auto staged = [this, event, stage = std::move(stage), check = std::move(check)] {
+      // On a GPU a call that has returned is only queued on the caller's stream.
+      if (buffer_.device().type == DeviceType::kCuda) event.host_wait();
       checks_.stage(stage, event);
       check();
     };
@@ -94,15 +128,15 @@ class Run {
 };
 
 void Run::find_layout() {
-  const Tensor ids = inputs_.topk_idx();
+  const Tensor ids = input(inputs_.topk_idx());
   layout_ = buffer_.get_dispatch_layout(ids, case_.experts, options());
-  finish(layout_.event, "layout", [this, ids] { checks_.layout(layout_); });
+  finish(layout_.event, "layout", [this, ids] { checks_.layout(on_host(layout_)); });
 }
 
 void Run::dispatch() {
-  const Tensor x = inputs_.x(0), scales = inputs_.scales(0), ids = inputs_.topk_idx(),
-               stats = inputs_.stats();
-  const Tensor weights = inputs_.topk_weights();
+  const Tensor x = input(inputs_.x(0)), scales = input(inputs_.scales(0)),
+               ids = input(inputs_.topk_idx()), stats = input(inputs_.stats());
+  const Tensor weights = input(inputs_.topk_weights());
   DispatchArgs args;
   args.x = x;
   args.x_scales = scales;
@@ -118,16 +152,18 @@ void Run::dispatch() {
   handle_ = got.handle;
   const EventHandle event = got.event;
   finish(event, "dispatch", [this, x, scales, ids, weights, stats, got = std::move(got)] {
-    checks_.first_dispatch(got);
-    checks_.payload(got, 0);
-    checks_.unchanged_x(x, 0);
-    checks_.stats(stats);
+    const DispatchResult here = on_host(got);
+    checks_.first_dispatch(here);
+    checks_.payload(here, 0);
+    checks_.unchanged_x(on_host(x), 0);
+    checks_.stats(on_host(stats));
   });
 }
 
 void Run::dispatch_cached(int round) {
   if (case_.clone_handle) event_.host_wait();
-  const Tensor x = inputs_.x(round), scales = inputs_.scales(round), stats = inputs_.stats();
+  const Tensor x = input(inputs_.x(round)), scales = input(inputs_.scales(round)),
+               stats = input(inputs_.stats());
   const IntranodeHandle handle = case_.clone_handle ? clone(handle_) : handle_;
   DispatchArgs args;
   args.x = x;
@@ -140,19 +176,20 @@ void Run::dispatch_cached(int round) {
   const EventHandle event = got.event;
   finish(event, fmt::format("cached dispatch {}", round),
          [this, x, scales, stats, handle, round, got = std::move(got)] {
-           checks_.cached_dispatch(got);
-           checks_.payload(got, round);
-           checks_.unchanged_x(x, round);
-           checks_.stats(stats);
+           const DispatchResult here = on_host(got);
+           checks_.cached_dispatch(here);
+           checks_.payload(here, round);
+           checks_.unchanged_x(on_host(x), round);
+           checks_.stats(on_host(stats));
          });
 }
 
 void Run::combine(int round) {
   if (case_.clone_handle) event_.host_wait();
-  const Tensor x = inputs_.combine_x(round), weights = inputs_.combine_weights(round);
-  const Tensor bias0 = case_.biases > 0 ? inputs_.bias(0, round) : Tensor();
-  const Tensor bias1 = case_.biases > 1 ? inputs_.bias(1, round) : Tensor();
-  const Tensor stats = inputs_.stats();
+  const Tensor x = input(inputs_.combine_x(round)), weights = input(inputs_.combine_weights(round));
+  const Tensor bias0 = case_.biases > 0 ? input(inputs_.bias(0, round)) : Tensor();
+  const Tensor bias1 = case_.biases > 1 ? input(inputs_.bias(1, round)) : Tensor();
+  const Tensor stats = input(inputs_.stats());
   const IntranodeHandle handle = case_.clone_handle ? clone(handle_) : handle_;
   CombineArgs args;
   args.x = x;
@@ -166,8 +203,8 @@ void Run::combine(int round) {
   const EventHandle event = got.event;
   finish(event, fmt::format("combine {}", round),
          [this, x, weights, bias0, bias1, stats, handle, round, got = std::move(got)] {
-           checks_.combined(got, round);
-           checks_.stats(stats);
+           checks_.combined(on_host(got), round);
+           checks_.stats(on_host(stats));
          });
 }
 

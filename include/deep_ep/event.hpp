@@ -14,8 +14,10 @@ class EventState;  // internal
 /// to the same point. Thread-safe once recorded.
 class DEEP_EP_API EventHandle {
  public:
-  /// Recorded on the caller's stream (host: complete at once).
+  /// Complete.
   EventHandle();
+  /// Recorded on `stream`, whose `device` must be set if it is a CUDA stream; on the host, where
+  /// the stream is the calling thread, complete at once.
   explicit EventHandle(Stream stream);
   explicit EventHandle(std::shared_ptr<EventState> state);
 

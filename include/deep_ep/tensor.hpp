@@ -59,8 +59,12 @@ class DEEP_EP_API Tensor : public TensorView {
   Tensor(const TensorView& view, std::shared_ptr<void> owner)
       : TensorView(view), owner_(std::move(owner)) {}
 
-  /// Uninitialised host memory, 64-byte aligned. Throws std::bad_alloc.
-  static Tensor empty(DType dtype, std::initializer_list<std::int64_t> shape);
+  /// Uninitialised memory of the device, 64-byte aligned. Throws std::bad_alloc or Error.
+  static Tensor empty(DType dtype, std::initializer_list<std::int64_t> shape, Device device = {});
+
+  /// A copy on `device`, with the same shape and strides. Waits for all work of the current GPU and
+  /// for the copy: for tests and for set-up, not for a hot path. Throws Error.
+  Tensor to(Device device) const;
 
   /// Gives this copy's reference up; on CUDA the memory is reused only behind the work queued on
   /// `stream` so far.

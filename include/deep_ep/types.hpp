@@ -38,10 +38,15 @@ struct Device {
 
 DEEP_EP_API const char* to_string(DeviceType type);
 
+/// Devices of a type that this process can use: 1 for the host, the GPUs it sees for CUDA, 0
+/// without the CUDA parts of this library or without a driver. Never throws.
+DEEP_EP_API int num_devices(DeviceType type) noexcept;
+
 /// A caller's execution stream. `native` is a cudaStream_t on CUDA devices, passed verbatim.
 /// On the host the stream is the calling thread and `native` is ignored.
 struct Stream {
   void* native = nullptr;
+  Device device{};  ///< whose stream it is; calls of a Buffer take their Buffer's device instead
 };
 
 }  // namespace deep_ep

@@ -1,15 +1,18 @@
 #include "deep_ep/event.hpp"
 
+#include "backend/plugin.hpp"
 #include "base/event_state.hpp"
 
 namespace deep_ep {
 
 EventHandle::EventHandle() = default;
-// A host stream is the calling thread: all that it queued is done.
-EventHandle::EventHandle(Stream) {}
+EventHandle::EventHandle(Stream stream) { record(stream); }
 EventHandle::EventHandle(std::shared_ptr<EventState> state) : state_(std::move(state)) {}
 
-void EventHandle::record(Stream) { state_ = nullptr; }
+void EventHandle::record(Stream stream) {
+  // A host stream is the calling thread: all that it queued is done.
+  state_ = stream.device.type == DeviceType::kHost ? nullptr : cuda_parts().record(stream);
+}
 
 void EventHandle::current_stream_wait(Stream stream) const {
   if (state_) state_->stream_wait(stream);

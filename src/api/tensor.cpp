@@ -5,9 +5,12 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <new>
 
+#include "backend/plugin.hpp"
 #include "base/error.hpp"
+#include "base/release_hook.hpp"
 #include "base/saturate.hpp"
 
 namespace deep_ep {
@@ -62,9 +65,14 @@ std::string TensorView::describe() const {
                      fmt::join(shape.begin(), shape.begin() + known_dims(*this), ", "));
 }
 
-Tensor Tensor::empty(DType dtype, std::initializer_list<std::int64_t> shape) {
+Tensor Tensor::empty(DType dtype, std::initializer_list<std::int64_t> shape, Device device) {
   constexpr std::align_val_t kAlignment{64};
-  TensorView view(nullptr, dtype, shape);
+  TensorView view(nullptr, dtype, shape, device);
+  if (device.type == DeviceType::kCuda) {
+    auto memory = cuda_parts().allocate(device.index, static_cast<std::int64_t>(view.nbytes()));
+    view.data = memory.get();
+    return {view, std::move(memory)};
+  }
   // Never null, so that a tensor of no elements is still one.
   void* memory = ::operator new(view.nbytes() + 1, kAlignment);
   view.data = memory;
@@ -72,6 +80,25 @@ Tensor Tensor::empty(DType dtype, std::initializer_list<std::int64_t> shape) {
           std::shared_ptr<void>(memory, [](void* data) { ::operator delete(data, kAlignment); })};
 }
 
-void Tensor::release(Stream) { *this = Tensor(); }
+Tensor Tensor::to(Device target) const {
+  if (!defined()) return {};
+  const auto bytes = static_cast<std::int64_t>(nbytes());
+  const Tensor memory = empty(DType::kUint8, {bytes}, target);
+  if (bytes > 0 && device.type == DeviceType::kHost && target.type == DeviceType::kHost) {
+    std::memcpy(memory.data, data, static_cast<std::size_t>(bytes));
+  } else if (bytes > 0) {
+    const Device& gpu = target.type == DeviceType::kCuda ? target : device;
+    cuda_parts().copy(gpu.index, memory.data, data, bytes);
+  }
+  TensorView view = *this;
+  view.data = memory.data;
+  view.device = target;
+  return {view, memory.owner()};
+}
+
+void Tensor::release(Stream stream) {
+  if (const auto* hook = std::get_deleter<ReleaseHook>(owner_)) hook->add_stream(stream);
+  *this = Tensor();
+}
 
 }  // namespace deep_ep

@@ -325,7 +325,8 @@ void Fabric::State::take_segment(Peer& peer, const Received& received) {
     changed.notify_all();
     return;
   }
-  if (callbacks.segment_mapped) callbacks.segment_mapped();
+  if (callbacks.segment_mapped)
+    callbacks.segment_mapped(peer.rank, segment, peer.mappings.back()->base());
 }
 
 void Fabric::State::lose(Peer& peer) {

@@ -22,7 +22,7 @@ class Fabric {
     /// A peer closed its Fabric (orderly) or died. Called once a peer by the helper thread.
     std::function<void(int rank, bool orderly)> peer_gone;
     /// A peer's segment became usable. Called by the helper thread.
-    std::function<void()> segment_mapped;
+    std::function<void(int rank, int segment, std::byte* base)> segment_mapped;
   };
 
   Fabric(int rank, int num_ranks, std::unique_ptr<Memory> memory);

@@ -24,20 +24,22 @@ void Heap::add(int segment, std::int64_t begin, std::int64_t end) {
   give(segment, begin, end - begin);
 }
 
-Block Heap::allocate(std::int64_t bytes) {
+std::optional<Block> Heap::try_allocate(std::int64_t bytes) {
   bytes = round_up(bytes);
   Block block;
-  {
-    const std::lock_guard lock(mutex_);
-    if (take(bytes, block)) return block;
-  }
+  const std::lock_guard lock(mutex_);
+  if (take(bytes, block)) return block;
+  return std::nullopt;
+}
+
+Block Heap::allocate(std::int64_t bytes) {
+  bytes = round_up(bytes);
+  if (const std::optional<Block> found = try_allocate(bytes)) return *found;
   // Without mutex_, so that results can be released meanwhile.
   const std::lock_guard growing(grow_mutex_);
-  {
-    const std::lock_guard lock(mutex_);
-    if (take(bytes, block)) return block;
-  }
+  if (const std::optional<Block> found = try_allocate(bytes)) return *found;
   const NewSegment fresh = grow_(bytes);
+  Block block;
   const std::lock_guard lock(mutex_);
   give(fresh.segment, 0, fresh.bytes / kAlignment * kAlignment);
   if (!take(bytes, block))

@@ -6,6 +6,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <vector>
 
 namespace deep_ep::fabric {
@@ -35,6 +36,8 @@ class Heap {
   void add(int segment, std::int64_t begin, std::int64_t end);
   /// Grows when nothing fits. `bytes` 0 counts as 1.
   Block allocate(std::int64_t bytes);
+  /// Without growth.
+  std::optional<Block> try_allocate(std::int64_t bytes);
   void free(const Block& block);
   /// Grows until a block of `bytes` fits.
   void reserve(std::int64_t bytes);

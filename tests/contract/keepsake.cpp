@@ -40,8 +40,12 @@ void Keepsakes::take(Buffer& buffer) {
     for (int k = 0; k < kTopk; ++k) topk_idx.push_back(expert(token, k, ranks));
   }
   DispatchArgs args;
-  args.x = {x.data(), DType::kFloat32, {kTokens, kHidden}};
-  args.topk_idx = {topk_idx.data(), DType::kInt64, {kTokens, kTopk}};
+  const Tensor rows =
+      Tensor(TensorView(x.data(), DType::kFloat32, {kTokens, kHidden})).to(buffer.device());
+  const Tensor ids =
+      Tensor(TensorView(topk_idx.data(), DType::kInt64, {kTokens, kTopk})).to(buffer.device());
+  args.x = rows;
+  args.topk_idx = ids;
   args.layout = buffer.get_dispatch_layout(args.topk_idx, ranks);
   kept_.push_back({&buffer, buffer.rank(), ranks, number, buffer.dispatch(args)});
   const auto alike = [ranks](const Keepsake& kept) { return kept.num_ranks == ranks; };
@@ -55,8 +59,8 @@ std::string Keepsakes::combine_oldest(Buffer& buffer) {
     CombineArgs args;
     args.x = kept.result.recv_x;
     args.handle = kept.result.handle;
-    const CombineResult sums = buffer.combine(args);
-    const auto* sum = sums.combined_x.as<float>();
+    const Tensor sums = buffer.combine(args).combined_x.to({});
+    const auto* sum = sums.as<float>();
     for (std::int64_t token = 0; token < kTokens; ++token) {
       const auto copies = static_cast<float>(kept.num_ranks == 1 ? 1 : 2);
       for (std::int64_t i = 0; i < kHidden; ++i) {
@@ -74,10 +78,11 @@ std::string Keepsakes::combine_oldest(Buffer& buffer) {
 std::string Keepsakes::check() const {
   for (const Keepsake& kept : kept_) {
     std::int64_t row = 0;
+    const Tensor rows = kept.result.recv_x.to({});
     for (int source = 0; source < kept.num_ranks; ++source) {
       for (std::int64_t token = 0; token < kTokens; ++token) {
         if (!goes_to(token, kept.rank, kept.num_ranks)) continue;
-        const float* x = kept.result.recv_x.as<float>() + row * kHidden;
+        const float* x = rows.as<float>() + row * kHidden;
         for (std::int64_t i = 0; i < kHidden; ++i) {
           const float expected = value(source, token, i, kept.number);
           if (x[i] != expected)

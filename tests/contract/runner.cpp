@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -102,6 +103,8 @@ Buffer& Runner::buffer(Worker& worker, Buffers& buffers, int number) const {
   if (made == nullptr) {
     BufferOptions options;
     options.device = target_.device;
+    // Ranks share GPUs when there are fewer.
+    options.device.index = worker.rank() % std::max(1, num_devices(target_.device.type));
     options.timeout = target_.timeout;
     // Odd ones start with nothing, so that their first results make them grow.
     options.num_nvl_bytes =

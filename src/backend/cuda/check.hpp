@@ -10,9 +10,9 @@ namespace deep_ep::cuda {
 inline void check(cudaError_t status, const char* call) {
   if (status == cudaSuccess) return;
   (void)cudaGetLastError();  // not left for the next caller to find
-  throw Error(status == cudaErrorMemoryAllocation ? ErrorCode::kOutOfMemory : ErrorCode::kSystem,
-              fmt::format("{}: {} ({})", call, cudaGetErrorString(status),
-                          cudaGetErrorName(status)));
+  throw Error(
+      status == cudaErrorMemoryAllocation ? ErrorCode::kOutOfMemory : ErrorCode::kSystem,
+      fmt::format("{}: {} ({})", call, cudaGetErrorString(status), cudaGetErrorName(status)));
 }
 
 /// Makes a device current for the thread until the end of the scope.

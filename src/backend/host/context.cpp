@@ -97,7 +97,7 @@ void Context::open_handles(const std::vector<std::string>& exported,
   }
   fabric_.open_handles(handles, timeout,
                        {.peer_gone = [this](int rank, bool orderly) { peer_gone(rank, orderly); },
-                        .segment_mapped = [this] { own_doorbell_->ring(); }});
+                        .segment_mapped = [this](int, int, std::byte*) { own_doorbell_->ring(); }});
 
   control_.resize(num_ranks_);
   for (int i = 0; i < num_ranks_; ++i) {

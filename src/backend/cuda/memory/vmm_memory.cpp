@@ -138,8 +138,8 @@ class VmmMemory final : public fabric::Memory {
     const auto unit = static_cast<std::int64_t>(granularity_);
     bytes = (bytes + unit - 1) / unit * unit;
     CUmemGenericAllocationHandle handle = 0;
-    const CUresult status = Driver::instance().create(&handle, static_cast<std::size_t>(bytes),
-                                                      &properties_, 0);
+    const CUresult status =
+        Driver::instance().create(&handle, static_cast<std::size_t>(bytes), &properties_, 0);
     if (status == CUDA_ERROR_OUT_OF_MEMORY) throw_shortage(bytes);
     check_driver(status, "cuMemCreate");
     auto mapping = std::make_shared<VmmMapping>(handle, bytes, device_);

@@ -1,0 +1,18 @@
+#include "backend/plugin.hpp"
+#include "base/log.hpp"
+#include "deep_ep/error.hpp"
+#include "deep_ep/types.hpp"
+
+namespace deep_ep {
+
+int num_devices(DeviceType type) noexcept {
+  if (type == DeviceType::kHost) return 1;
+  try {
+    return cuda_parts().num_devices();
+  } catch (const Error& error) {
+    log::debug("no CUDA devices: {}", error.what());
+    return 0;
+  }
+}
+
+}  // namespace deep_ep

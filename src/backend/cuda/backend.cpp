@@ -1,0 +1,303 @@
+#include <algorithm>
+#include <thread>
+
+#include "backend/cuda/check.hpp"
+#include "backend/cuda/context.hpp"
+#include "backend/cuda/device_heap.hpp"
+#include "backend/cuda/intranode/steps.hpp"
+#include "backend/cuda/make_backend.hpp"
+#include "base/log.hpp"
+
+namespace deep_ep::cuda {
+
+namespace {
+
+// Growth in steps of this size keeps the number of segments small; a GPU maps memory in pieces of
+// 2 MiB.
+constexpr std::int64_t kGrowthBytes = 32 << 20;
+
+cudaStream_t native(Stream stream) { return static_cast<cudaStream_t>(stream.native); }
+
+intranode::Ids ids_of(const TensorView& topk_idx) {
+  return {topk_idx.defined() ? topk_idx.data : nullptr, topk_idx.dtype == DType::kInt64};
+}
+
+class CudaBackend final : public Backend {
+ public:
+  explicit CudaBackend(const BackendOptions& options)
+      : options_(options),
+        context_(options),
+        heap_(std::make_shared<DeviceHeap>(
+            context_.device(), [this](std::int64_t bytes) { return grow(bytes); },
+            context_.events())) {}
+
+  ~CudaBackend() override { close(); }
+
+  std::string export_handles() override {
+    const std::int64_t control = Context::control_bytes(options_.num_ranks);
+    const std::int64_t bytes = std::max(options_.heap_bytes, control);
+    if (options_.heap_bytes < control && options_.heap_bytes > 0) {
+      log::info("num_nvl_bytes raised from {} to {}: the control block needs that",
+                options_.heap_bytes, control);
+    }
+    std::string handles = context_.export_handles(bytes);
+    heap_->add(0, control, context_.fabric().own_segment(0)->bytes());
+    return handles;
+  }
+
+  void open_handles(const std::vector<std::string>& exported) override {
+    context_.open_handles(exported);
+  }
+
+  Results allocate_results(std::int64_t bytes, Stream stream) override {
+    return heap_->allocate(bytes, native(stream), context_.comm_stream(), context_.fabric());
+  }
+
+  Tensor allocate(DType dtype, std::initializer_list<std::int64_t> shape, Stream stream) override {
+    TensorView view(nullptr, dtype, shape, options_.device);
+    const Results results = allocate_results(static_cast<std::int64_t>(view.nbytes()), stream);
+    view.data = results.data;
+    return {view, results.owner};
+  }
+
+  void reserve(std::int64_t bytes) override { heap_->reserve(bytes); }
+  int num_segments() const override { return context_.fabric().num_own_segments(); }
+
+  void wait_mapped(const std::vector<int>& num_segments) override {
+    const auto deadline = std::chrono::steady_clock::now() + options_.timeout;
+    for (int i = 0; i < options_.num_ranks; ++i) {
+      while (context_.fabric().base(i, num_segments[i] - 1) == nullptr) {
+        if (std::chrono::steady_clock::now() > deadline) {
+          throw Error(ErrorCode::kTimeout,
+                      fmt::format("reserve on rank {}: segment {} of rank {} was not mapped within "
+                                  "{} ms",
+                                  options_.rank, num_segments[i] - 1, i, options_.timeout.count()),
+                      {i});
+        }
+        std::this_thread::sleep_for(std::chrono::microseconds(100));
+      }
+    }
+  }
+
+  std::int64_t mapped_bytes() const override { return context_.fabric().own_bytes(); }
+  std::int64_t live_bytes() const override { return heap_->live_bytes(); }
+
+  Tensor heap() const override {
+    std::shared_ptr<fabric::Mapping> mapping = context_.fabric().own_segment(0);
+    return {TensorView(mapping->base(), DType::kUint8, {mapping->bytes()}, options_.device),
+            mapping};
+  }
+
+  EventHandle submit(const CallOptions& options, std::function<void()> work) override {
+    const DeviceGuard guard(context_.device());
+    cudaStream_t comm = context_.comm_stream();
+    cudaStream_t caller = native(options.stream);
+    if (options.previous_event) {
+      options.previous_event->current_stream_wait(comm_handle());
+    } else if (caller != comm) {
+      const auto before = context_.events()->take();
+      check(cudaEventRecord(before.get(), caller), "cudaEventRecord");
+      check(cudaStreamWaitEvent(comm, before.get(), 0), "cudaStreamWaitEvent");
+    }
+    work();
+    auto after = context_.events()->take();
+    check(cudaEventRecord(after.get(), comm), "cudaEventRecord");
+    if (!options.async_finish && caller != comm)
+      check(cudaStreamWaitEvent(caller, after.get(), 0), "cudaStreamWaitEvent");
+    return EventHandle(std::make_shared<CudaEvent>(
+        std::move(after), context_.device(),
+        [faults = context_.faults()] { return faults->error("a queued call"); }));
+  }
+
+  void synchronize() override {
+    const DeviceGuard guard(context_.device());
+    (void)cudaStreamSynchronize(context_.comm_stream());
+  }
+
+  void raise_fault(const Error& error) noexcept override { context_.raise_fault(error); }
+  std::optional<Error> fault(const char* operation) const override {
+    return context_.faults()->error(operation);
+  }
+
+  void close() override {
+    synchronize();
+    heap_->close();
+    context_.fabric().close();
+  }
+
+  void get_dispatch_layout(const internode::LayoutParams& params) override;
+  void barrier(const deep_ep::intranode::BarrierParams& params) override;
+  void notify_dispatch(const deep_ep::intranode::NotifyDispatchParams& params) override;
+  void dispatch(const deep_ep::intranode::DispatchParams& params) override;
+  // The record travels with the place of the inbox, in combine's own kernel.
+  void cached_notify_combine(const deep_ep::intranode::CombineParams&) override {}
+  void combine(const deep_ep::intranode::CombineParams& params) override;
+
+ private:
+  Stream comm_handle() const { return {context_.comm_stream(), options_.device}; }
+  int sms_of(const Call& call) const { return std::min(call.num_threads, context_.num_sms()); }
+  void await_counts(const deep_ep::intranode::NotifyDispatchParams& params,
+                    std::uint64_t ticket) const;
+
+  fabric::Heap::NewSegment grow(std::int64_t bytes) {
+    const std::int64_t rounded = (bytes + kGrowthBytes - 1) / kGrowthBytes * kGrowthBytes;
+    const int segment = context_.add_segment(rounded);
+    log::debug("rank {}: segment {} of {} bytes added for a result of {} bytes", options_.rank,
+               segment, rounded, bytes);
+    return {segment, context_.fabric().own_segment(segment)->bytes()};
+  }
+
+  BackendOptions options_;
+  mutable Context context_;
+  std::shared_ptr<DeviceHeap> heap_;
+  std::uint64_t ticket_ = 0;
+};
+
+void CudaBackend::get_dispatch_layout(const internode::LayoutParams& params) {
+  cudaStream_t stream = context_.comm_stream();
+  const auto zero = [&](std::int32_t* counts, int count) {
+    check(cudaMemsetAsync(counts, 0, static_cast<std::size_t>(count) * 4, stream),
+          "cudaMemsetAsync");
+  };
+  zero(params.num_tokens_per_rank, params.shape.num_ranks);
+  zero(params.num_tokens_per_expert, params.shape.num_experts);
+  intranode::LayoutArgs args;
+  args.comm = context_.comm({});
+  args.topk_idx = ids_of(params.topk_idx);
+  args.num_tokens = params.shape.num_tokens;
+  args.num_topk = params.shape.num_topk;
+  args.num_experts = params.shape.num_experts;
+  args.num_tokens_per_rank = params.num_tokens_per_rank;
+  args.num_tokens_per_expert = params.num_tokens_per_expert;
+  args.is_token_in_rank = params.is_token_in_rank;
+  check(intranode::launch_layout(args, stream), "launch of layout");
+}
+
+void CudaBackend::barrier(const deep_ep::intranode::BarrierParams& params) {
+  check(intranode::launch_barrier({context_.comm(params.call)}, context_.comm_stream()),
+        "launch of barrier");
+  check(cudaStreamSynchronize(context_.comm_stream()), "barrier");
+  if (std::optional<Error> error = context_.faults()->error(params.call.operation))
+    throw Error(*error);
+}
+
+void CudaBackend::notify_dispatch(const deep_ep::intranode::NotifyDispatchParams& params) {
+  const protocol::CallRecord& record = params.call.record;
+  require(record.num_experts / options_.num_ranks <= protocol::ControlBlock::kMaxLocalExperts,
+          "num_experts is {}, more than {} for each of {} ranks", record.num_experts,
+          protocol::ControlBlock::kMaxLocalExperts, options_.num_ranks);
+  intranode::NotifyArgs args;
+  args.comm = context_.comm(params.call);
+  args.num_tokens_per_rank = params.num_tokens_per_rank;
+  args.num_tokens_per_expert = params.num_tokens_per_expert;
+  args.is_token_in_rank = params.is_token_in_rank;
+  args.topk_idx = ids_of(params.topk_idx);
+  args.num_channels = params.num_channels;
+  args.rank_prefix_matrix = params.rank_prefix_matrix;
+  args.channel_prefix_matrix = params.channel_prefix_matrix;
+  args.send_head = params.send_head;
+  args.counts =
+      context_.count_words((record.num_tokens / kTokensPerCount + 1) * options_.num_ranks);
+  args.max_rows = params.max_rows;
+  const bool counted = params.num_recv_rows != nullptr;
+  if (counted) {
+    cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+    check(cudaStreamIsCapturing(context_.comm_stream(), &capture), "cudaStreamIsCapturing");
+    if (capture != cudaStreamCaptureStatusNone) {
+      throw Error(ErrorCode::kUsage,
+                  "intranode_dispatch waits for counts on the host, which a stream that is being "
+                  "captured cannot: pass num_worst_tokens or a handle");
+    }
+    args.ticket = ++ticket_;
+  }
+  check(intranode::launch_notify(args, sms_of(params.call), context_.comm_stream()),
+        "launch of notify");
+  if (counted) await_counts(params, args.ticket);
+}
+
+void CudaBackend::await_counts(const deep_ep::intranode::NotifyDispatchParams& params,
+                               std::uint64_t ticket) const {
+  const HostStatus& status = context_.faults()->status();
+  using Clock = std::chrono::steady_clock;
+  // The kernel has a timeout of its own; here it is only looked at whether it still runs.
+  constexpr std::chrono::milliseconds kLookEvery{1};
+  Clock::time_point next_look = Clock::now() + kLookEvery;
+  // acquire: pairs with the release in tell_host().
+  while (protocol::load_acquire(&status.ticket) != ticket) {
+    if (Clock::now() < next_look) continue;
+    next_look += kLookEvery;
+    const cudaError_t running = cudaStreamQuery(context_.comm_stream());
+    if (running == cudaErrorNotReady) continue;
+    check(running, "notify");
+    if (protocol::load_acquire(&status.ticket) == ticket) break;
+    if (std::optional<Error> error = context_.faults()->error(params.call.operation))
+      throw Error(*error);
+    throw Error(ErrorCode::kSystem, "notify ended without counts");
+  }
+  if (std::optional<Error> error = context_.faults()->error(params.call.operation))
+    throw Error(*error);
+  *params.num_recv_rows = status.num_recv_rows;
+  if (params.num_tokens_per_expert == nullptr) return;
+  std::copy_n(status.tokens_per_expert, params.call.record.num_experts / options_.num_ranks,
+              params.recv_tokens_per_expert);
+}
+
+void CudaBackend::dispatch(const deep_ep::intranode::DispatchParams& params) {
+  intranode::DispatchArgs args;
+  args.comm = context_.comm(params.call);
+  args.cached = params.cached;
+  args.x = params.source.x;
+  const TensorView& scales = params.source.scales;
+  if (scales.defined())
+    args.scales = {scales.as<const std::uint32_t>(), scales.strides[0], scales.strides[1]};
+  args.topk_idx = ids_of(params.source.topk_idx);
+  args.topk_weights = params.source.topk_weights;
+  args.format = params.format;
+  args.rank_prefix_matrix = params.rank_prefix_matrix;
+  args.send_head = params.send_head;
+  args.block_segment = params.block.segment;
+  args.block_offset = params.block.offset;
+  args.block_rows = params.block_rows;
+  args.num_channels = params.num_channels;
+  args.recv_src_idx = params.recv_src_idx;
+  args.recv_channel_prefix_matrix = params.recv_channel_prefix_matrix;
+  args.wait_stats = params.wait_stats;
+  check(intranode::launch_dispatch(args, sms_of(params.call), context_.comm_stream()),
+        "launch of dispatch");
+}
+
+void CudaBackend::combine(const deep_ep::intranode::CombineParams& params) {
+  intranode::CombineArgs args;
+  args.comm = context_.comm(params.call);
+  const protocol::CallRecord& record = params.call.record;
+  args.x = params.x;
+  args.topk_weights = params.topk_weights;
+  args.bias[0] = params.bias[0];
+  args.bias[1] = params.bias[1];
+  args.format.x_bytes = record.hidden * static_cast<std::int64_t>(size_of(params.dtype));
+  args.format.topk_weights_bytes = record.has_topk_weights != 0 ? record.num_topk * 4 : 0;
+  args.rank_prefix_matrix = params.rank_prefix_matrix;
+  args.send_head = params.send_head;
+  args.num_rows = params.num_rows;
+  args.inbox_rows = record.num_tokens * (options_.num_ranks - 1);
+  const Results inbox =
+      allocate_results(plan::RecvArrays::bytes(args.format, args.inbox_rows), comm_handle());
+  args.inbox_segment = inbox.block.segment;
+  args.inbox_offset = inbox.block.offset;
+  args.combined_x = params.combined_x;
+  args.combined_topk_weights = params.combined_topk_weights;
+  args.wait_stats = params.wait_stats;
+  const intranode::SumType type = params.dtype == DType::kBfloat16  ? intranode::SumType::kBfloat16
+                                  : params.dtype == DType::kFloat16 ? intranode::SumType::kFloat16
+                                                                    : intranode::SumType::kFloat32;
+  check(intranode::launch_combine(args, type, sms_of(params.call), context_.comm_stream()),
+        "launch of combine");
+}
+
+}  // namespace
+
+std::unique_ptr<Backend> make_backend(const BackendOptions& options) {
+  return std::make_unique<CudaBackend>(options);
+}
+
+}  // namespace deep_ep::cuda

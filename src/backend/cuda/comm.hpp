@@ -1,0 +1,72 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "base/carver.hpp"
+#include "protocol/control.hpp"
+
+// What a kernel knows of its rank and the others. Compiled by g++ and nvcc.
+namespace deep_ep::cuda {
+
+/// Ranks of one node that a kernel can serve: an NVL72 rack.
+constexpr int kMaxRanks = 72;
+/// Pieces in which a combine brings the rows of one rank home: see CombineArgs.
+constexpr int kMaxChunks = 4096;
+/// Tokens for which one warp counts; the words through which warps tell each other their counts.
+constexpr int kTokensPerCount = 256;
+
+/// The beginning of every rank's segment 0.
+struct DeviceControl {
+  protocol::ControlBlock block;  // without rings
+  std::uint64_t* chunks;         // [R, kMaxChunks] epoch of the combine whose rows are here
+
+  DEEP_EP_HD static DeviceControl carve(Carver& carver, int num_ranks) {
+    DeviceControl control;
+    control.block = protocol::ControlBlock::carve(carver, {num_ranks, 0, 0});
+    control.chunks = carver.take<std::uint64_t>(std::int64_t{num_ranks} * kMaxChunks);
+    return control;
+  }
+  static std::int64_t bytes(int num_ranks) {
+    Carver carver(nullptr);
+    (void)carve(carver, num_ranks);
+    return carver.used();
+  }
+};
+
+/// Words of this rank alone, in its GPU's memory. Kernels of a Buffer run one after the other.
+struct LocalState {
+  std::uint64_t epoch;        // collective kernels that have ended; the same on all ranks
+  std::uint32_t blocks_done;  // of the kernel that runs
+  // The longest wait of the kernel that runs for each rank, in SM clock cycles.
+  unsigned long long waited[kMaxRanks];
+};
+
+/// Words that kernels and the host share, in host memory that the GPU maps.
+struct HostStatus {
+  std::uint32_t faulted;  // 1: `fault` is complete
+  protocol::FaultRecord fault;
+  std::uint32_t gone[kMaxRanks];  // by the host: kGoneOrderly, kGoneDead
+  // The last notify that the host waits for: its ticket, then what it counted.
+  std::uint64_t ticket;
+  std::int64_t num_recv_rows;
+  std::int64_t tokens_per_expert[protocol::ControlBlock::kMaxLocalExperts];
+};
+constexpr std::uint32_t kGoneOrderly = 1;
+constexpr std::uint32_t kGoneDead = 2;
+
+/// Passed to every kernel by value.
+struct Comm {
+  int rank = 0;
+  int num_ranks = 1;
+  const DeviceControl* control = nullptr;  // [R] as mapped here, in GPU memory
+  // [R, num_segments] bases as mapped here, null while not mapped; host memory, written by the host
+  std::byte* const* segments = nullptr;
+  int num_segments = 0;
+  LocalState* local = nullptr;
+  HostStatus* status = nullptr;
+  std::int64_t timeout_ns = 0;
+  protocol::CallRecord record{};  // of the call that the kernel is part of
+};
+
+}  // namespace deep_ep::cuda

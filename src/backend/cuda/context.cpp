@@ -1,0 +1,176 @@
+#include "backend/cuda/context.hpp"
+
+#include <algorithm>
+#include <cstring>
+
+#include "backend/cuda/check.hpp"
+#include "backend/cuda/intranode/steps.hpp"
+#include "backend/cuda/memory/memory.hpp"
+#include "base/log.hpp"
+#include "fabric/segment_table.hpp"
+
+namespace deep_ep::cuda {
+
+namespace {
+
+constexpr int kMaxSegments = fabric::SegmentTable::kMaxSegments;
+
+std::unique_ptr<fabric::Memory> make_memory(int device) {
+  int count = 0;
+  const cudaError_t status = cudaGetDeviceCount(&count);
+  if (status != cudaSuccess || count == 0) {
+    (void)cudaGetLastError();
+    throw Error(ErrorCode::kUnsupported, fmt::format("device cuda: no GPU can be used here ({})",
+                                                     cudaGetErrorString(status)));
+  }
+  require(device >= 0 && device < count, "device.index is {}, this process sees {} GPUs", device,
+          count);
+  const DeviceGuard guard(device);
+  int major = 0;
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+        "cudaDeviceGetAttribute");
+  if (major < 9) {
+    throw Error(ErrorCode::kUnsupported,
+                fmt::format("device cuda {}: compute capability {}.x, 9.0 (Hopper) is needed",
+                            device, major));
+  }
+  return has_vmm(device) ? make_vmm_memory(device) : make_ipc_memory(device);
+}
+
+template <class T>
+T* allocate_zeroed(std::size_t count) {
+  void* memory = nullptr;
+  check(cudaMalloc(&memory, count * sizeof(T)), "cudaMalloc");
+  check(cudaMemset(memory, 0, count * sizeof(T)), "cudaMemset");
+  return static_cast<T*>(memory);
+}
+
+}  // namespace
+
+Context::Context(const BackendOptions& options)
+    : rank_(options.rank),
+      num_ranks_(options.num_ranks),
+      device_(options.device.index),
+      timeout_(options.timeout),
+      fabric_(options.rank, options.num_ranks, make_memory(options.device.index)) {
+  if (num_ranks_ > kMaxRanks) {
+    throw Error(ErrorCode::kUnsupported,
+                fmt::format("{} ranks; one node of GPUs has {} at most", num_ranks_, kMaxRanks));
+  }
+  const DeviceGuard guard(device_);
+  check(cudaDeviceGetAttribute(&num_sms_, cudaDevAttrMultiProcessorCount, device_),
+        "cudaDeviceGetAttribute");
+  int least = 0;
+  int greatest = 0;
+  check(cudaDeviceGetStreamPriorityRange(&least, &greatest), "cudaDeviceGetStreamPriorityRange");
+  // Its kernels are short of SMs, not of work: they go before the caller's.
+  check(cudaStreamCreateWithPriority(&comm_stream_, cudaStreamNonBlocking, greatest),
+        "cudaStreamCreate");
+  check(cudaStreamCreateWithPriority(&fault_stream_, cudaStreamNonBlocking, greatest),
+        "cudaStreamCreate");
+  events_ = std::make_shared<EventPool>(device_);
+  faults_ = std::make_shared<Faults>(rank_);
+  void* table = nullptr;
+  const std::size_t entries = static_cast<std::size_t>(num_ranks_) * kMaxSegments;
+  check(cudaHostAlloc(&table, entries * sizeof(std::byte*), cudaHostAllocMapped), "cudaHostAlloc");
+  segments_ = static_cast<std::byte**>(table);
+  std::fill_n(segments_, entries, nullptr);
+  local_ = allocate_zeroed<LocalState>(1);
+  controls_ = allocate_zeroed<DeviceControl>(static_cast<std::size_t>(num_ranks_));
+}
+
+Context::~Context() {
+  fabric_.close();
+  const DeviceGuard guard(device_);
+  (void)cudaStreamDestroy(comm_stream_);
+  (void)cudaStreamDestroy(fault_stream_);
+  for (void* words : count_words_) (void)cudaFree(words);
+  (void)cudaFree(local_);
+  (void)cudaFree(controls_);
+  (void)cudaFreeHost(segments_);
+}
+
+void Context::set_base(int rank, int segment, std::byte* base) {
+  // release: pairs with the acquire in wait_place().
+  protocol::store_release(
+      reinterpret_cast<std::uint64_t*>(segments_ + std::int64_t{rank} * kMaxSegments + segment),
+      reinterpret_cast<std::uint64_t>(base));
+}
+
+int Context::add_segment(std::int64_t bytes) {
+  const int segment = fabric_.add_segment(bytes);
+  set_base(rank_, segment, fabric_.base(rank_, segment));
+  return segment;
+}
+
+std::string Context::export_handles(std::int64_t heap_bytes) {
+  (void)add_segment(heap_bytes);
+  return fabric_.export_handles();
+}
+
+void Context::open_handles(const std::vector<std::string>& exported) {
+  fabric_.open_handles(
+      exported, timeout_,
+      {.peer_gone =
+           [this](int rank, bool orderly) {
+             protocol::store_release(&faults_->status().gone[rank],
+                                     orderly ? kGoneOrderly : kGoneDead);
+           },
+       .segment_mapped = [this](int rank, int segment,
+                                std::byte* base) { set_base(rank, segment, base); }});
+  const DeviceGuard guard(device_);
+  std::vector<DeviceControl> controls;
+  for (int i = 0; i < num_ranks_; ++i) {
+    Carver carver(fabric_.base(i, 0));
+    controls.push_back(DeviceControl::carve(carver, num_ranks_));
+  }
+  check(cudaMemcpy(controls_, controls.data(), controls.size() * sizeof(DeviceControl),
+                   cudaMemcpyHostToDevice),
+        "cudaMemcpy");
+}
+
+Comm Context::comm(const Call& call) const {
+  Comm comm;
+  comm.rank = rank_;
+  comm.num_ranks = num_ranks_;
+  comm.control = controls_;
+  comm.segments = segments_;
+  comm.num_segments = kMaxSegments;
+  comm.local = local_;
+  comm.status = &faults_->status();
+  comm.timeout_ns = std::chrono::nanoseconds(call.timeout).count();
+  comm.record = call.record;
+  return comm;
+}
+
+std::uint64_t* Context::count_words(std::int64_t count) {
+  if (count > num_count_words_) {
+    num_count_words_ = std::max(count, 2 * num_count_words_);
+    // Earlier ones may be in use by a kernel that has not begun.
+    count_words_.push_back(
+        allocate_zeroed<std::uint64_t>(static_cast<std::size_t>(num_count_words_)));
+  }
+  return static_cast<std::uint64_t*>(count_words_.back());
+}
+
+void Context::raise_fault(const Error& error) noexcept {
+  try {
+    const DeviceGuard guard(device_);
+    intranode::FaultArgs args;
+    args.comm = comm({});
+    protocol::FaultRecord& record = args.record;
+    std::memset(&record, 0, sizeof record);
+    record.code = static_cast<std::uint32_t>(error.code());
+    record.origin = rank_;
+    record.num_ranks = static_cast<std::int32_t>(
+        std::min<std::size_t>(error.ranks().size(), protocol::FaultRecord::kMaxRanks));
+    std::copy_n(error.ranks().begin(), record.num_ranks, record.ranks);
+    record.finding = protocol::Finding::kText;
+    std::strncpy(record.text, error.what(), protocol::FaultRecord::kTextBytes - 1);
+    check(intranode::launch_fault(args, fault_stream_), "launch of fault");
+  } catch (const std::exception& failure) {
+    log::warn("rank {}: the other ranks cannot be told of a fault: {}", rank_, failure.what());
+  }
+}
+
+}  // namespace deep_ep::cuda

@@ -1,0 +1,89 @@
+#pragma once
+
+#include "backend/cuda/device/waiting.cuh"
+#include "plan/recv_arrays.hpp"
+
+// Step one of a kernel that moves rows: every rank tells every other where its rows go and what it
+// called with.
+namespace deep_ep::cuda {
+
+/// Where a rank's rows go: its segment, and the rows that the block was carved for.
+struct Place {
+  int segment;
+  std::int64_t offset;
+  std::int64_t rows;
+};
+
+/// By one warp: a hash of the handle's rank_prefix_matrix [R, R] that depends on every element and
+/// its place.
+__device__ inline std::uint64_t warp_hash(const std::int32_t* matrix, int num_ranks) {
+  std::uint64_t sum = 0;
+  for (int i = threadIdx.x % 32; i < num_ranks * num_ranks; i += 32) {
+    // splitmix64 of place and element.
+    std::uint64_t x = (std::uint64_t(i) << 32 | std::uint32_t(matrix[i])) + 0x9e3779b97f4a7c15;
+    x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9;
+    x = (x ^ x >> 27) * 0x94d049bb133111eb;
+    sum += x ^ x >> 31;
+  }
+  for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffff, sum, step);
+  return sum;
+}
+
+/// By the threads of one block: this rank's place and record, to all. Nobody reads the block that
+/// the place names (it comes from the heap, behind its last readers), and no sender reads the place
+/// of an earlier kernel any more (I4).
+__device__ inline void publish_place(const Comm& comm, std::uint64_t epoch,
+                                     const protocol::CallRecord& record, const Place& own) {
+  for (int i = threadIdx.x; i < comm.num_ranks; i += blockDim.x) {
+    const int source = (comm.rank + 1 + i) % comm.num_ranks;
+    const protocol::ControlBlock& there = comm.control[source].block;
+    there.mailbox[epoch % 2].record[comm.rank] = record;
+    protocol::InboxPlace& place = there.inbox[comm.rank];
+    place.segment = own.segment;
+    place.offset = own.offset;
+    place.rows = own.rows;
+    // release: pairs with the acquire in wait_place() of the source.
+    place.ready.publish(epoch);
+  }
+}
+
+/// By one thread: waits until `rank` has published its place and its segment is mapped here.
+/// Returns the base of the block, or null if the wait failed or the ranks disagree.
+__device__ inline std::byte* wait_place(const Comm& comm, std::uint64_t epoch,
+                                        const protocol::CallRecord& record, int rank) {
+  const protocol::ControlBlock& own = comm.control[comm.rank].block;
+  const protocol::InboxPlace& place = own.inbox[rank];
+  std::byte* base = nullptr;
+  const bool ready = wait_for(
+      comm, rank, Wait::kPlace, epoch,
+      [&] {
+        // acquire: pairs with publish_place() of the receiver.
+        if (!place.ready.reached(epoch)) return false;
+        const int segment = place.segment;
+        if (segment < 0 || segment >= comm.num_segments) return false;
+        // acquire: pairs with the host's store behind the mapping.
+        base = reinterpret_cast<std::byte*>(
+            protocol::load_acquire(reinterpret_cast<const std::uint64_t*>(
+                comm.segments + std::int64_t{rank} * comm.num_segments + segment)));
+        return base != nullptr;
+      },
+      [&] { return place.ready.seen(); });
+  if (!ready || !agrees(comm, record, own.mailbox[epoch % 2].record[rank], rank)) return nullptr;
+  return base + place.offset;
+}
+
+/// False, and reported, unless rows [first, first + count) of `rank` lie in its block.
+__device__ inline bool check_rows_fit(const Comm& comm, int rank, std::int64_t first,
+                                      std::int64_t count, std::int64_t room) {
+  if (first >= 0 && count >= 0 && first + count <= room) return true;
+  Report report;
+  report.finding = Finding::kBadMatrix;
+  report.code = kInvalidArgumentCode;
+  report.values[0] = rank;
+  report.values[1] = first + count;
+  report.values[2] = room;
+  raise(comm, report);
+  return false;
+}
+
+}  // namespace deep_ep::cuda

@@ -1,0 +1,86 @@
+#pragma once
+
+#include "backend/cuda/device/ptx.cuh"
+
+namespace deep_ep::cuda {
+
+/// A warp's pipeline through shared memory: pieces come in by bulk copies, each on its stage's
+/// barrier, and go out by bulk copies, to one or several places. Loads run kStages - 1 pieces ahead
+/// of the stores.
+template <int kStageCount, int kBytes>
+class Pump {
+ public:
+  static constexpr int kStages = kStageCount;
+  static constexpr int kStageBytes = kBytes;
+  struct Storage {
+    alignas(128) std::byte stages[kStages][kStageBytes];
+    std::uint64_t barriers[kStages];
+  };
+
+  /// By the whole warp.
+  __device__ explicit Pump(Storage& storage) : storage_(storage) {
+    if (lane() == 0) {
+      for (std::uint64_t& barrier : storage_.barriers) mbarrier_init(&barrier, 1);
+      fence_mbarrier_init_release_cluster();
+    }
+    __syncwarp();
+  }
+
+  /// Moves pieces 0 .. count-1. source(i) gives {address, bytes} of a piece and store(i, from,
+  /// bytes) issues the bulk stores of it; called by every lane with the same i, and store by each
+  /// lane for the places that it looks after. Returns when all sources in shared memory were read;
+  /// finish() waits for the stores themselves.
+  template <class Source, class Store>
+  __device__ void run(std::int64_t count, Source&& source, Store&& store) {
+    const std::int64_t ahead = count < kStages - 1 ? count : kStages - 1;
+    for (std::int64_t i = 0; i < ahead; ++i) load(source(i));
+    for (std::int64_t i = 0; i < count; ++i) {
+      const int stage = static_cast<int>(stored_ % kStages);
+      while (
+          !mbarrier_try_wait_parity_acquire_cta(&storage_.barriers[stage], stored_ / kStages % 2)) {
+      }
+      const auto piece = source(i);
+      store(i, storage_.stages[stage], piece.bytes);
+      bulk_commit_group();
+      ++stored_;
+      if (i + kStages - 1 >= count) continue;
+      // The stage that is filled next was read by the stores before these.
+      bulk_wait_group_read<1>();
+      __syncwarp();
+      load(source(i + kStages - 1));
+    }
+    bulk_wait_group_read<0>();
+    __syncwarp();
+  }
+
+  /// By the whole warp: everything stored so far is complete and visible to the lanes that stored
+  /// it.
+  __device__ void finish() {
+    bulk_wait_group<0>();
+    __syncwarp();
+  }
+
+ private:
+  __device__ static int lane() { return static_cast<int>(threadIdx.x % 32); }
+
+  template <class Piece>
+  __device__ void load(const Piece& piece) {
+    const int stage = static_cast<int>(loaded_ % kStages);
+    ++loaded_;
+    if (lane() != 0) return;
+    mbarrier_arrive_expect_tx(&storage_.barriers[stage], piece.bytes);
+    bulk_load(storage_.stages[stage], piece.from, piece.bytes, &storage_.barriers[stage]);
+  }
+
+  Storage& storage_;
+  std::uint32_t loaded_ = 0;
+  std::uint32_t stored_ = 0;
+};
+
+/// What a source of Pump::run gives.
+struct Piece {
+  const std::byte* from;
+  std::uint32_t bytes;
+};
+
+}  // namespace deep_ep::cuda

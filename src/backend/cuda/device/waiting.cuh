@@ -1,0 +1,159 @@
+#pragma once
+
+#include "backend/cuda/comm.hpp"
+#include "backend/cuda/device/ptx.cuh"
+#include "protocol/wait.hpp"
+
+// How kernels wait, and how they tell what went wrong. A kernel that cannot go on leaves, every
+// role of it, and the host finds the reason.
+namespace deep_ep::cuda {
+
+using protocol::Finding;
+using protocol::Wait;
+
+/// The Waiter of one thread that waits for rank `awaited`.
+struct DeviceWaiter {
+  const Comm& comm;
+  int awaited;
+  std::int64_t started = 0;
+  bool gone = false;
+
+  __device__ void begin() { started = globaltimer(); }
+  __device__ bool faulted() const {
+    return comm.control[comm.rank].block.fault->load() == protocol::FaultRecord::kWritten;
+  }
+  __device__ bool expired() {
+    const std::int64_t waited = globaltimer() - started;
+    // The word lies in host memory: long against a wait of ranks that work, it may cost something.
+    if (waited > kLookAfterNs && protocol::load_acquire(&comm.status->gone[awaited]) != 0)
+      gone = true;
+    return gone || waited > comm.timeout_ns;
+  }
+  template <class Ready>
+  __device__ bool pause(Ready&&) const {
+    __nanosleep(20);
+    return false;
+  }
+
+ private:
+  static constexpr std::int64_t kLookAfterNs = 200'000;
+};
+
+/// What a thread reports: fill in, then raise().
+struct Report {
+  Finding finding = Finding::kText;
+  std::uint32_t code = 0;  // ErrorCode
+  std::int64_t values[4] = {0, 0, 0, 0};
+  int rank = -1;  // to blame
+};
+
+/// Writes the report into every rank's fault record that has none yet. Any thread.
+__device__ inline void raise(const Comm& comm, const Report& report) {
+  const std::uint64_t epoch = comm.local->epoch + 1;
+  for (int i = 0; i < comm.num_ranks; ++i) {
+    protocol::FaultRecord& record =
+        *comm.control[(comm.rank + i) % comm.num_ranks].block.fault;  // this rank's first
+    if (!record.claim()) continue;
+    record.code = report.code;
+    record.origin = comm.rank;
+    record.num_ranks = report.rank < 0 ? 0 : 1;
+    record.ranks[0] = report.rank;
+    record.finding = report.finding;
+    record.operation = static_cast<std::uint32_t>(comm.record.kind);
+    record.epoch = epoch;
+    for (int v = 0; v < 4; ++v) record.values[v] = report.values[v];
+    record.text[0] = '\0';
+    record.publish();
+  }
+}
+
+// ErrorCode's values, which nvcc need not see the exceptions for; checked in faults.cpp.
+constexpr std::uint32_t kInvalidArgumentCode = 1;
+constexpr std::uint32_t kDisagreementCode = 2;
+constexpr std::uint32_t kTimeoutCode = 3;
+constexpr std::uint32_t kPeerFailedCode = 4;
+constexpr std::uint32_t kCapacityCode = 6;
+
+/// Waits until ready(), for what `rank` does; on failure reports it and returns false. `seen()` is
+/// the counter that was to reach `expected`.
+template <class Ready, class Seen>
+__device__ bool wait_for(const Comm& comm, int rank, Wait what, std::uint64_t expected,
+                         Ready&& ready, Seen&& seen) {
+  DeviceWaiter waiter{comm, rank};
+  const protocol::WaitResult result = protocol::wait_until(waiter, ready);
+  if (result == protocol::WaitResult::kReady) return true;
+  if (result == protocol::WaitResult::kFaulted) return false;
+  Report report;
+  report.finding = waiter.gone ? Finding::kGone : Finding::kTimeout;
+  report.code = waiter.gone ? kPeerFailedCode : kTimeoutCode;
+  report.rank = rank;
+  report.values[0] = static_cast<std::int64_t>(what);
+  report.values[1] = static_cast<std::int64_t>(expected);
+  report.values[2] = static_cast<std::int64_t>(seen());
+  report.values[3] = comm.status->gone[rank] == kGoneOrderly;
+  raise(comm, report);
+  return false;
+}
+
+/// True if `rank`, whose record of this epoch is here, called with what this rank called with.
+__device__ inline bool agrees(const Comm& comm, const protocol::CallRecord& mine,
+                              const protocol::CallRecord& theirs, int rank) {
+  for (int i = 0; i < protocol::CallRecord::kNumAgreed; ++i) {
+    if (mine.agreed(i) == theirs.agreed(i)) continue;
+    Report report;
+    report.finding = Finding::kDisagreement;
+    report.code = kDisagreementCode;
+    report.rank = rank;
+    report.values[0] = i;
+    report.values[1] = mine.agreed(i);
+    report.values[2] = theirs.agreed(i);
+    raise(comm, report);
+    return false;
+  }
+  return true;
+}
+
+/// True in every thread of the block if this Buffer works.
+__device__ inline bool block_may_start(const Comm& comm) {
+  return __syncthreads_or(threadIdx.x == 0 && comm.control[comm.rank].block.fault->load() !=
+                                                  protocol::FaultRecord::kNone) == 0;
+}
+
+/// True in every thread of the one block that comes here last. What all blocks wrote, peers' memory
+/// included, is then visible to it, and to whoever acquires what it releases.
+__device__ inline bool is_last_block(const Comm& comm) {
+  __shared__ bool last;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    last = protocol::add_acq_rel(&comm.local->blocks_done, 1u) + 1 == gridDim.x;
+  }
+  __syncthreads();
+  return last;
+}
+
+/// By the last block, when all is done: the next collective kernel has the next epoch, and the host
+/// sees a fault.
+__device__ inline void end_kernel(const Comm& comm) {
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  comm.local->blocks_done = 0;
+  comm.local->epoch += 1;
+  const protocol::FaultRecord& own = *comm.control[comm.rank].block.fault;
+  if (comm.status->faulted != 0 || own.load() == protocol::FaultRecord::kNone) return;
+  // A writer needs microseconds, unless it died on the way.
+  DeviceWaiter waiter{comm, comm.rank};
+  waiter.begin();
+  while (!waiter.faulted() && globaltimer() - waiter.started < 100'000'000) __nanosleep(1000);
+  comm.status->fault = own;
+  protocol::store_release(&comm.status->faulted, 1u);
+}
+
+/// Adds the kernel's longest waits to `stats` [R], if there are any; by the last block.
+__device__ inline void flush_waits(const Comm& comm, std::int64_t* stats) {
+  for (int i = threadIdx.x; i < comm.num_ranks; i += blockDim.x) {
+    if (stats != nullptr) stats[i] += static_cast<std::int64_t>(comm.local->waited[i]);
+    comm.local->waited[i] = 0;
+  }
+}
+
+}  // namespace deep_ep::cuda

@@ -1,0 +1,136 @@
+#include "backend/cuda/device_heap.hpp"
+
+#include <algorithm>
+
+#include "backend/cuda/check.hpp"
+#include "base/log.hpp"
+#include "base/release_hook.hpp"
+
+namespace deep_ep::cuda {
+
+namespace {
+
+bool is_capturing(cudaStream_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  // The legacy stream cannot be captured, and asking about it disturbs other captures.
+  if (stream == nullptr) return false;
+  check(cudaStreamIsCapturing(stream, &status), "cudaStreamIsCapturing");
+  return status != cudaStreamCaptureStatusNone;
+}
+
+/// Lets a thread that captures a stream query events and allocate meanwhile.
+class RelaxedCapture {
+ public:
+  RelaxedCapture() { (void)cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~RelaxedCapture() { (void)cudaThreadExchangeStreamCaptureMode(&mode_); }
+  RelaxedCapture(const RelaxedCapture&) = delete;
+  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
+}  // namespace
+
+/// One block in somebody's hands.
+class DeviceHeap::Lease final : public ReleaseHook::Target {
+ public:
+  Lease(std::shared_ptr<DeviceHeap> heap, std::shared_ptr<fabric::Mapping> mapping,
+        const fabric::Block& block)
+      : heap_(std::move(heap)), mapping_(std::move(mapping)), block_(block) {}
+
+  void add_stream(Stream stream) override {
+    const std::lock_guard lock(mutex_);
+    streams_.push_back(static_cast<cudaStream_t>(stream.native));
+  }
+  void keep_for_ever() { kept_ = true; }
+  void release() noexcept override {
+    if (!kept_) heap_->give_back(block_, streams_);
+  }
+
+ private:
+  std::shared_ptr<DeviceHeap> heap_;
+  std::shared_ptr<fabric::Mapping> mapping_;
+  fabric::Block block_;
+  std::mutex mutex_;
+  std::vector<cudaStream_t> streams_;
+  bool kept_ = false;
+};
+
+Backend::Results DeviceHeap::allocate(std::int64_t bytes, cudaStream_t stream,
+                                      cudaStream_t comm_stream, fabric::Fabric& fabric) {
+  const RelaxedCapture relaxed;
+  const bool capturing = is_capturing(stream);
+  reclaim_finished();
+  std::optional<fabric::Block> block = heap_.try_allocate(bytes);
+  if (!block && !capturing) {
+    reclaim_behind(comm_stream);
+    block = heap_.try_allocate(bytes);
+  }
+  Backend::Results results;
+  results.block = block ? *block : heap_.allocate(bytes);
+  const auto mapping = fabric.own_segment(results.block.segment);
+  results.data = mapping->base() + results.block.offset;
+  auto lease = std::make_shared<Lease>(shared_from_this(), mapping, results.block);
+  lease->add_stream({stream});
+  if (capturing) lease->keep_for_ever();
+  results.owner = std::shared_ptr<void>(results.data, ReleaseHook(std::move(lease)));
+  return results;
+}
+
+void DeviceHeap::close() {
+  const std::lock_guard lock(mutex_);
+  closed_ = true;
+  pending_.clear();
+}
+
+void DeviceHeap::give_back(const fabric::Block& block,
+                           const std::vector<cudaStream_t>& streams) noexcept {
+  try {
+    Pending pending{block, {}};
+    {
+      const std::lock_guard lock(mutex_);
+      if (closed_) return;
+    }
+    const DeviceGuard guard(device_);
+    const RelaxedCapture relaxed;
+    for (std::size_t i = 0; i < streams.size(); ++i) {
+      if (std::find(streams.begin(), streams.begin() + i, streams[i]) != streams.begin() + i)
+        continue;
+      // Somebody captures the stream now: what the block was used for there, nobody can tell.
+      if (is_capturing(streams[i])) return;
+      auto event = events_->take();
+      check(cudaEventRecord(event.get(), streams[i]), "cudaEventRecord");
+      pending.events.push_back(std::move(event));
+    }
+    const std::lock_guard lock(mutex_);
+    pending_.push_back(std::move(pending));
+  } catch (const std::exception& error) {
+    // The block stays in use for good: less memory, but nothing is overwritten.
+    log::warn("a block of {} bytes is lost: {}", block.bytes, error.what());
+  }
+}
+
+void DeviceHeap::reclaim_finished() {
+  const std::lock_guard lock(mutex_);
+  std::erase_if(pending_, [this](const Pending& one) {
+    const bool finished = std::all_of(one.events.begin(), one.events.end(), [](const auto& event) {
+      return cudaEventQuery(event.get()) == cudaSuccess;
+    });
+    if (finished) heap_.free(one.block);
+    return finished;
+  });
+  (void)cudaGetLastError();  // cudaErrorNotReady is no error
+}
+
+void DeviceHeap::reclaim_behind(cudaStream_t comm_stream) {
+  const std::lock_guard lock(mutex_);
+  for (const Pending& one : pending_) {
+    for (const auto& event : one.events)
+      check(cudaStreamWaitEvent(comm_stream, event.get(), 0), "cudaStreamWaitEvent");
+    heap_.free(one.block);
+  }
+  pending_.clear();
+}
+
+}  // namespace deep_ep::cuda

@@ -1,0 +1,53 @@
+#include "backend/cuda/event.hpp"
+
+#include "backend/cuda/check.hpp"
+
+namespace deep_ep::cuda {
+
+EventPool::~EventPool() {
+  for (cudaEvent_t event : free_) (void)cudaEventDestroy(event);
+}
+
+std::shared_ptr<CUevent_st> EventPool::take() {
+  cudaEvent_t event = nullptr;
+  {
+    const std::lock_guard lock(mutex_);
+    if (!free_.empty()) {
+      event = free_.back();
+      free_.pop_back();
+    }
+  }
+  if (event == nullptr) {
+    const DeviceGuard guard(device_);
+    check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "cudaEventCreate");
+  }
+  return {event, [pool = shared_from_this()](cudaEvent_t used) {
+            const std::lock_guard lock(pool->mutex_);
+            pool->free_.push_back(used);
+          }};
+}
+
+void CudaEvent::stream_wait(Stream stream) {
+  const DeviceGuard guard(device_);
+  check(cudaStreamWaitEvent(static_cast<cudaStream_t>(stream.native), event_.get(), 0),
+        "cudaStreamWaitEvent");
+}
+
+void CudaEvent::host_wait() {
+  check(cudaEventSynchronize(event_.get()), "cudaEventSynchronize");
+  throw_failure();
+}
+
+bool CudaEvent::query() {
+  const cudaError_t status = cudaEventQuery(event_.get());
+  if (status == cudaErrorNotReady) return false;
+  check(status, "cudaEventQuery");
+  return true;
+}
+
+void CudaEvent::throw_failure() const {
+  if (!failure_) return;
+  if (std::optional<Error> error = failure_()) throw Error(*error);
+}
+
+}  // namespace deep_ep::cuda

@@ -1,0 +1,139 @@
+#include "backend/cuda/faults.hpp"
+
+#include <cstring>
+#include <new>
+
+#include "backend/agreement.hpp"
+#include "backend/cuda/check.hpp"
+
+namespace deep_ep::cuda {
+
+namespace {
+
+using protocol::FaultRecord;
+using protocol::Finding;
+using protocol::OpKind;
+
+// device/waiting.cuh writes these without seeing ErrorCode.
+static_assert(static_cast<int>(ErrorCode::kInvalidArgument) == 1);
+static_assert(static_cast<int>(ErrorCode::kDisagreement) == 2);
+static_assert(static_cast<int>(ErrorCode::kTimeout) == 3);
+static_assert(static_cast<int>(ErrorCode::kPeerFailed) == 4);
+static_assert(static_cast<int>(ErrorCode::kCapacity) == 6);
+
+const char* operation_of(std::uint32_t kind) {
+  switch (static_cast<OpKind>(kind)) {
+    case OpKind::kBarrier:
+      return "barrier";
+    case OpKind::kDispatch:
+    case OpKind::kCachedDispatch:
+      return "intranode_dispatch";
+    case OpKind::kCombine:
+      return "intranode_combine";
+    default:
+      return "get_dispatch_layout";
+  }
+}
+
+const char* describe(protocol::Wait wait) {
+  switch (wait) {
+    case protocol::Wait::kCall:
+      return "the other ranks to call it";
+    case protocol::Wait::kPlace:
+      return "the place of its results";
+    default:
+      return "its rows";
+  }
+}
+
+std::string missing_text(const FaultRecord& record) {
+  const int rank = record.ranks[0];
+  return fmt::format("waited for {}: rank {} expected {}, seen {}",
+                     describe(static_cast<protocol::Wait>(record.values[0])), rank,
+                     record.values[1], record.values[2]);
+}
+
+/// What a kernel found, in words.
+std::string describe(const FaultRecord& record) {
+  const std::int64_t* v = record.values;
+  const int rank = record.ranks[0];
+  switch (record.finding) {
+    case Finding::kText:
+      return record.text;
+    case Finding::kTimeout:
+      return fmt::format("rank {} did not arrive in time; {}", rank, missing_text(record));
+    case Finding::kGone:
+      return fmt::format("rank {} {}; {}", rank,
+                         v[3] != 0 ? "has destroyed its Buffer" : "has died", missing_text(record));
+    case Finding::kDisagreement: {
+      const Difference found = describe_difference(static_cast<int>(v[0]), v[1], v[2]);
+      return fmt::format("ranks disagree on {}: {} on rank {}, {} on rank {}", found.field,
+                         found.mine, record.origin, found.theirs, rank);
+    }
+    case Finding::kBadExpert:
+      return fmt::format("topk_idx[{}, {}] is {}, allowed are -1 and 0 to {} (num_experts - 1)",
+                         v[0], v[1], v[2], v[3] - 1);
+    case Finding::kNotInRank:
+      return fmt::format(
+          "topk_idx[{0}, {1}] is {2}, an expert of rank {3}, but "
+          "is_token_in_rank[{0}, {3}] is false",
+          v[0], v[1], v[2], v[3]);
+    case Finding::kCounts:
+      return fmt::format(
+          "num_tokens_per_rank[{0}] is {1}, but column {0} of is_token_in_rank has "
+          "{2} tokens",
+          v[0], v[1], v[2]);
+    case Finding::kTooManyRows:
+      return fmt::format("the ranks send more than 2^31 - 1 rows to rank {}", v[0]);
+    case Finding::kCapacity:
+      return fmt::format("rank {} receives {} rows, num_worst_tokens is {}", rank, v[0], v[1]);
+    case Finding::kBadPosition:
+      return fmt::format("handle.send_head[{}, {}] is {}, allowed are -1 and 0 to {}", v[0], v[1],
+                         v[2], v[3] - 1);
+    case Finding::kBadMatrix:
+      return fmt::format(
+          "handle.rank_prefix_matrix names {} rows of rank {}, which has room for "
+          "{}",
+          v[1], v[0], v[2]);
+  }
+  return "an unknown finding";
+}
+
+}  // namespace
+
+Faults::Faults(int rank) : rank_(rank) {
+  void* memory = nullptr;
+  check(cudaHostAlloc(&memory, sizeof(HostStatus), cudaHostAllocMapped), "cudaHostAlloc");
+  std::memset(memory, 0, sizeof(HostStatus));
+  status_ = static_cast<HostStatus*>(memory);
+}
+
+Faults::~Faults() { (void)cudaFreeHost(status_); }
+
+std::optional<Error> Faults::error(const char* operation) const {
+  // acquire: pairs with the release in end_kernel().
+  if (protocol::load_acquire(&status_->faulted) == 0) return std::nullopt;
+  const FaultRecord& record = status_->fault;
+  if (record.state != FaultRecord::kWritten) {
+    return Error(ErrorCode::kPeerFailed,
+                 fmt::format("{} on rank {}: another rank failed and died before it said why",
+                             operation, rank_));
+  }
+  std::vector<int> ranks(record.ranks, record.ranks + record.num_ranks);
+  auto code = static_cast<ErrorCode>(record.code);
+  std::string text = describe(record);
+  if (record.finding != Finding::kText) {
+    text = fmt::format("{} (kernel {}) on rank {}: {}", operation_of(record.operation),
+                       record.epoch, record.origin, text);
+  }
+  if (record.origin == rank_) return Error(code, text, std::move(ranks));
+  // Another rank's invalid argument is not this caller's.
+  if (code == ErrorCode::kInvalidArgument) code = ErrorCode::kPeerFailed;
+  if (ranks.empty()) ranks.push_back(record.origin);
+  return Error(
+      code,
+      fmt::format("{} on rank {}: rank {} reported: {}", operation, rank_, record.origin, text),
+      std::move(ranks));
+}
+
+}  // namespace deep_ep::cuda

@@ -1,0 +1,45 @@
+#include "backend/cuda/device/waiting.cuh"
+#include "backend/cuda/intranode/exchange.cuh"
+#include "backend/cuda/intranode/steps.hpp"
+
+namespace deep_ep::cuda::intranode {
+
+namespace {
+
+constexpr int kThreads = 128;
+
+__global__ void __launch_bounds__(kThreads) barrier(const __grid_constant__ BarrierArgs args) {
+  const Comm& comm = args.comm;
+  if (block_may_start(comm)) {
+    const std::uint64_t epoch = comm.local->epoch + 1;
+    post(comm, epoch);
+    (void)wait_posted(comm, epoch);
+  }
+  end_kernel(comm);
+}
+
+__global__ void fault(const __grid_constant__ FaultArgs args) {
+  for (int i = 0; i < args.comm.num_ranks; ++i) {
+    protocol::FaultRecord& record =
+        *args.comm.control[(args.comm.rank + i) % args.comm.num_ranks].block.fault;
+    if (!record.claim()) continue;
+    const std::uint32_t state = protocol::FaultRecord::kClaimed;
+    record = args.record;
+    record.state = state;
+    record.publish();
+  }
+}
+
+}  // namespace
+
+cudaError_t launch_barrier(const BarrierArgs& args, cudaStream_t stream) {
+  barrier<<<1, kThreads, 0, stream>>>(args);
+  return cudaGetLastError();
+}
+
+cudaError_t launch_fault(const FaultArgs& args, cudaStream_t stream) {
+  fault<<<1, 1, 0, stream>>>(args);
+  return cudaGetLastError();
+}
+
+}  // namespace deep_ep::cuda::intranode

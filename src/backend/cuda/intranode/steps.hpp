@@ -1,0 +1,120 @@
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "backend/cuda/comm.hpp"
+#include "plan/recv_arrays.hpp"
+
+// The kernels of the intranode mode, one function each that launches it. Every pointer is memory of
+// this rank's GPU unless it says otherwise. Their names are what profilers show: see
+// ARCHITECTURE.md.
+namespace deep_ep::cuda::intranode {
+
+/// A matrix whose element [i, j] lies at i * row_stride + j * column_stride elements.
+struct StridedWords {
+  const std::uint32_t* data = nullptr;  // null: none
+  std::int64_t row_stride = 0;
+  std::int64_t column_stride = 0;
+};
+
+/// Ids of either width.
+struct Ids {
+  const void* data = nullptr;  // [N, K]; null: none
+  bool wide = false;           // int64 rather than int32
+
+  __host__ __device__ std::int64_t operator[](std::int64_t i) const {
+    return wide ? static_cast<const std::int64_t*>(data)[i]
+                : static_cast<const std::int32_t*>(data)[i];
+  }
+};
+
+struct LayoutArgs {
+  Comm comm;
+  Ids topk_idx;
+  std::int64_t num_tokens = 0;
+  int num_topk = 0;
+  int num_experts = 0;
+  std::int32_t* num_tokens_per_rank = nullptr;    // out [R], zeroed before
+  std::int32_t* num_tokens_per_expert = nullptr;  // out [E], zeroed before
+  bool* is_token_in_rank = nullptr;               // out [N, R]
+};
+cudaError_t launch_layout(const LayoutArgs& args, cudaStream_t stream);
+
+struct BarrierArgs {
+  Comm comm;
+};
+cudaError_t launch_barrier(const BarrierArgs& args, cudaStream_t stream);
+
+struct NotifyArgs {
+  Comm comm;
+  const std::int32_t* num_tokens_per_rank = nullptr;    // [R]
+  const std::int32_t* num_tokens_per_expert = nullptr;  // [E] or null
+  const bool* is_token_in_rank = nullptr;               // [N, R]
+  Ids topk_idx;                                         // checked, if there
+  int num_channels = 1;
+  std::int32_t* rank_prefix_matrix = nullptr;     // out [R, R]
+  std::int32_t* channel_prefix_matrix = nullptr;  // out [R, C]
+  std::int32_t* send_head = nullptr;              // out [N, R]
+  // Through which warps tell each other their counts: [ceil(N / kTokensPerCount), R] of earlier
+  // kernels, tagged with their epoch.
+  std::uint64_t* counts = nullptr;
+  std::int64_t max_rows = 0;  // of this rank; 0: any number
+  std::uint64_t ticket = 0;   // for the host, which waits for it; 0: it does not
+};
+cudaError_t launch_notify(const NotifyArgs& args, int num_sms, cudaStream_t stream);
+
+struct DispatchArgs {
+  Comm comm;
+  bool cached = false;
+  const std::byte* x = nullptr;  // [N, x_bytes]
+  StridedWords scales;           // [N, S]
+  Ids topk_idx;                  // [N, K]
+  const float* topk_weights = nullptr;
+  plan::RowFormat format;
+  const std::int32_t* rank_prefix_matrix = nullptr;  // [R, R]
+  const std::int32_t* send_head = nullptr;           // [N, R]
+  int block_segment = 0;                             // this rank's results
+  std::int64_t block_offset = 0;
+  std::int64_t block_rows = 0;
+  int num_channels = 1;
+  std::int32_t* recv_src_idx = nullptr;                // out [block_rows] or null
+  std::int32_t* recv_channel_prefix_matrix = nullptr;  // out [R, C] or null
+  std::int64_t* wait_stats = nullptr;                  // += [R] or null
+};
+cudaError_t launch_dispatch(const DispatchArgs& args, int num_sms, cudaStream_t stream);
+
+enum class SumType { kBfloat16, kFloat16, kFloat32 };
+
+/// Every rank pushes the rows of each source into that source's inbox, in pieces of
+/// chunk_rows(count) rows, and tells each piece; the source sums a token's rows when their pieces
+/// are here. Its own rows it takes from x. In the inbox the rows of rank 0 come first, then those
+/// of rank 1, ..., without the source's own.
+struct CombineArgs {
+  Comm comm;
+  const std::byte* x = nullptr;                      // [num_rows, x_bytes]
+  const float* topk_weights = nullptr;               // [num_rows, K] or null
+  const std::byte* bias[2] = {nullptr, nullptr};     // [N, x_bytes] or null
+  plan::RowFormat format;                            // x and weights
+  const std::int32_t* rank_prefix_matrix = nullptr;  // [R, R]
+  const std::int32_t* send_head = nullptr;           // [N, R]
+  std::int64_t num_rows = 0;
+  int inbox_segment = 0;
+  std::int64_t inbox_offset = 0;
+  std::int64_t inbox_rows = 0;
+  std::byte* combined_x = nullptr;         // out [N, x_bytes]
+  float* combined_topk_weights = nullptr;  // out [N, K] or null
+  std::int64_t* wait_stats = nullptr;      // += [R] or null
+};
+cudaError_t launch_combine(const CombineArgs& args, SumType type, int num_sms, cudaStream_t stream);
+
+/// Claims and fills every rank's fault record that has none, with the text of an Error of the host.
+struct FaultArgs {
+  Comm comm;
+  protocol::FaultRecord record;
+};
+cudaError_t launch_fault(const FaultArgs& args, cudaStream_t stream);
+
+}  // namespace deep_ep::cuda::intranode

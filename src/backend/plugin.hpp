@@ -1,0 +1,28 @@
+#pragma once
+
+#include <cstdint>
+#include <memory>
+
+#include "backend/backend.hpp"
+#include "base/event_state.hpp"
+
+namespace deep_ep {
+
+/// What libdeep_ep_cuda.so does for the rest, which links no CUDA.
+class CudaParts {
+ public:
+  virtual ~CudaParts() = default;
+  virtual std::unique_ptr<Backend> make_backend(const BackendOptions& options) = 0;
+  /// Memory of a GPU, uninitialised.
+  virtual std::shared_ptr<void> allocate(int device, std::int64_t bytes) = 0;
+  /// Between any memory of the host and of GPUs; returns when it is done, behind all work of
+  /// `device`.
+  virtual void copy(int device, void* to, const void* from, std::int64_t bytes) = 0;
+  virtual std::shared_ptr<EventState> record(Stream stream) = 0;
+  virtual int num_devices() = 0;
+};
+
+/// Loads the library at the first call. Throws Error(kUnsupported) saying what is missing.
+CudaParts& cuda_parts();
+
+}  // namespace deep_ep
