@@ -20,6 +20,9 @@ namespace {
 
 struct Options {
   int ranks = 0;
+  std::string backend = "host";
+  std::vector<int> num_sms{Config{}.num_sms};
+  int chain = 0;
   std::vector<std::int64_t> tokens{4096};
   std::vector<std::int64_t> hidden{7168};
   std::vector<int> topk{8};
@@ -40,7 +43,8 @@ std::vector<BenchShape> list_shapes(const Options& options) {
       for (const std::int64_t hidden : options.hidden)
         for (const std::string& dtype : options.dtype)
           for (const std::int64_t tokens : options.tokens)
-            shapes.push_back({tokens, hidden, topk, experts, dtype_from(dtype)});
+            for (const int num_sms : options.num_sms)
+              shapes.push_back({tokens, hidden, topk, experts, dtype_from(dtype), num_sms});
   return shapes;
 }
 
@@ -78,7 +82,9 @@ nlohmann::ordered_json args_json(const Options& options, int ranks) {
   json["iters"] = options.settings.iterations;
   json["warmup"] = options.settings.warmup;
   json["check"] = options.settings.check;
-  json["num_sms"] = options.settings.config.num_sms;
+  json["backend"] = options.backend;
+  json["chain"] = options.settings.chain;
+  json["num_sms"] = options.num_sms;
   json["num_threads"] = options.num_threads;
   json["live_results"] = options.settings.live_results;
   return json;
@@ -88,9 +94,9 @@ nlohmann::ordered_json args_json(const Options& options, int ranks) {
 void print_progress(std::size_t done, std::size_t count, const BenchShape& shape) {
   if (count < 2) return;
   const bool terminal = isatty(STDERR_FILENO) != 0;
-  fmt::print(stderr, "{}[{}/{}] tokens {} hidden {} topk {} experts {} {}{}",
+  fmt::print(stderr, "{}[{}/{}] tokens {} hidden {} topk {} experts {} {} sms {}{}",
              terminal ? "\r\033[K" : "", done + 1, count, shape.tokens, shape.hidden, shape.topk,
-             shape.experts, short_name(shape.dtype), terminal ? "" : "\n");
+             shape.experts, short_name(shape.dtype), shape.num_sms, terminal ? "" : "\n");
   std::fflush(stderr);
 }
 
@@ -102,6 +108,7 @@ int run_sweep(const std::shared_ptr<Bootstrap>& bootstrap, const Options& option
   const std::vector<BenchShape> shapes = list_shapes(options);
   const bool first = bootstrap->rank() == 0;
   BufferOptions buffer_options;
+  buffer_options.device = device_from(options.backend, bootstrap->rank());
   buffer_options.num_threads = options.num_threads;
   buffer_options.num_nvl_bytes = options.num_nvl_bytes;
   Buffer buffer(bootstrap, buffer_options);
@@ -140,7 +147,12 @@ void validate(const Options& options, int ranks) {
   require(settings.warmup >= 0, "--warmup {} must not be negative", settings.warmup);
   require(settings.live_results >= 1, "--live-results {} must be at least 1",
           settings.live_results);
-  settings.config.validate();
+  require(settings.chain >= 1, "--chain {} must be at least 1", settings.chain);
+  for (const int num_sms : options.num_sms) {
+    Config config;
+    config.num_sms = num_sms;
+    config.validate();
+  }
   // Before hours of measuring, not after.
   if (!options.json.empty()) check_writable(options.json);
   for (const BenchShape& shape : list_shapes(options))
@@ -171,7 +183,9 @@ void add_run_options(CLI::App& command, Options& options) {
   command.add_flag("--check,!--no-check", settings.check,
                    "Compare the benchmarked results with the reference (default: on)");
   command.add_option("--json", options.json, "File for the results");
-  command.add_option("--num-sms", settings.config.num_sms, "Config::num_sms");
+  command.add_option("--num-sms", options.num_sms, "Config::num_sms")->delimiter(',');
+  command.add_option("--chain", options.chain,
+                     "Calls in each timed iteration; 0: 1 on the host, 100 on GPUs");
   command.add_option("--num-threads", options.num_threads,
                      "Worker threads of a rank; 0: cores / ranks");
   command.add_option("--num-nvl-bytes", options.num_nvl_bytes, "Starting size of mapped memory");
@@ -192,6 +206,7 @@ void add_bench(CLI::App& app, int& status) {
   const auto options = std::make_shared<Options>();
   command->option_defaults()->always_capture_default();
   command->add_option("--ranks", options->ranks, "Ranks, one process each")->default_str("4");
+  command->add_option("--backend", options->backend, kBackends);
   add_shape_options(*command, *options);
   add_run_options(*command, *options);
   command->footer(
@@ -200,6 +215,8 @@ void add_bench(CLI::App& app, int& status) {
   command->callback([command, options, &status] {
     read_routing(*options, command->count("--topk") > 0);
     const int ranks = count_ranks(options->ranks, 4);
+    options->settings.chain =
+        options->chain != 0 ? options->chain : (options->backend == "cuda" ? 100 : 1);
     validate(*options, ranks);
     status = run_ranks(ranks, [&](std::shared_ptr<Bootstrap> bootstrap) {
       return run_sweep(bootstrap, *options);

@@ -11,6 +11,7 @@
 #include "names.hpp"
 #include "stats.hpp"
 #include "verify/checks.hpp"
+#include "verify/transfer.hpp"
 
 namespace deep_ep::cli {
 namespace {
@@ -52,10 +53,12 @@ class Point {
         case_(make_bench_case(shape, settings, buffer.num_ranks())),
         expected_(verify::make_expected(case_, make_routings(case_, settings), buffer.rank())),
         inputs_(case_, expected_),
-        topk_idx_(inputs_.topk_idx()),
-        topk_weights_(inputs_.topk_weights()) {
+        topk_idx_(verify::on_device(inputs_.topk_idx(), buffer.device())),
+        topk_weights_(verify::on_device(inputs_.topk_weights(), buffer.device())),
+        config_(settings.config) {
+    config_.num_sms = shape.num_sms;
     load(0);
-    layout_ = buffer_.get_dispatch_layout(topk_idx_, case_.experts);
+    find_layout();
     handle_ = dispatch().handle;
   }
 
@@ -77,9 +80,9 @@ class Point {
     copy_into(y_, inputs_.combine_x(round));
     copy_into(y_weights_, inputs_.combine_weights(round));
   }
-  static void copy_into(Tensor& to, const Tensor& from) {
-    if (!to.defined())
-      to = from;
+  void copy_into(Tensor& to, const Tensor& from) const {
+    if (!to.defined() || buffer_.device().type != DeviceType::kHost)
+      to = verify::on_device(from, buffer_.device());
     else if (from.nbytes() > 0)
       std::memcpy(to.data, from.data, from.nbytes());
   }
@@ -95,19 +98,29 @@ class Point {
   void call_dispatch() {
     make_room();
     results_.push_back(dispatch());
+    last_ = results_.back().event;
   }
   void call_dispatch_cached() {
     make_room();
     results_.push_back(dispatch_cached());
+    last_ = results_.back().event;
   }
   void call_combine(const IntranodeHandle& handle) {
     combined_ = {};
     combined_ = combine(handle);
+    last_ = combined_.event;
+  }
+
+  void find_layout() {
+    layout_ =
+        buffer_.get_dispatch_layout(topk_idx_, case_.experts, {.stream = verify::own_stream()});
+    last_ = layout_.event;
   }
 
   std::vector<Operation> operations();
   BenchRow measure(const Operation& operation);
   BenchRow measure_chained(const Operation& pair);
+  double time_of(const Operation& operation, int chain);
   void finish(BenchRow& row, const Operation& operation);
 
   Buffer& buffer_;
@@ -117,6 +130,8 @@ class Point {
   const verify::CaseInputs inputs_;
   Tensor topk_idx_, topk_weights_, x_{}, scales_{}, y_{}, y_weights_{};
   int round_ = 0;
+  Config config_;
+  EventHandle last_{};  // of the last call
   DispatchLayout layout_{};
   IntranodeHandle handle_{};
   std::deque<DispatchResult> results_{};
@@ -130,7 +145,8 @@ DispatchResult Point::dispatch() {
   args.layout = layout_;
   args.topk_idx = topk_idx_;
   args.topk_weights = topk_weights_;
-  args.config = settings_.config;
+  args.config = config_;
+  args.options.stream = verify::own_stream();
   return buffer_.dispatch(args);
 }
 
@@ -139,7 +155,8 @@ DispatchResult Point::dispatch_cached() {
   args.x = x_;
   args.x_scales = scales_;
   args.handle = handle_;
-  args.config = settings_.config;
+  args.config = config_;
+  args.options.stream = verify::own_stream();
   return buffer_.dispatch(args);
 }
 
@@ -148,7 +165,8 @@ CombineResult Point::combine(const IntranodeHandle& handle) {
   args.x = y_;
   args.handle = handle;
   args.topk_weights = y_weights_;
-  args.config = settings_.config;
+  args.config = config_;
+  args.options.stream = verify::own_stream();
   return buffer_.combine(args);
 }
 
@@ -159,16 +177,18 @@ std::vector<Point::Operation> Point::operations() {
   const double returned =
       static_cast<double>(case_.hidden) * static_cast<double>(size_of(case_.combine_dtype));
   const auto check_rows = [this](verify::Checks& checks) {
-    checks.payload(results_.back(), round_);
+    checks.payload(verify::on_host(results_.back()), round_);
   };
   const auto check_first = [this](verify::Checks& checks) {
-    checks.first_dispatch(results_.back());
-    checks.payload(results_.back(), round_);
+    checks.first_dispatch(verify::on_host(results_.back()));
+    checks.payload(verify::on_host(results_.back()), round_);
   };
-  const auto check_sums = [this](verify::Checks& checks) { checks.combined(combined_, round_); };
+  const auto check_sums = [this](verify::Checks& checks) {
+    checks.combined(verify::on_host(combined_), round_);
+  };
   return {
-      {"layout", 0, [this] { layout_ = buffer_.get_dispatch_layout(topk_idx_, case_.experts); },
-       [this](verify::Checks& checks) { checks.layout(layout_); }},
+      {"layout", 0, [this] { find_layout(); },
+       [this](verify::Checks& checks) { checks.layout(verify::on_host(layout_)); }},
       {"dispatch", sent, [this] { call_dispatch(); }, check_first},
       {"dispatch_cached", sent, [this] { call_dispatch_cached(); }, check_rows},
       {"combine", returned, [this] { call_combine(handle_); }, check_sums},
@@ -183,7 +203,7 @@ std::vector<Point::Operation> Point::operations() {
        }},
       {"layout_pair", sent + returned,
        [this] {
-         layout_ = buffer_.get_dispatch_layout(topk_idx_, case_.experts);
+         find_layout();
          call_dispatch();
          call_combine(results_.back().handle);
        },
@@ -210,15 +230,21 @@ void Point::finish(BenchRow& row, const Operation& operation) {
   }
 }
 
+/// Microseconds a call, of `chain` calls that follow each other without a barrier.
+double Point::time_of(const Operation& operation, int chain) {
+  buffer_.barrier();
+  const auto start = Clock::now();
+  for (int n = 0; n < chain; ++n) operation.call();
+  last_.host_wait();
+  return microseconds(Clock::now() - start) / chain;
+}
+
 BenchRow Point::measure(const Operation& operation) {
   BenchRow row{operation.name};
   for (int i = 0; i < settings_.warmup; ++i) operation.call();
   for (int i = 0; i < settings_.iterations; ++i) {
     if (settings_.check && i + 1 == settings_.iterations) load(round_ + 1);
-    buffer_.barrier();
-    const auto start = Clock::now();
-    operation.call();
-    row.times_us.push_back(microseconds(Clock::now() - start));
+    row.times_us.push_back(time_of(operation, settings_.chain));
   }
   finish(row, operation);
   return row;
@@ -230,11 +256,9 @@ BenchRow Point::measure_chained(const Operation& pair) {
   constexpr int kChain = 50;
   BenchRow row{"pair_cached_chained"};
   for (int i = 0; i < settings_.iterations + 1; ++i) {
-    buffer_.barrier();
-    const auto start = Clock::now();
-    for (int n = 0; n < kChain; ++n) pair.call();
+    const double time = time_of(pair, kChain);
     // The first chain warms up.
-    if (i > 0) row.times_us.push_back(microseconds(Clock::now() - start) / kChain);
+    if (i > 0) row.times_us.push_back(time);
   }
   finish(row, pair);
   return row;

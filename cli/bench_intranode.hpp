@@ -19,6 +19,7 @@ struct BenchShape {
   int topk = 8;
   int experts = 256;
   DType dtype = DType::kBfloat16;
+  int num_sms = 20;
 };
 
 /// What all rows of a sweep share.
@@ -31,6 +32,9 @@ struct BenchSettings {
   int warmup = 5;
   bool check = true;
   int live_results = 1;
+  /// Calls of an operation that follow each other in one timed iteration. On GPUs, where calls are
+  /// only queued, the end of the last one is waited for.
+  int chain = 1;
   bool pair_latency = false;
   Config config{};
 };

@@ -33,6 +33,18 @@ const char* short_name(DType dtype) {
   return to_string(dtype);
 }
 
+Device device_from(std::string_view backend, int rank) {
+  if (backend == "host") return {};
+  require(backend == "cuda", "backend '{}' is unknown; allowed: {}", backend, kBackends);
+  const int gpus = num_devices(DeviceType::kCuda);
+  if (gpus == 0) {
+    throw Error(ErrorCode::kUnsupported,
+                "--backend cuda: no GPU, no driver, or no CUDA parts of the library "
+                "(DEEP_EP_LOG_LEVEL=debug says which)");
+  }
+  return {DeviceType::kCuda, rank % gpus};
+}
+
 DType combine_dtype_for(DType dtype) {
   return dtype == DType::kFloat16 || dtype == DType::kFloat32 ? dtype : DType::kBfloat16;
 }

@@ -15,4 +15,10 @@ const char* short_name(DType dtype);
 /// bfloat16.
 DType combine_dtype_for(DType dtype);
 
+/// What `--backend` may be.
+constexpr const char* kBackends = "host or cuda";
+/// The device of rank `rank` of this machine; ranks share GPUs when there are fewer. Throws
+/// Error(kInvalidArgument), or kUnsupported without a GPU.
+Device device_from(std::string_view backend, int rank);
+
 }  // namespace deep_ep::cli

@@ -21,25 +21,27 @@ void print_bench_header(const std::string& command, int ranks, const BenchSettin
   fmt::print("# deepep {} {} on {} ({}, {} cores), {}\n", version(), command, machine.host,
              machine.cpu, machine.cores, now());
   fmt::print(
-      "# ranks {}, num_sms {}, routing {}, seed {}, warmup {}, iterations {}, live results {}\n",
-      ranks, settings.config.num_sms, settings.table ? "file" : verify::to_string(settings.routing),
-      settings.seed, settings.warmup, settings.iterations, settings.live_results);
+      "# ranks {}, routing {}, seed {}, warmup {}, iterations {} of {} calls, live results {}\n",
+      ranks, settings.table ? "file" : verify::to_string(settings.routing), settings.seed,
+      settings.warmup, settings.iterations, settings.chain, settings.live_results);
   fmt::print(
       "# time: of each iteration's slowest rank, behind a barrier; GB/s: received payload of "
       "a rank (mean) at the median time,\n# logical: all rows, wire: without its own rows; "
       "wrong: elements of the benchmarked results that differ from the reference\n");
-  fmt::print("#{:>8} {:>7} {:>5} {:>8} {:>6}  {:<19} {:>11} {:>11} {:>11} {:>9} {:>9} {:>8}\n",
-             "tokens", "hidden", "topk", "experts", "dtype", "operation", "median us", "p99 us",
-             "min us", "logical", "wire", "wrong");
+  fmt::print(
+      "#{:>8} {:>7} {:>5} {:>8} {:>6} {:>4}  {:<19} {:>11} {:>11} {:>11} {:>9} {:>9} {:>8}\n",
+      "tokens", "hidden", "topk", "experts", "dtype", "sms", "operation", "median us", "p99 us",
+      "min us", "logical", "wire", "wrong");
 }
 
 void print_bench_row(const BenchShape& shape, const BenchRow& row) {
   const Summary times = summarize(row.times_us);
   fmt::print(
-      " {:>8} {:>7} {:>5} {:>8} {:>6}  {:<19} {:>11.1f} {:>11.1f} {:>11.1f} {:>9.2f} "
+      " {:>8} {:>7} {:>5} {:>8} {:>6} {:>4}  {:<19} {:>11.1f} {:>11.1f} {:>11.1f} {:>9.2f} "
       "{:>9.2f} {:>8}\n",
-      shape.tokens, shape.hidden, shape.topk, shape.experts, short_name(shape.dtype), row.operation,
-      times.median, times.p99, times.min, gigabytes_per_second(row.logical_bytes, times.median),
+      shape.tokens, shape.hidden, shape.topk, shape.experts, short_name(shape.dtype), shape.num_sms,
+      row.operation, times.median, times.p99, times.min,
+      gigabytes_per_second(row.logical_bytes, times.median),
       gigabytes_per_second(row.wire_bytes, times.median),
       row.checked_elements == 0 ? std::string("-") : std::to_string(row.wrong_elements));
   if (!row.first_mismatch.empty()) fmt::print("   first wrong: {}\n", row.first_mismatch);
@@ -54,6 +56,7 @@ nlohmann::ordered_json bench_row_json(const BenchShape& shape, const BenchRow& r
   json["topk"] = shape.topk;
   json["experts"] = shape.experts;
   json["dtype"] = short_name(shape.dtype);
+  json["num_sms"] = shape.num_sms;
   json["operation"] = row.operation;
   json["median_us"] = times.median;
   json["p99_us"] = times.p99;

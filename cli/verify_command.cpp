@@ -23,6 +23,7 @@ using verify::CaseResult;
 
 struct Options {
   int ranks = 0;
+  std::string backend = "host";
   std::vector<std::int64_t> tokens{};
   std::optional<std::int64_t> hidden{};
   std::optional<int> topk{};
@@ -88,13 +89,14 @@ void print_result(const Case& c, const CaseResult& result, bool verbose) {
   std::fflush(stdout);
 }
 
-int run_cases(std::shared_ptr<Bootstrap> bootstrap, const std::vector<Case>& cases, bool verbose) {
-  Buffer buffer(bootstrap);
+int run_cases(std::shared_ptr<Bootstrap> bootstrap, const std::vector<Case>& cases,
+              const Options& options) {
+  Buffer buffer(bootstrap, {.device = device_from(options.backend, bootstrap->rank())});
   int failed = 0;
   for (const Case& c : cases) {
     const CaseResult result = gather(*bootstrap, verify::run_case(buffer, c));
     failed += result.passed() ? 0 : 1;
-    if (bootstrap->rank() == 0) print_result(c, result, verbose);
+    if (bootstrap->rank() == 0) print_result(c, result, options.verbose);
   }
   if (bootstrap->rank() == 0)
     fmt::print("{} passed, {} failed on {} ranks\n",
@@ -109,7 +111,7 @@ int verify_command(const Options& options) {
                                       : verify::covering_set(ranks, options.seed);
   for (const Case& c : cases) verify::validate(c);
   return run_ranks(ranks, [&](std::shared_ptr<Bootstrap> bootstrap) {
-    return run_cases(std::move(bootstrap), cases, options.verbose);
+    return run_cases(std::move(bootstrap), cases, options);
   });
 }
 
@@ -120,6 +122,7 @@ void add_verify(CLI::App& app, int& status) {
       "verify", "Layers on this machine, every output compared bitwise with the reference");
   const auto options = std::make_shared<Options>();
   command->add_option("--ranks", options->ranks, "Ranks, one process each")->default_str("4");
+  command->add_option("--backend", options->backend, kBackends)->default_str("host");
   command->add_option("--tokens", options->tokens, "Tokens of a rank, or a list with one for each")
       ->delimiter(',');
   command->add_option("--hidden", options->hidden, "Values of a row");

@@ -10,48 +10,17 @@
 #include "verify/checks.hpp"
 #include "verify/expected.hpp"
 #include "verify/inputs.hpp"
+#include "verify/transfer.hpp"
 
 namespace deep_ep::verify {
 namespace {
 
-Tensor clone(const Tensor& tensor) { return tensor.to(tensor.device); }
+Tensor clone(const Tensor& tensor) { return tensor.to(tensor.device, own_stream()); }
 
 IntranodeHandle clone(const IntranodeHandle& handle) {
   return {clone(handle.rank_prefix_matrix),         clone(handle.channel_prefix_matrix),
           clone(handle.recv_channel_prefix_matrix), clone(handle.recv_src_idx),
           clone(handle.is_token_in_rank),           clone(handle.send_head)};
-}
-
-/// What checks can read: `tensor` itself if it is on the host.
-Tensor on_host(const Tensor& tensor) {
-  return tensor.device.type == DeviceType::kHost ? tensor : tensor.to({});
-}
-
-IntranodeHandle on_host(const IntranodeHandle& handle) {
-  return {on_host(handle.rank_prefix_matrix),         on_host(handle.channel_prefix_matrix),
-          on_host(handle.recv_channel_prefix_matrix), on_host(handle.recv_src_idx),
-          on_host(handle.is_token_in_rank),           on_host(handle.send_head)};
-}
-
-DispatchLayout on_host(DispatchLayout layout) {
-  layout.num_tokens_per_rank = on_host(layout.num_tokens_per_rank);
-  layout.num_tokens_per_expert = on_host(layout.num_tokens_per_expert);
-  layout.is_token_in_rank = on_host(layout.is_token_in_rank);
-  return layout;
-}
-
-DispatchResult on_host(DispatchResult result) {
-  for (Tensor* tensor :
-       {&result.recv_x, &result.recv_x_scales, &result.recv_topk_idx, &result.recv_topk_weights})
-    *tensor = on_host(*tensor);
-  result.handle = on_host(result.handle);
-  return result;
-}
-
-CombineResult on_host(CombineResult result) {
-  result.combined_x = on_host(result.combined_x);
-  result.combined_topk_weights = on_host(result.combined_topk_weights);
-  return result;
 }
 
 /// The calls of one case, in order, with the check of each one's outputs. Without async a call is
@@ -88,16 +57,14 @@ class Run {
  private:
   CallOptions options() const {
     CallOptions options;
+    options.stream = own_stream();
     options.async_finish = case_.async;
     if (case_.async) options.previous_event = event_;
     return options;
   }
 
   /// An input as the Buffer's calls take it.
-  Tensor input(const Tensor& tensor) const {
-    return !tensor.defined() || tensor.device == buffer_.device() ? tensor
-                                                                  : tensor.to(buffer_.device());
-  }
+  Tensor input(const Tensor& tensor) const { return on_device(tensor, buffer_.device()); }
 
   void finish(const EventHandle& event, std::string stage, std::function<void()> check) {
     auto staged = [this, event, stage = std::move(stage), check = std::move(check)] {

@@ -59,12 +59,13 @@ class DEEP_EP_API Tensor : public TensorView {
   Tensor(const TensorView& view, std::shared_ptr<void> owner)
       : TensorView(view), owner_(std::move(owner)) {}
 
-  /// Uninitialised memory of the device, 64-byte aligned. Throws std::bad_alloc or Error.
+  /// Uninitialised memory of the device, 64-byte aligned; a GPU's goes back at once with the last
+  /// copy, when no work may use it any more. Throws std::bad_alloc or Error.
   static Tensor empty(DType dtype, std::initializer_list<std::int64_t> shape, Device device = {});
 
-  /// A copy on `device`, with the same shape and strides. Waits for all work of the current GPU and
-  /// for the copy: for tests and for set-up, not for a hot path. Throws Error.
-  Tensor to(Device device) const;
+  /// A copy on `device`, with the same shape and strides, made behind the work that `stream` of the
+  /// GPU at either end has; waits for it. Throws Error.
+  Tensor to(Device device, Stream stream = {}) const;
 
   /// Gives this copy's reference up; on CUDA the memory is reused only behind the work queued on
   /// `stream` so far.

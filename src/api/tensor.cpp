@@ -80,15 +80,15 @@ Tensor Tensor::empty(DType dtype, std::initializer_list<std::int64_t> shape, Dev
           std::shared_ptr<void>(memory, [](void* data) { ::operator delete(data, kAlignment); })};
 }
 
-Tensor Tensor::to(Device target) const {
+Tensor Tensor::to(Device target, Stream stream) const {
   if (!defined()) return {};
   const auto bytes = static_cast<std::int64_t>(nbytes());
   const Tensor memory = empty(DType::kUint8, {bytes}, target);
   if (bytes > 0 && device.type == DeviceType::kHost && target.type == DeviceType::kHost) {
     std::memcpy(memory.data, data, static_cast<std::size_t>(bytes));
   } else if (bytes > 0) {
-    const Device& gpu = target.type == DeviceType::kCuda ? target : device;
-    cuda_parts().copy(gpu.index, memory.data, data, bytes);
+    stream.device = target.type == DeviceType::kCuda ? target : device;
+    cuda_parts().copy(memory.data, data, bytes, stream);
   }
   TensorView view = *this;
   view.data = memory.data;

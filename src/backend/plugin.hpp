@@ -13,11 +13,11 @@ class CudaParts {
  public:
   virtual ~CudaParts() = default;
   virtual std::unique_ptr<Backend> make_backend(const BackendOptions& options) = 0;
-  /// Memory of a GPU, uninitialised.
+  /// Memory of a GPU, uninitialised; back at once with its last owner.
   virtual std::shared_ptr<void> allocate(int device, std::int64_t bytes) = 0;
-  /// Between any memory of the host and of GPUs; returns when it is done, behind all work of
-  /// `device`.
-  virtual void copy(int device, void* to, const void* from, std::int64_t bytes) = 0;
+  /// Between any memory of the host and of GPUs; returns when it is done, behind the work that
+  /// `stream` has.
+  virtual void copy(void* to, const void* from, std::int64_t bytes, Stream stream) = 0;
   virtual std::shared_ptr<EventState> record(Stream stream) = 0;
   virtual int num_devices() = 0;
 };

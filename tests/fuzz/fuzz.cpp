@@ -35,13 +35,14 @@ class RandomPrograms final : public ProgramSource {
   Limits limits_;
 };
 
-int fuzz_exchanges(const Range& range, const Limits& limits, const std::string& command) {
+int fuzz_exchanges(const Range& range, const Limits& limits, const Target& target,
+                   const std::string& command) {
   SuiteOptions options;
   options.from = range.from;
   options.count = range.count;
   options.max_seconds = range.seconds;
   options.replay = command;
-  return run_suite(RandomPrograms(limits), Target{}, options);
+  return run_suite(RandomPrograms(limits), target, options);
 }
 
 /// Jobs "first last": one seed after the other in one process.
@@ -103,6 +104,10 @@ int main(int argc, char** argv) {
   Limits limits;
   std::int64_t mebibytes = 64;
   CLI::App* exchange = app.add_subcommand("exchange", "random exchanges against the reference");
+  std::string backend = "host";
+  exchange->add_option("--backend", backend)
+      ->check(CLI::IsMember({"host", "cuda"}))
+      ->capture_default_str();
   exchange->add_option("--mebibytes", mebibytes, "memory of a program")->capture_default_str();
   exchange->add_option("--max-ranks", limits.max_ranks)->capture_default_str();
   CLI::App* arguments = app.add_subcommand("arguments", "random wrong arguments");
@@ -114,7 +119,9 @@ int main(int argc, char** argv) {
   CLI11_PARSE(app, argc, argv);
   limits.bytes = mebibytes << 20;
   if (arguments->parsed()) return fuzz_arguments(range, fmt::format("{} arguments", argv[0]));
-  const std::string command = fmt::format("{} exchange --mebibytes {} --max-ranks {}", argv[0],
-                                          mebibytes, limits.max_ranks);
-  return fuzz_exchanges(range, limits, command);
+  Target target;
+  if (backend == "cuda") target.device.type = deep_ep::DeviceType::kCuda;
+  const std::string command = fmt::format("{} exchange --backend {} --mebibytes {} --max-ranks {}",
+                                          argv[0], backend, mebibytes, limits.max_ranks);
+  return fuzz_exchanges(range, limits, target, command);
 }

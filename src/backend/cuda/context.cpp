@@ -37,11 +37,12 @@ std::unique_ptr<fabric::Memory> make_memory(int device) {
   return has_vmm(device) ? make_vmm_memory(device) : make_ipc_memory(device);
 }
 
+/// For whatever comes behind on `stream`.
 template <class T>
-T* allocate_zeroed(std::size_t count) {
+T* allocate_zeroed(std::size_t count, cudaStream_t stream) {
   void* memory = nullptr;
   check(cudaMalloc(&memory, count * sizeof(T)), "cudaMalloc");
-  check(cudaMemset(memory, 0, count * sizeof(T)), "cudaMemset");
+  check(cudaMemsetAsync(memory, 0, count * sizeof(T), stream), "cudaMemsetAsync");
   return static_cast<T*>(memory);
 }
 
@@ -75,8 +76,8 @@ Context::Context(const BackendOptions& options)
   check(cudaHostAlloc(&table, entries * sizeof(std::byte*), cudaHostAllocMapped), "cudaHostAlloc");
   segments_ = static_cast<std::byte**>(table);
   std::fill_n(segments_, entries, nullptr);
-  local_ = allocate_zeroed<LocalState>(1);
-  controls_ = allocate_zeroed<DeviceControl>(static_cast<std::size_t>(num_ranks_));
+  local_ = allocate_zeroed<LocalState>(1, comm_stream_);
+  controls_ = allocate_zeroed<DeviceControl>(static_cast<std::size_t>(num_ranks_), comm_stream_);
 }
 
 Context::~Context() {
@@ -124,9 +125,10 @@ void Context::open_handles(const std::vector<std::string>& exported) {
     Carver carver(fabric_.base(i, 0));
     controls.push_back(DeviceControl::carve(carver, num_ranks_));
   }
-  check(cudaMemcpy(controls_, controls.data(), controls.size() * sizeof(DeviceControl),
-                   cudaMemcpyHostToDevice),
-        "cudaMemcpy");
+  check(cudaMemcpyAsync(controls_, controls.data(), controls.size() * sizeof(DeviceControl),
+                        cudaMemcpyHostToDevice, comm_stream_),
+        "cudaMemcpyAsync");
+  check(cudaStreamSynchronize(comm_stream_), "cudaMemcpyAsync");
 }
 
 Comm Context::comm(const Call& call) const {
@@ -148,7 +150,7 @@ std::uint64_t* Context::count_words(std::int64_t count) {
     num_count_words_ = std::max(count, 2 * num_count_words_);
     // Earlier ones may be in use by a kernel that has not begun.
     count_words_.push_back(
-        allocate_zeroed<std::uint64_t>(static_cast<std::size_t>(num_count_words_)));
+        allocate_zeroed<std::uint64_t>(static_cast<std::size_t>(num_count_words_), comm_stream_));
   }
   return static_cast<std::uint64_t*>(count_words_.back());
 }

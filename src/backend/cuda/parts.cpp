@@ -13,19 +13,30 @@ class Parts final : public CudaParts {
     return cuda::make_backend(options);
   }
 
+  // Not cudaMalloc and cudaFree: the latter waits for all kernels of the GPU, and a kernel of one
+  // Buffer may wait for a call that another rank makes only when this thread has gone on.
   std::shared_ptr<void> allocate(int device, std::int64_t bytes) override {
     const cuda::DeviceGuard guard(device);
     void* memory = nullptr;
-    cuda::check(cudaMalloc(&memory, static_cast<std::size_t>(bytes) + 1), "cudaMalloc");
-    return {memory, [](void* data) { (void)cudaFree(data); }};
+    cuda::check(cudaMallocAsync(&memory, static_cast<std::size_t>(bytes) + 1, cudaStreamPerThread),
+                "cudaMallocAsync");
+    cuda::check(cudaStreamSynchronize(cudaStreamPerThread), "cudaMallocAsync");
+    return {memory, [device](void* data) {
+              try {
+                const cuda::DeviceGuard guard_of_free(device);
+                (void)cudaFreeAsync(data, cudaStreamPerThread);
+              } catch (const Error&) {  // the process ends, and its CUDA context is gone already
+              }
+            }};
   }
 
-  void copy(int device, void* to, const void* from, std::int64_t bytes) override {
-    const cuda::DeviceGuard guard(device);
-    cuda::check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
-    cuda::check(cudaMemcpy(to, from, static_cast<std::size_t>(bytes), cudaMemcpyDefault),
-                "cudaMemcpy");
-    cuda::check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+  void copy(void* to, const void* from, std::int64_t bytes, Stream stream) override {
+    const cuda::DeviceGuard guard(stream.device.index);
+    auto* native = static_cast<cudaStream_t>(stream.native);
+    cuda::check(
+        cudaMemcpyAsync(to, from, static_cast<std::size_t>(bytes), cudaMemcpyDefault, native),
+        "cudaMemcpyAsync");
+    cuda::check(cudaStreamSynchronize(native), "cudaMemcpyAsync");
   }
 
   std::shared_ptr<EventState> record(Stream stream) override {

@@ -48,7 +48,7 @@ struct Report {
 };
 
 /// Writes the report into every rank's fault record that has none yet. Any thread.
-__device__ inline void raise(const Comm& comm, const Report& report) {
+__device__ __noinline__ inline void raise(const Comm& comm, const Report& report) {
   const std::uint64_t epoch = comm.local->epoch + 1;
   for (int i = 0; i < comm.num_ranks; ++i) {
     protocol::FaultRecord& record =
@@ -74,6 +74,20 @@ constexpr std::uint32_t kTimeoutCode = 3;
 constexpr std::uint32_t kPeerFailedCode = 4;
 constexpr std::uint32_t kCapacityCode = 6;
 
+/// What a wait for `rank` that did not end well has to tell.
+__device__ __noinline__ inline void raise_missing(const Comm& comm, int rank, bool gone, Wait what,
+                                                  std::uint64_t expected, std::uint64_t seen) {
+  Report report;
+  report.finding = gone ? Finding::kGone : Finding::kTimeout;
+  report.code = gone ? kPeerFailedCode : kTimeoutCode;
+  report.rank = rank;
+  report.values[0] = static_cast<std::int64_t>(what);
+  report.values[1] = static_cast<std::int64_t>(expected);
+  report.values[2] = static_cast<std::int64_t>(seen);
+  report.values[3] = comm.status->gone[rank] == kGoneOrderly;
+  raise(comm, report);
+}
+
 /// Waits until ready(), for what `rank` does; on failure reports it and returns false. `seen()` is
 /// the counter that was to reach `expected`.
 template <class Ready, class Seen>
@@ -83,21 +97,14 @@ __device__ bool wait_for(const Comm& comm, int rank, Wait what, std::uint64_t ex
   const protocol::WaitResult result = protocol::wait_until(waiter, ready);
   if (result == protocol::WaitResult::kReady) return true;
   if (result == protocol::WaitResult::kFaulted) return false;
-  Report report;
-  report.finding = waiter.gone ? Finding::kGone : Finding::kTimeout;
-  report.code = waiter.gone ? kPeerFailedCode : kTimeoutCode;
-  report.rank = rank;
-  report.values[0] = static_cast<std::int64_t>(what);
-  report.values[1] = static_cast<std::int64_t>(expected);
-  report.values[2] = static_cast<std::int64_t>(seen());
-  report.values[3] = comm.status->gone[rank] == kGoneOrderly;
-  raise(comm, report);
+  raise_missing(comm, rank, waiter.gone, what, expected, seen());
   return false;
 }
 
 /// True if `rank`, whose record of this epoch is here, called with what this rank called with.
 __device__ inline bool agrees(const Comm& comm, const protocol::CallRecord& mine,
                               const protocol::CallRecord& theirs, int rank) {
+#pragma unroll  // or the records would have to be indexed, in memory
   for (int i = 0; i < protocol::CallRecord::kNumAgreed; ++i) {
     if (mine.agreed(i) == theirs.agreed(i)) continue;
     Report report;
@@ -131,6 +138,21 @@ __device__ inline bool is_last_block(const Comm& comm) {
   return last;
 }
 
+/// Hands this rank's fault record to the host, if it is there.
+__device__ __noinline__ inline void mirror_fault(const Comm& comm) {
+  const protocol::FaultRecord& own = *comm.control[comm.rank].block.fault;
+  if (comm.status->faulted != 0 || own.load() == protocol::FaultRecord::kNone) return;
+  // A writer needs microseconds, unless it died on the way.
+  DeviceWaiter waiter{comm, comm.rank};
+  waiter.begin();
+  while (!waiter.faulted() && globaltimer() - waiter.started < 100'000'000) __nanosleep(1000);
+  const auto* from = reinterpret_cast<const std::uint64_t*>(&own);
+  auto* to = reinterpret_cast<std::uint64_t*>(&comm.status->fault);
+  for (unsigned i = 0; i < sizeof own / sizeof *from; ++i) to[i] = from[i];
+  // release: pairs with the acquire in Faults::error().
+  protocol::store_release(&comm.status->faulted, 1u);
+}
+
 /// By the last block, when all is done: the next collective kernel has the next epoch, and the host
 /// sees a fault.
 __device__ inline void end_kernel(const Comm& comm) {
@@ -138,14 +160,7 @@ __device__ inline void end_kernel(const Comm& comm) {
   if (threadIdx.x != 0) return;
   comm.local->blocks_done = 0;
   comm.local->epoch += 1;
-  const protocol::FaultRecord& own = *comm.control[comm.rank].block.fault;
-  if (comm.status->faulted != 0 || own.load() == protocol::FaultRecord::kNone) return;
-  // A writer needs microseconds, unless it died on the way.
-  DeviceWaiter waiter{comm, comm.rank};
-  waiter.begin();
-  while (!waiter.faulted() && globaltimer() - waiter.started < 100'000'000) __nanosleep(1000);
-  comm.status->fault = own;
-  protocol::store_release(&comm.status->faulted, 1u);
+  mirror_fault(comm);
 }
 
 /// Adds the kernel's longest waits to `stats` [R], if there are any; by the last block.

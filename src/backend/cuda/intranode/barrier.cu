@@ -23,9 +23,10 @@ __global__ void fault(const __grid_constant__ FaultArgs args) {
     protocol::FaultRecord& record =
         *args.comm.control[(args.comm.rank + i) % args.comm.num_ranks].block.fault;
     if (!record.claim()) continue;
-    const std::uint32_t state = protocol::FaultRecord::kClaimed;
-    record = args.record;
-    record.state = state;
+    // All but the first word, the state, which publish() sets.
+    const auto* from = reinterpret_cast<const std::uint32_t*>(&args.record);
+    for (unsigned word = 1; word < sizeof record / 4; ++word)
+      reinterpret_cast<std::uint32_t*>(&record)[word] = from[word];
     record.publish();
   }
 }

@@ -43,6 +43,7 @@ struct Shared {
   const std::byte* x[kSumWarps][kMaxRanks];  // of the token that a warp sums
   const std::byte* weights[kSumWarps][kMaxRanks];
   unsigned long long waited[kMaxRanks];
+  protocol::CallRecord record;  // with the hash of the handle's routing
 };
 
 /// Rows that `from` brings home to `source`.
@@ -76,9 +77,9 @@ __device__ bool find_other(const CombineArgs& args, std::uint64_t epoch,
   const std::int64_t here = inbox_begin(args, comm.rank, i);
   if (!check_rows_fit(comm, comm.rank, push.begin, other.push_rows, args.num_rows)) return false;
   if (i == comm.rank) return true;
-  if (!check_rows_fit(comm, i, there, other.push_rows, room) ||
-      !check_rows_fit(comm, comm.rank, here, other.count, args.inbox_rows))
-    return false;
+  // A source that gets no rows from here may be in its next call already, and its place another.
+  if (other.push_rows > 0 && !check_rows_fit(comm, i, there, other.push_rows, room)) return false;
+  if (!check_rows_fit(comm, comm.rank, here, other.count, args.inbox_rows)) return false;
   Carver to(theirs);
   const auto inbox = plan::RecvArrays::carve(to, args.format, room);
   other.to_x = inbox.x + there * args.format.x_bytes;
@@ -94,22 +95,20 @@ __device__ bool find_other(const CombineArgs& args, std::uint64_t epoch,
 
 /// By all threads, true in each: all ranks agree and their inboxes are known.
 __device__ bool find_others(const CombineArgs& args, std::uint64_t epoch, Shared& shared) {
-  __shared__ std::uint64_t hash;
   if (threadIdx.x < 32) {
-    const std::uint64_t sum = warp_hash(args.rank_prefix_matrix, args.comm.num_ranks);
-    if (threadIdx.x == 0) hash = sum;
+    const std::uint64_t hash = warp_hash(args.rank_prefix_matrix, args.comm.num_ranks);
+    if (threadIdx.x == 0) shared.record = args.comm.record;
+    if (threadIdx.x == 0) shared.record.routing_hash = hash;
   }
   __syncthreads();
-  protocol::CallRecord record = args.comm.record;
-  record.routing_hash = hash;
   if (blockIdx.x == 0) {
-    publish_place(args.comm, epoch, record,
+    publish_place(args.comm, epoch, shared.record,
                   {args.inbox_segment, args.inbox_offset, args.inbox_rows});
   }
   bool good = true;
   for (int i = threadIdx.x; i < args.comm.num_ranks; i += kThreads) {
     shared.waited[i] = 0;
-    good = find_other(args, epoch, record, i, shared.others[i]) && good;
+    good = find_other(args, epoch, shared.record, i, shared.others[i]) && good;
   }
   return __syncthreads_and(good) != 0;
 }
@@ -194,18 +193,6 @@ __device__ bool wait_chunk(const CombineArgs& args, Shared& shared, int rank, st
   return here;
 }
 
-__device__ void report_bad_position(const CombineArgs& args, std::int64_t token, int rank,
-                                    std::int32_t head, std::int64_t rows) {
-  Report report;
-  report.finding = Finding::kBadPosition;
-  report.code = kInvalidArgumentCode;
-  report.values[0] = token;
-  report.values[1] = rank;
-  report.values[2] = head;
-  report.values[3] = rows;
-  raise(args.comm, report);
-}
-
 /// By a warp: lists where the token's rows lie, in ascending rank, once they are all here. Returns
 /// how many there are, or -1 if a wait failed or the handle is wrong.
 __device__ int gather(const CombineArgs& args, Shared& shared, int warp, std::int64_t token,
@@ -221,7 +208,7 @@ __device__ int gather(const CombineArgs& args, Shared& shared, int warp, std::in
     if (head != -1) {
       const Other& other = shared.others[rank];
       good = head >= 0 && head < other.count;
-      if (!good) report_bad_position(args, token, rank, head, other.count);
+      if (!good) raise_bad_position(comm, token, rank, head, other.count);
       if (good && rank != comm.rank) good = wait_chunk(args, shared, rank, head, epoch);
     }
     if (!__all_sync(0xffffffff, good)) return -1;

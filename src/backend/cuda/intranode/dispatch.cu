@@ -24,25 +24,25 @@ struct Target {
 struct Shared {
   RowStorage rows[kWarps];
   Target targets[kMaxRanks];
+  protocol::CallRecord record;  // with the hash of the handle's routing
 };
 
 /// By all threads, true in each: every receiver's place is known and fits.
 __device__ bool find_targets(const DispatchArgs& args, std::uint64_t epoch, Shared& shared) {
   const Comm& comm = args.comm;
-  __shared__ std::uint64_t hash;
   if (threadIdx.x < 32) {
-    const std::uint64_t sum = args.cached ? warp_hash(args.rank_prefix_matrix, comm.num_ranks) : 0;
-    if (threadIdx.x == 0) hash = sum;
+    const std::uint64_t hash = args.cached ? warp_hash(args.rank_prefix_matrix, comm.num_ranks) : 0;
+    if (threadIdx.x == 0) shared.record = comm.record;
+    if (threadIdx.x == 0) shared.record.routing_hash = hash;
   }
   __syncthreads();
-  protocol::CallRecord record = comm.record;
-  record.routing_hash = hash;
   if (blockIdx.x == 0) {
-    publish_place(comm, epoch, record, {args.block_segment, args.block_offset, args.block_rows});
+    publish_place(comm, epoch, shared.record,
+                  {args.block_segment, args.block_offset, args.block_rows});
   }
   bool good = true;
   for (int i = threadIdx.x; i < comm.num_ranks; i += kThreads) {
-    std::byte* base = wait_place(comm, epoch, record, i);
+    std::byte* base = wait_place(comm, epoch, shared.record, i);
     if (base == nullptr) {
       good = false;
       continue;
@@ -67,14 +67,7 @@ __device__ std::int64_t slot_of(const DispatchArgs& args, const Shared& shared, 
   if (head == -1) return -1;
   const Target& target = shared.targets[rank];
   if (head >= 0 && head < target.num_rows) return target.first_slot + head;
-  Report report;
-  report.finding = Finding::kBadPosition;
-  report.code = kInvalidArgumentCode;
-  report.values[0] = token;
-  report.values[1] = rank;
-  report.values[2] = head;
-  report.values[3] = target.num_rows;
-  raise(args.comm, report);
+  raise_bad_position(args.comm, token, rank, head, target.num_rows);
   return -1;
 }
 

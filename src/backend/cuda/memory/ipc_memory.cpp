@@ -6,6 +6,7 @@
 
 #include "backend/cuda/check.hpp"
 #include "backend/cuda/memory/memory.hpp"
+#include "backend/cuda/memory/zero.hpp"
 #include "fabric/socket.hpp"
 
 namespace deep_ep::cuda {
@@ -68,8 +69,7 @@ class IpcMemory final : public fabric::Memory {
     check(cudaMalloc(&base, static_cast<std::size_t>(bytes)), "cudaMalloc of a segment");
     auto mapping = std::make_shared<IpcMapping>(base, bytes, IpcMapping::Origin::kAllocated,
                                                 device_, fabric::random_bytes(sizeof(Handle::id)));
-    check(cudaMemset(base, 0, static_cast<std::size_t>(bytes)), "cudaMemset");
-    check(cudaStreamSynchronize(nullptr), "cudaMemset");
+    zero(*mapping);
     Registry& registry = Registry::instance();
     const std::lock_guard lock(registry.mutex);
     std::erase_if(registry.mappings, [](const auto& entry) { return entry.second.expired(); });

@@ -4,6 +4,7 @@
 
 #include "backend/cuda/check.hpp"
 #include "backend/cuda/memory/memory.hpp"
+#include "backend/cuda/memory/zero.hpp"
 
 namespace deep_ep::cuda {
 
@@ -143,8 +144,7 @@ class VmmMemory final : public fabric::Memory {
     if (status == CUDA_ERROR_OUT_OF_MEMORY) throw_shortage(bytes);
     check_driver(status, "cuMemCreate");
     auto mapping = std::make_shared<VmmMapping>(handle, bytes, device_);
-    check(cudaMemset(mapping->base(), 0, static_cast<std::size_t>(bytes)), "cudaMemset");
-    check(cudaStreamSynchronize(nullptr), "cudaMemset");
+    zero(*mapping);
     return mapping;
   }
 
