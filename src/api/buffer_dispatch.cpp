@@ -60,7 +60,6 @@ std::shared_ptr<Buffer::Impl::DispatchJob> Buffer::Impl::prepare_dispatch(
   IntranodeHandle& handle = job->result.handle;
   handle.rank_prefix_matrix = allocate(num_ranks, num_ranks);
   handle.channel_prefix_matrix = allocate(num_ranks, channels);
-  handle.recv_channel_prefix_matrix = allocate(num_ranks, channels);
   handle.is_token_in_rank = args.layout.is_token_in_rank;
   handle.send_head = allocate(shape.record.num_tokens, num_ranks);
   job->tokens_per_expert.resize(shape.record.num_experts / num_ranks);
@@ -84,7 +83,6 @@ std::shared_ptr<Buffer::Impl::DispatchJob> Buffer::Impl::prepare_dispatch(
   dispatch.rank_prefix_matrix = notify.rank_prefix_matrix;
   dispatch.send_head = notify.send_head;
   dispatch.num_channels = channels;
-  dispatch.recv_channel_prefix_matrix = handle.recv_channel_prefix_matrix.as<std::int32_t>();
   return job;
 }
 
@@ -106,13 +104,28 @@ void Buffer::Impl::allocate_results(DispatchJob& job, std::int64_t rows) {
   if (args.topk_weights.defined()) {
     result.recv_topk_weights = view(arrays.topk_weights, args.topk_weights);
   }
-  if (!job.dispatch.cached) {
-    // A copy of its own: a handle outlives recv_x and must not keep that block.
-    result.handle.recv_src_idx = backend_->allocate(DType::kInt32, {rows}, args.options.stream);
-    job.dispatch.recv_src_idx = result.handle.recv_src_idx.as<std::int32_t>();
-  }
+  if (!job.dispatch.cached) allocate_handle(job, rows);
   job.dispatch.block = job.block.block;
   job.dispatch.block_rows = rows;
+}
+
+void Buffer::Impl::allocate_handle(DispatchJob& job, std::int64_t rows) {
+  const int num_ranks = bootstrap_->size();
+  const int channels = job.dispatch.num_channels;
+  const Backend::Results block = backend_->allocate_results(
+      plan::HandleArrays::bytes(rows, num_ranks, channels), job.args.options.stream);
+  Carver carver(block.data);
+  const auto arrays = plan::HandleArrays::carve(carver, rows, num_ranks, channels);
+  const auto view = [&](std::int32_t* data, std::initializer_list<std::int64_t> shape) {
+    return Tensor(TensorView(data, DType::kInt32, shape, options_.device), block.owner);
+  };
+  IntranodeHandle& handle = job.result.handle;
+  handle.recv_src_idx = view(arrays.recv_src_idx, {rows});
+  handle.recv_channel_prefix_matrix =
+      view(arrays.recv_channel_prefix_matrix, {num_ranks, channels});
+  job.dispatch.handle_block = block.block;
+  job.dispatch.recv_src_idx = arrays.recv_src_idx;
+  job.dispatch.recv_channel_prefix_matrix = arrays.recv_channel_prefix_matrix;
 }
 
 DispatchResult Buffer::Impl::intranode_dispatch(const DispatchArgs& args) {

@@ -89,6 +89,7 @@ class __attribute__((visibility("hidden"))) Buffer::Impl {  // a member of an ex
 
   std::shared_ptr<DispatchJob> prepare_dispatch(const DispatchArgs& args);
   void allocate_results(DispatchJob& job, std::int64_t rows);
+  void allocate_handle(DispatchJob& job, std::int64_t rows);
 
   std::uint64_t epoch_ = 0;
   std::atomic<bool> in_call_{false};

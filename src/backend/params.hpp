@@ -77,8 +77,9 @@ struct DispatchParams {
   int num_channels = 1;
   fabric::Block block;                                 // this rank's results
   std::int64_t block_rows = 0;                         // rows it was carved for
-  std::int32_t* recv_src_idx = nullptr;                // out [block_rows], null if cached
-  std::int32_t* recv_channel_prefix_matrix = nullptr;  // out [R, C], null if cached
+  fabric::Block handle_block;                          // plan::HandleArrays, if not cached
+  std::int32_t* recv_src_idx = nullptr;                // there, out [block_rows], null if cached
+  std::int32_t* recv_channel_prefix_matrix = nullptr;  // there, out [R, C], null if cached
   std::int64_t* wait_stats = nullptr;                  // += [R], ns, or null
 };
 

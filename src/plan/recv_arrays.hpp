@@ -45,4 +45,26 @@ struct RecvArrays {
   }
 };
 
+/// What of a dispatch's handle depends on the received rows: a block of its own, since a handle
+/// outlives the rows.
+struct HandleArrays {
+  std::int32_t* recv_src_idx;                // [rows]
+  std::int32_t* recv_channel_prefix_matrix;  // [R, C]
+
+  DEEP_EP_HD static HandleArrays carve(Carver& carver, std::int64_t rows, int num_ranks,
+                                       int num_channels) {
+    HandleArrays arrays;
+    arrays.recv_src_idx = carver.take<std::int32_t>(rows);
+    arrays.recv_channel_prefix_matrix =
+        carver.take<std::int32_t>(std::int64_t{num_ranks} * num_channels);
+    return arrays;
+  }
+
+  static std::int64_t bytes(std::int64_t rows, int num_ranks, int num_channels) {
+    Carver carver(nullptr);
+    (void)carve(carver, rows, num_ranks, num_channels);
+    return carver.used();
+  }
+};
+
 }  // namespace deep_ep::plan

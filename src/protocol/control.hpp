@@ -68,6 +68,10 @@ struct InboxPlace {
   std::int32_t segment;
   std::int64_t offset;  // bytes from the beginning of the segment
   std::int64_t rows;    // rows that the block was carved for
+  // What senders fill of the receiver's handle: plan::HandleArrays of so many channels; 0: nothing.
+  std::int32_t num_channels;
+  std::int32_t handle_segment;
+  std::int64_t handle_offset;
 };
 
 /// One rank's words of a call, at one peer. Two of them alternate by epoch: see invariant I3 in

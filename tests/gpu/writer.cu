@@ -21,7 +21,8 @@ __global__ void write_until(const volatile int* stop, unsigned long long* to, st
 cudaError_t start_writer(cudaStream_t stream, const int* stop, void* to, std::int64_t bytes,
                          unsigned long long* rounds) {
   // One block: the rounds of several would overtake each other.
-  write_until<<<1, 1024, 0, stream>>>(stop, static_cast<unsigned long long*>(to), bytes / 8, rounds);
+  write_until<<<1, 1024, 0, stream>>>(stop, static_cast<unsigned long long*>(to), bytes / 8,
+                                      rounds);
   return cudaGetLastError();
 }
 

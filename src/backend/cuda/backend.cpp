@@ -154,23 +154,17 @@ class CudaBackend final : public Backend {
 };
 
 void CudaBackend::get_dispatch_layout(const internode::LayoutParams& params) {
-  cudaStream_t stream = context_.comm_stream();
-  const auto zero = [&](std::int32_t* counts, int count) {
-    check(cudaMemsetAsync(counts, 0, static_cast<std::size_t>(count) * 4, stream),
-          "cudaMemsetAsync");
-  };
-  zero(params.num_tokens_per_rank, params.shape.num_ranks);
-  zero(params.num_tokens_per_expert, params.shape.num_experts);
   intranode::LayoutArgs args;
   args.comm = context_.comm({});
   args.topk_idx = ids_of(params.topk_idx);
   args.num_tokens = params.shape.num_tokens;
   args.num_topk = params.shape.num_topk;
   args.num_experts = params.shape.num_experts;
+  args.sums = context_.sum_words(params.shape.num_ranks + params.shape.num_experts);
   args.num_tokens_per_rank = params.num_tokens_per_rank;
   args.num_tokens_per_expert = params.num_tokens_per_expert;
   args.is_token_in_rank = params.is_token_in_rank;
-  check(intranode::launch_layout(args, stream), "launch of layout");
+  check(intranode::launch_layout(args, context_.comm_stream()), "launch of layout");
 }
 
 void CudaBackend::barrier(const deep_ep::intranode::BarrierParams& params) {
@@ -259,8 +253,9 @@ void CudaBackend::dispatch(const deep_ep::intranode::DispatchParams& params) {
   args.block_offset = params.block.offset;
   args.block_rows = params.block_rows;
   args.num_channels = params.num_channels;
+  args.handle_segment = params.handle_block.segment;
+  args.handle_offset = params.handle_block.offset;
   args.recv_src_idx = params.recv_src_idx;
-  args.recv_channel_prefix_matrix = params.recv_channel_prefix_matrix;
   args.wait_stats = params.wait_stats;
   check(intranode::launch_dispatch(args, sms_of(params.call), context_.comm_stream()),
         "launch of dispatch");

@@ -60,7 +60,7 @@ struct Comm {
   int rank = 0;
   int num_ranks = 1;
   const DeviceControl* control = nullptr;  // [R] as mapped here, in GPU memory
-  // [R, num_segments] bases as mapped here, null while not mapped; host memory, written by the host
+  // [R, num_segments] bases as mapped here, null while not mapped; GPU memory, written by the host
   std::byte* const* segments = nullptr;
   int num_segments = 0;
   LocalState* local = nullptr;

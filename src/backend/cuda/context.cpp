@@ -48,6 +48,19 @@ T* allocate_zeroed(std::size_t count, cudaStream_t stream) {
 
 }  // namespace
 
+ZeroedWords::~ZeroedWords() {
+  for (void* piece : pieces_) (void)cudaFree(piece);
+}
+
+void* ZeroedWords::get(std::int64_t bytes, cudaStream_t stream) {
+  if (bytes > bytes_) {
+    const RelaxedCapture relaxed;
+    bytes_ = std::max(bytes, 2 * bytes_);
+    pieces_.push_back(allocate_zeroed<std::byte>(static_cast<std::size_t>(bytes_), stream));
+  }
+  return pieces_.back();
+}
+
 Context::Context(const BackendOptions& options)
     : rank_(options.rank),
       num_ranks_(options.num_ranks),
@@ -71,11 +84,10 @@ Context::Context(const BackendOptions& options)
         "cudaStreamCreate");
   events_ = std::make_shared<EventPool>(device_);
   faults_ = std::make_shared<Faults>(rank_);
-  void* table = nullptr;
-  const std::size_t entries = static_cast<std::size_t>(num_ranks_) * kMaxSegments;
-  check(cudaHostAlloc(&table, entries * sizeof(std::byte*), cudaHostAllocMapped), "cudaHostAlloc");
-  segments_ = static_cast<std::byte**>(table);
-  std::fill_n(segments_, entries, nullptr);
+  check(cudaStreamCreateWithPriority(&table_stream_, cudaStreamNonBlocking, greatest),
+        "cudaStreamCreate");
+  segments_ = allocate_zeroed<std::byte*>(static_cast<std::size_t>(num_ranks_) * kMaxSegments,
+                                          table_stream_);
   local_ = allocate_zeroed<LocalState>(1, comm_stream_);
   controls_ = allocate_zeroed<DeviceControl>(static_cast<std::size_t>(num_ranks_), comm_stream_);
 }
@@ -85,17 +97,20 @@ Context::~Context() {
   const DeviceGuard guard(device_);
   (void)cudaStreamDestroy(comm_stream_);
   (void)cudaStreamDestroy(fault_stream_);
-  for (void* words : count_words_) (void)cudaFree(words);
+  (void)cudaStreamDestroy(table_stream_);
   (void)cudaFree(local_);
   (void)cudaFree(controls_);
-  (void)cudaFreeHost(segments_);
+  (void)cudaFree(segments_);
 }
 
+// Also while a kernel waits for it: mapping and copying do not wait for kernels.
 void Context::set_base(int rank, int segment, std::byte* base) {
-  // release: pairs with the acquire in wait_place().
-  protocol::store_release(
-      reinterpret_cast<std::uint64_t*>(segments_ + std::int64_t{rank} * kMaxSegments + segment),
-      reinterpret_cast<std::uint64_t>(base));
+  const DeviceGuard guard(device_);
+  const RelaxedCapture relaxed;
+  check(cudaMemcpyAsync(segments_ + std::int64_t{rank} * kMaxSegments + segment, &base, sizeof base,
+                        cudaMemcpyHostToDevice, table_stream_),
+        "cudaMemcpyAsync");
+  check(cudaStreamSynchronize(table_stream_), "cudaMemcpyAsync");
 }
 
 int Context::add_segment(std::int64_t bytes) {
@@ -143,16 +158,6 @@ Comm Context::comm(const Call& call) const {
   comm.timeout_ns = std::chrono::nanoseconds(call.timeout).count();
   comm.record = call.record;
   return comm;
-}
-
-std::uint64_t* Context::count_words(std::int64_t count) {
-  if (count > num_count_words_) {
-    num_count_words_ = std::max(count, 2 * num_count_words_);
-    // Earlier ones may be in use by a kernel that has not begun.
-    count_words_.push_back(
-        allocate_zeroed<std::uint64_t>(static_cast<std::size_t>(num_count_words_), comm_stream_));
-  }
-  return static_cast<std::uint64_t*>(count_words_.back());
 }
 
 void Context::raise_fault(const Error& error) noexcept {

@@ -17,6 +17,22 @@
 
 namespace deep_ep::cuda {
 
+/// GPU memory that begins as zeros and grows. Earlier pieces stay, since a kernel that has not
+/// begun may use them.
+class ZeroedWords {
+ public:
+  ZeroedWords() = default;
+  ~ZeroedWords();
+  ZeroedWords(const ZeroedWords&) = delete;
+  ZeroedWords& operator=(const ZeroedWords&) = delete;
+  /// At least so many bytes, for whatever comes behind on `stream`.
+  void* get(std::int64_t bytes, cudaStream_t stream);
+
+ private:
+  std::vector<void*> pieces_;  // the last is in use
+  std::int64_t bytes_ = 0;
+};
+
 /// What the steps of a rank share: its GPU, its streams, the memory of all ranks as mapped here,
 /// and what kernels need to know of it.
 class Context {
@@ -41,8 +57,14 @@ class Context {
 
   /// What a kernel of `call` is given.
   Comm comm(const Call& call) const;
-  /// Zeroed words for notify's parts; enough of them stay until the end.
-  std::uint64_t* count_words(std::int64_t count);
+  /// For notify's parts: words of earlier kernels, tagged with their epoch.
+  std::uint64_t* count_words(std::int64_t count) {
+    return static_cast<std::uint64_t*>(count_words_.get(count * 8, comm_stream_));
+  }
+  /// For layout's sums, which leaves zeros behind.
+  std::int32_t* sum_words(std::int64_t count) {
+    return static_cast<std::int32_t*>(sum_words_.get(count * 4, comm_stream_));
+  }
 
   /// Tells all ranks, from a stream of its own, beside whatever runs.
   void raise_fault(const Error& error) noexcept;
@@ -59,11 +81,12 @@ class Context {
   cudaStream_t fault_stream_ = nullptr;
   std::shared_ptr<EventPool> events_;
   std::shared_ptr<Faults> faults_;
-  std::byte** segments_ = nullptr;     // [R, kMaxSegments], host memory that the GPU maps
+  cudaStream_t table_stream_ = nullptr;
+  std::byte** segments_ = nullptr;     // [R, kMaxSegments], GPU memory
   DeviceControl* controls_ = nullptr;  // [R], GPU memory
   LocalState* local_ = nullptr;        // GPU memory
-  std::vector<void*> count_words_;     // GPU memory; the last is in use
-  std::int64_t num_count_words_ = 0;
+  ZeroedWords count_words_;
+  ZeroedWords sum_words_;
   fabric::Fabric fabric_;  // last: its helper thread uses the rest
 };
 

@@ -12,6 +12,9 @@ struct Place {
   int segment;
   std::int64_t offset;
   std::int64_t rows;
+  int num_channels = 0;  // of the handle to be filled, 0: none
+  int handle_segment = 0;
+  std::int64_t handle_offset = 0;
 };
 
 /// By one warp: a hash of the handle's rank_prefix_matrix [R, R] that depends on every element and
@@ -42,12 +45,23 @@ __device__ inline void publish_place(const Comm& comm, std::uint64_t epoch,
     place.segment = own.segment;
     place.offset = own.offset;
     place.rows = own.rows;
+    place.num_channels = own.num_channels;
+    place.handle_segment = own.handle_segment;
+    place.handle_offset = own.handle_offset;
     // release: pairs with the acquire in wait_place() of the source.
     place.ready.publish(epoch);
   }
 }
 
-/// By one thread: waits until `rank` has published its place and its segment is mapped here.
+/// Base of a segment as mapped here, or null while it is not.
+__device__ inline std::byte* segment_base(const Comm& comm, int rank, int segment) {
+  if (segment < 0 || segment >= comm.num_segments) return nullptr;
+  // acquire: pairs with the end of the host's copy, behind the mapping.
+  return reinterpret_cast<std::byte*>(protocol::load_acquire(reinterpret_cast<const std::uint64_t*>(
+      comm.segments + std::int64_t{rank} * comm.num_segments + segment)));
+}
+
+/// By one thread: waits until `rank` has published its place and its segments are mapped here.
 /// Returns the base of the block, or null if the wait failed or the ranks disagree.
 __device__ inline std::byte* wait_place(const Comm& comm, std::uint64_t epoch,
                                         const protocol::CallRecord& record, int rank) {
@@ -59,13 +73,9 @@ __device__ inline std::byte* wait_place(const Comm& comm, std::uint64_t epoch,
       [&] {
         // acquire: pairs with publish_place() of the receiver.
         if (!place.ready.reached(epoch)) return false;
-        const int segment = place.segment;
-        if (segment < 0 || segment >= comm.num_segments) return false;
-        // acquire: pairs with the host's store behind the mapping.
-        base = reinterpret_cast<std::byte*>(
-            protocol::load_acquire(reinterpret_cast<const std::uint64_t*>(
-                comm.segments + std::int64_t{rank} * comm.num_segments + segment)));
-        return base != nullptr;
+        base = segment_base(comm, rank, place.segment);
+        return base != nullptr && (place.num_channels == 0 ||
+                                   segment_base(comm, rank, place.handle_segment) != nullptr);
       },
       [&] { return place.ready.seen(); });
   if (!ready || !agrees(comm, record, own.mailbox[epoch % 2].record[rank], rank)) return nullptr;

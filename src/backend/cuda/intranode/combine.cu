@@ -11,12 +11,13 @@ namespace {
 // Some warps push rows home, the others sum what has come home: both kinds of work of an SM run at
 // the same time.
 constexpr int kPushWarps = 4;
-constexpr int kSumWarps = 12;
+constexpr int kSumWarps = 16;
 constexpr int kThreads = (kPushWarps + kSumWarps) * 32;
-using RowPump = Pump<6, 7168>;
-using RowStorage = RowPump::Storage;
-// 16-byte loads of a lane and source that are under way at once.
+struct NoNote {};
+using RowPump = Pump<6, 7168, NoNote>;
+// 16-byte loads of a lane that are under way at once: so many steps of so many rows.
 constexpr int kUnroll = 4;
+constexpr int kRowsTogether = 2;
 
 /// Rows of a piece: 16, or more where a rank has so many rows that kMaxChunks pieces would not do.
 __device__ std::int64_t chunk_rows(std::int64_t count) {
@@ -38,7 +39,7 @@ struct Other {
 };
 
 struct Shared {
-  RowStorage rows[kPushWarps];
+  RowPump::Storage rows[kPushWarps];
   Other others[kMaxRanks];
   const std::byte* x[kSumWarps][kMaxRanks];  // of the token that a warp sums
   const std::byte* weights[kSumWarps][kMaxRanks];
@@ -128,14 +129,9 @@ __device__ void push_chunk(const CombineArgs& args, RowPump& pump, const Other& 
   // Consecutive at both ends.
   const std::int64_t bytes = rows * row_bytes;
   pump.run((bytes + RowPump::kStageBytes - 1) / RowPump::kStageBytes,
-           [&](std::int64_t i) {
-             const std::int64_t left = bytes - i * RowPump::kStageBytes;
-             return Piece{from + i * RowPump::kStageBytes,
-                          static_cast<std::uint32_t>(left < RowPump::kStageBytes
-                                                         ? left
-                                                         : std::int64_t{RowPump::kStageBytes})};
-           },
-           [&](std::int64_t i, const std::byte* stage, std::uint32_t count) {
+           [&](std::int64_t i) { return piece_of<RowPump::kStageBytes>(from, bytes, i); },
+           [](std::int64_t) { return NoNote{}; },
+           [&](std::int64_t i, const std::byte* stage, std::uint32_t count, NoNote) {
              if (threadIdx.x % 32 == 0) bulk_store(to + i * RowPump::kStageBytes, stage, count);
            });
   if (args.topk_weights != nullptr) {
@@ -230,28 +226,43 @@ __device__ int gather(const CombineArgs& args, Shared& shared, int warp, std::in
   return found;
 }
 
-/// kSteps times 16 bytes a lane.
+/// By a lane: kSteps times 16 bytes of kRows rows, added in order; all loads before the first use.
+template <class T, int kSteps, int kRows>
+__device__ void add_rows(Sum16<T> (&sums)[kSteps], const std::byte* const* rows, std::int64_t at) {
+  uint4 bytes[kRows][kSteps];
+#pragma unroll
+  for (int row = 0; row < kRows; ++row) {
+    const std::byte* from = rows[row] + at;
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+      bytes[row][i] = *reinterpret_cast<const uint4*>(from + i * 512);
+    }
+  }
+#pragma unroll
+  for (int row = 0; row < kRows; ++row) {
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) sums[i].add(bytes[row][i]);
+  }
+}
+
+/// By a lane: kSteps times 16 bytes of the token's sum.
 template <class T, int kSteps>
 __device__ void sum_columns(const CombineArgs& args, const std::byte* const* rows, int count,
                             std::int64_t token, std::int64_t at) {
   Sum16<T> sums[kSteps];
-  const auto add = [&](const std::byte* row) {
-    uint4 bytes[kSteps];
-#pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
-      bytes[i] = *reinterpret_cast<const uint4*>(row + at + i * 512);
-    }
-#pragma unroll
-    for (int i = 0; i < kSteps; ++i) sums[i].add(bytes[i]);
-  };
-  for (int i = 0; i < count; ++i) add(rows[i]);
+  int i = 0;
+  for (; i + kRowsTogether <= count; i += kRowsTogether)
+    add_rows<T, kSteps, kRowsTogether>(sums, rows + i, at);
+  for (; i < count; ++i) add_rows<T, kSteps, 1>(sums, rows + i, at);
   const std::int64_t row = token * args.format.x_bytes;
   for (const std::byte* bias : args.bias) {
-    if (bias != nullptr) add(bias + row);
+    if (bias == nullptr) continue;
+    const std::byte* from = bias + row;
+    add_rows<T, kSteps, 1>(sums, &from, at);
   }
 #pragma unroll
-  for (int i = 0; i < kSteps; ++i) {
-    *reinterpret_cast<uint4*>(args.combined_x + row + at + i * 512) = sums[i].round();
+  for (int step = 0; step < kSteps; ++step) {
+    *reinterpret_cast<uint4*>(args.combined_x + row + at + step * 512) = sums[step].round();
   }
 }
 
@@ -327,9 +338,9 @@ cudaError_t launch_combine(const CombineArgs& args, SumType type, int num_sms,
                            cudaStream_t stream) {
   switch (type) {
     case SumType::kBfloat16:
-      return launch<plan::Bfloat16>(args, num_sms, stream);
+      return launch<__nv_bfloat162>(args, num_sms, stream);
     case SumType::kFloat16:
-      return launch<plan::Float16>(args, num_sms, stream);
+      return launch<__half2>(args, num_sms, stream);
     default:
       return launch<float>(args, num_sms, stream);
   }

@@ -7,25 +7,58 @@ namespace deep_ep::cuda::intranode {
 
 namespace {
 
-// Four warps an SM, each with six stages of half a row of 7168 BF16 values: what a probe of pushing
-// over NVLink needed to fill the link from 16 to 20 SMs.
-constexpr int kWarps = 4;
-constexpr int kThreads = kWarps * 32;
-using RowPump = Pump<6, 7168>;
-using RowStorage = RowPump::Storage;
+// Warps of a block that move rows of x, each with six stages of half a row of 7168 BF16 values:
+// what a probe of pushing over NVLink needed to fill the link from 16 to 20 SMs.
+constexpr int kRowWarps = 4;
+// Warps that move what is small (scales, topk, the handle): word by word, so that they wait for
+// memory most of the time, beside those that move x.
+constexpr int kSmallWarps = 8;
+constexpr int kMaxThreads = (kRowWarps + kSmallWarps) * 32;
+constexpr int kRanksALane = (kMaxRanks + 31) / 32;
+
+/// The slots of a token's row at the ranks that a lane looks after (rank % 32 == lane), or -1.
+struct Slots {
+  std::int32_t at[kRanksALane];
+};
+using RowPump = Pump<6, 7168, Slots>;
 
 /// Where this rank's rows go at one receiver.
 struct Target {
   plan::RecvArrays arrays;
-  std::int64_t first_slot;
-  std::int64_t num_rows;
+  plan::HandleArrays handle;  // null in a cached dispatch
+  int num_channels;
+  std::int32_t first_slot;
+  std::int32_t num_rows;
 };
 
 struct Shared {
-  RowStorage rows[kWarps];
+  RowPump::Storage rows[kRowWarps];
   Target targets[kMaxRanks];
   protocol::CallRecord record;  // with the hash of the handle's routing
 };
+
+__device__ int lane() { return static_cast<int>(threadIdx.x % 32); }
+
+/// By one thread: true, and `target` filled, if rank `i` agrees and this rank's rows fit there.
+__device__ bool find_target(const DispatchArgs& args, std::uint64_t epoch,
+                            const protocol::CallRecord& record, int i, Target& target) {
+  const Comm& comm = args.comm;
+  std::byte* base = wait_place(comm, epoch, record, i);
+  if (base == nullptr) return false;
+  const protocol::InboxPlace& place = comm.control[comm.rank].block.inbox[i];
+  const auto rows = plan::rows_from(args.rank_prefix_matrix, comm.rank, i, comm.num_ranks);
+  Carver carver(base);
+  target.arrays = plan::RecvArrays::carve(carver, args.format, place.rows);
+  target.first_slot = static_cast<std::int32_t>(rows.begin);
+  target.num_rows = static_cast<std::int32_t>(rows.end - rows.begin);
+  target.num_channels = place.num_channels;
+  if (place.num_channels > 0) {
+    Carver handle(segment_base(comm, i, place.handle_segment) + place.handle_offset);
+    target.handle =
+        plan::HandleArrays::carve(handle, place.rows, comm.num_ranks, place.num_channels);
+  }
+  return check_rows_fit(comm, i, rows.begin, rows.end - rows.begin, place.rows);
+}
 
 /// By all threads, true in each: every receiver's place is known and fits.
 __device__ bool find_targets(const DispatchArgs& args, std::uint64_t epoch, Shared& shared) {
@@ -38,30 +71,19 @@ __device__ bool find_targets(const DispatchArgs& args, std::uint64_t epoch, Shar
   __syncthreads();
   if (blockIdx.x == 0) {
     publish_place(comm, epoch, shared.record,
-                  {args.block_segment, args.block_offset, args.block_rows});
+                  {args.block_segment, args.block_offset, args.block_rows,
+                   args.cached ? 0 : args.num_channels, args.handle_segment, args.handle_offset});
   }
   bool good = true;
-  for (int i = threadIdx.x; i < comm.num_ranks; i += kThreads) {
-    std::byte* base = wait_place(comm, epoch, shared.record, i);
-    if (base == nullptr) {
-      good = false;
-      continue;
-    }
-    const std::int64_t room = comm.control[comm.rank].block.inbox[i].rows;
-    const auto rows = plan::rows_from(args.rank_prefix_matrix, comm.rank, i, comm.num_ranks);
-    Target& target = shared.targets[i];
-    Carver carver(base);
-    target.arrays = plan::RecvArrays::carve(carver, args.format, room);
-    target.first_slot = rows.begin;
-    target.num_rows = rows.end - rows.begin;
-    good = check_rows_fit(comm, i, rows.begin, rows.end - rows.begin, room) && good;
+  for (int i = threadIdx.x; i < comm.num_ranks; i += blockDim.x) {
+    good = find_target(args, epoch, shared.record, i, shared.targets[i]) && good;
   }
   return __syncthreads_and(good) != 0;
 }
 
 /// The slot of a token's row at `rank`, or -1; a position that the handle's matrix does not know is
 /// reported, and the row not sent.
-__device__ std::int64_t slot_of(const DispatchArgs& args, const Shared& shared, std::int64_t token,
+__device__ std::int32_t slot_of(const DispatchArgs& args, const Shared& shared, std::int64_t token,
                                 int rank) {
   const std::int32_t head = args.send_head[token * args.comm.num_ranks + rank];
   if (head == -1) return -1;
@@ -71,85 +93,165 @@ __device__ std::int64_t slot_of(const DispatchArgs& args, const Shared& shared, 
   return -1;
 }
 
-/// Expert ids become local ones; entries for experts of other ranks become -1 with weight 0.
-__device__ void send_topk(const DispatchArgs& args, const plan::RecvArrays& to, std::int64_t token,
-                          std::int64_t slot, int rank) {
-  const int topk = args.comm.record.num_topk;
-  const std::int64_t local_experts = args.comm.record.num_experts / args.comm.num_ranks;
-  const std::int64_t first = rank * local_experts;
-  for (int k = threadIdx.x % 32; k < topk; k += 32) {
-    const std::int64_t id = args.topk_idx[token * topk + k];
-    const bool here = id >= first && id < first + local_experts;
-    const std::int64_t at = slot * topk + k;
-    if (args.topk_idx.wide) {
-      reinterpret_cast<std::int64_t*>(to.topk_idx)[at] = here ? id - first : -1;
-    } else {
-      reinterpret_cast<std::int32_t*>(to.topk_idx)[at] =
-          here ? static_cast<std::int32_t>(id - first) : -1;
-    }
-    if (args.topk_weights == nullptr) continue;
-    reinterpret_cast<float*>(to.topk_weights)[at] =
-        here ? args.topk_weights[token * topk + k] : 0.0f;
-  }
-}
-
-/// By a warp: all of a token's row but x.
-__device__ void send_small(const DispatchArgs& args, const plan::RecvArrays& to, std::int64_t token,
-                           std::int64_t slot, int rank) {
-  const int lane = threadIdx.x % 32;
-  if (args.scales.data != nullptr) {
-    const std::int64_t scales = args.comm.record.num_scales;
-    auto* row = reinterpret_cast<std::uint32_t*>(to.scales) + slot * scales;
-    for (std::int64_t s = lane; s < scales; s += 32) {
-      row[s] = args.scales.data[token * args.scales.row_stride + s * args.scales.column_stride];
-    }
-  }
-  if (args.topk_idx.data != nullptr) send_topk(args, to, token, slot, rank);
-  if (lane == 0) to.src_idx[slot] = static_cast<std::int32_t>(token);
-}
+// --- x
+// --------------------------------------------------------------------------------------------
 
 /// By a warp: its tokens, every stride-th. Only this rank writes these slots, behind the acquire in
 /// wait_place() (I5).
 __device__ void send_rows(const DispatchArgs& args, Shared& shared) {
   const int warp = threadIdx.x / 32;
-  const int lane = threadIdx.x % 32;
   const int ranks = args.comm.num_ranks;
-  const std::int64_t stride = std::int64_t{gridDim.x} * kWarps;
+  const std::int64_t stride = std::int64_t{gridDim.x} * kRowWarps;
   const std::int64_t first = std::int64_t{warp} * gridDim.x + blockIdx.x;
   const std::int64_t tokens = args.comm.record.num_tokens;
-  const std::int64_t mine = first < tokens ? (tokens - first + stride - 1) / stride : 0;
+  const auto mine = static_cast<int>(first < tokens ? (tokens - first + stride - 1) / stride : 0);
   const std::int64_t row_bytes = args.format.x_bytes;
-  const std::int64_t pieces = (row_bytes + RowPump::kStageBytes - 1) / RowPump::kStageBytes;
+  const auto pieces =
+      static_cast<int>((row_bytes + RowPump::kStageBytes - 1) / RowPump::kStageBytes);
+  const auto token_of = [&](std::int64_t i) {
+    return first + static_cast<int>(i) / pieces * stride;
+  };
   RowPump pump(shared.rows[warp]);
   pump.run(
-      mine * pieces,
+      std::int64_t{mine} * pieces,
       [&](std::int64_t i) {
-        const std::int64_t token = first + i / pieces * stride;
-        const std::int64_t at = i % pieces * RowPump::kStageBytes;
-        const std::int64_t left = row_bytes - at;
-        return Piece{args.x + token * row_bytes + at,
-                     static_cast<std::uint32_t>(
-                         left < RowPump::kStageBytes ? left : std::int64_t{RowPump::kStageBytes})};
+        return piece_of<RowPump::kStageBytes>(args.x + token_of(i) * row_bytes, row_bytes,
+                                              static_cast<int>(i) % pieces);
       },
-      [&](std::int64_t i, const std::byte* from, std::uint32_t bytes) {
-        const std::int64_t token = first + i / pieces * stride;
-        const std::int64_t at = i % pieces * RowPump::kStageBytes;
-        for (int begin = 0; begin < ranks; begin += 32) {
-          const int rank = begin + lane;
-          const std::int64_t slot = rank < ranks ? slot_of(args, shared, token, rank) : -1;
-          if (slot >= 0)
-            bulk_store(shared.targets[rank].arrays.x + slot * row_bytes + at, from, bytes);
-          if (at != 0) continue;
-          std::uint32_t set = __ballot_sync(0xffffffff, slot >= 0);
-          for (; set != 0; set &= set - 1) {
-            const int one = __ffs(set) - 1;
-            const int to = begin + one;
-            send_small(args, shared.targets[to].arrays, token, __shfl_sync(0xffffffff, slot, one),
-                       to);
-          }
+      [&](std::int64_t i) {
+        Slots slots;
+#pragma unroll
+        for (int set = 0; set < kRanksALane; ++set) {
+          const int rank = set * 32 + lane();
+          slots.at[set] = rank < ranks ? slot_of(args, shared, token_of(i), rank) : -1;
+        }
+        return slots;
+      },
+      [&](std::int64_t i, const std::byte* from, std::uint32_t bytes, const Slots& slots) {
+        const std::int64_t at = static_cast<int>(i) % pieces * RowPump::kStageBytes;
+#pragma unroll
+        for (int set = 0; set < kRanksALane; ++set) {
+          if (slots.at[set] < 0) continue;
+          std::byte* to = shared.targets[set * 32 + lane()].arrays.x;
+          bulk_store(to + slots.at[set] * row_bytes + at, from, bytes);
         }
       });
   pump.finish();
+}
+
+// --- the rest of a row
+// ------------------------------------------------------------------------------
+
+/// One entry of a token's topk at each receiver: ids become local ones; entries for experts of
+/// other ranks become -1 with weight 0. Entry 0 also says which token it is.
+__device__ void send_entry(const DispatchArgs& args, const Shared& shared, std::int64_t token,
+                           int k) {
+  const int topk = args.comm.record.num_topk;
+  const bool has_entry = k < topk;
+  const std::int64_t id = has_entry ? args.topk_idx[token * topk + k] : -1;
+  const float weight =
+      has_entry && args.topk_weights != nullptr ? args.topk_weights[token * topk + k] : 0.0f;
+  const int local_experts = args.comm.record.num_experts / args.comm.num_ranks;
+#pragma unroll 4
+  for (int rank = 0; rank < args.comm.num_ranks; ++rank) {
+    const std::int64_t slot = slot_of(args, shared, token, rank);
+    if (slot < 0) continue;
+    const Target& to = shared.targets[rank];
+    if (k == 0) to.handle.recv_src_idx[slot] = static_cast<std::int32_t>(token);
+    if (!has_entry) continue;
+    const std::int64_t local = id - std::int64_t{rank} * local_experts;
+    const bool here = id >= 0 && local >= 0 && local < local_experts;
+    const std::int64_t at = slot * topk + k;
+    if (args.topk_idx.wide) {
+      reinterpret_cast<std::int64_t*>(to.arrays.topk_idx)[at] = here ? local : -1;
+    } else {
+      reinterpret_cast<std::int32_t*>(to.arrays.topk_idx)[at] =
+          here ? static_cast<std::int32_t>(local) : -1;
+    }
+    if (args.topk_weights != nullptr)
+      reinterpret_cast<float*>(to.arrays.topk_weights)[at] = here ? weight : 0.0f;
+  }
+}
+
+/// By a warp: several tokens at a time, a lane an entry.
+__device__ void send_topk(const DispatchArgs& args, const Shared& shared, std::int64_t warp,
+                          std::int64_t warps) {
+  // Without topk there is still the token's index to send.
+  const int topk = args.comm.record.num_topk > 0 ? args.comm.record.num_topk : 1;
+  int width = 1;  // lanes of a token
+  while (width < topk && width < 32) width *= 2;
+  const std::int64_t tokens = args.comm.record.num_tokens;
+  const int together = 32 / width;
+  for (std::int64_t base = warp * together; base < tokens; base += warps * together) {
+    const std::int64_t token = base + lane() / width;
+    if (token >= tokens) continue;
+    for (int k = lane() % width; k < topk; k += width) send_entry(args, shared, token, k);
+  }
+}
+
+/// By a warp: its tokens' scales, two tokens at a time.
+__device__ void send_scales(const DispatchArgs& args, const Shared& shared, std::int64_t warp,
+                            std::int64_t warps) {
+  constexpr int kTogether = 2;
+  const std::int64_t tokens = args.comm.record.num_tokens;
+  const int scales = args.comm.record.num_scales;
+  for (std::int64_t base = warp * kTogether; base < tokens; base += warps * kTogether) {
+    for (int s = lane(); s < scales; s += 32) {
+      std::uint32_t words[kTogether];
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        words[i] =
+            base + i < tokens
+                ? args.scales
+                      .data[(base + i) * args.scales.row_stride + s * args.scales.column_stride]
+                : 0;
+      }
+      for (int rank = 0; rank < args.comm.num_ranks; ++rank) {
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) {
+          const std::int64_t slot = base + i < tokens ? slot_of(args, shared, base + i, rank) : -1;
+          if (slot >= 0)
+            reinterpret_cast<std::uint32_t*>(
+                shared.targets[rank].arrays.scales)[slot * scales + s] = words[i];
+        }
+      }
+    }
+  }
+}
+
+/// By a warp: the rows of this rank's channels at one receiver, one channel: as many as come before
+/// the first row of a token at or behind the channel's beginning.
+__device__ void send_channel(const DispatchArgs& args, const Target& to, int rank, int channel) {
+  const Comm& comm = args.comm;
+  const std::int64_t tokens = comm.record.num_tokens;
+  std::int32_t before = to.num_rows;
+  for (std::int64_t base = plan::channel_begin(tokens, channel, to.num_channels); base < tokens;
+       base += 32) {
+    const std::int64_t token = base + lane();
+    const std::int32_t head = token < tokens ? args.send_head[token * comm.num_ranks + rank] : -1;
+    const std::uint32_t set = __ballot_sync(0xffffffff, head >= 0);
+    if (set == 0) continue;
+    before = __shfl_sync(0xffffffff, head, __ffs(set) - 1);
+    break;
+  }
+  if (lane() == 0)
+    to.handle.recv_channel_prefix_matrix[comm.rank * to.num_channels + channel] = before;
+}
+
+/// By a small warp: its share of everything but x.
+__device__ void send_small(const DispatchArgs& args, const Shared& shared) {
+  const int warps_here = static_cast<int>(blockDim.x / 32) - kRowWarps;
+  const std::int64_t warps = std::int64_t{gridDim.x} * warps_here;
+  const std::int64_t warp = (std::int64_t{threadIdx.x / 32} - kRowWarps) * gridDim.x + blockIdx.x;
+  if (args.scales.data != nullptr) send_scales(args, shared, warp, warps);
+  if (args.cached) return;
+  send_topk(args, shared, warp, warps);
+  std::int64_t unit = 0;
+  for (int rank = 0; rank < args.comm.num_ranks; ++rank) {
+    for (int channel = 0; channel < shared.targets[rank].num_channels; ++channel, ++unit) {
+      if (unit % warps == warp) send_channel(args, shared.targets[rank], rank, channel);
+    }
+  }
 }
 
 /// Rows behind the received ones, which no peer writes.
@@ -157,10 +259,12 @@ __device__ void fill_unused_rows(const DispatchArgs& args, const plan::RecvArray
   const int ranks = args.comm.num_ranks;
   const std::int64_t received =
       plan::rows_from(args.rank_prefix_matrix, ranks - 1, args.comm.rank, ranks).end;
-  const std::int64_t step = std::int64_t{gridDim.x} * kThreads;
-  const std::int64_t begin = blockIdx.x * std::int64_t{kThreads} + threadIdx.x;
+  const std::int64_t step = std::int64_t{gridDim.x} * blockDim.x;
+  const std::int64_t begin = blockIdx.x * std::int64_t{blockDim.x} + threadIdx.x;
   const std::int64_t unused = args.block_rows - received;
-  for (std::int64_t i = begin; i < unused; i += step) own.src_idx[received + i] = -1;
+  if (!args.cached) {
+    for (std::int64_t i = begin; i < unused; i += step) args.recv_src_idx[received + i] = -1;
+  }
   const std::int64_t id_words = args.format.topk_idx_bytes / 4;
   for (std::int64_t i = begin; i < unused * id_words; i += step) {
     reinterpret_cast<std::int32_t*>(own.topk_idx)[received * id_words + i] = -1;
@@ -177,13 +281,13 @@ __device__ void fill_unused_rows(const DispatchArgs& args, const plan::RecvArray
 /// Tells each receiver that all rows of this rank are there, and waits for all that come here; true
 /// in every thread if they came.
 __device__ bool exchange_landed(const Comm& comm, std::uint64_t epoch) {
-  for (int i = threadIdx.x; i < comm.num_ranks; i += kThreads) {
+  for (int i = threadIdx.x; i < comm.num_ranks; i += blockDim.x) {
     const int rank = (comm.rank + 1 + i) % comm.num_ranks;
     // release: every block's rows are complete (Pump::finish()) and acquired in is_last_block().
     comm.control[rank].block.landed[comm.rank].publish(epoch);
   }
   bool good = true;
-  for (int i = threadIdx.x; i < comm.num_ranks; i += kThreads) {
+  for (int i = threadIdx.x; i < comm.num_ranks; i += blockDim.x) {
     const long long begin = clock64();
     const protocol::EpochFlag& landed = comm.control[comm.rank].block.landed[i];
     // acquire: pairs with publish() above at rank i.
@@ -196,41 +300,8 @@ __device__ bool exchange_landed(const Comm& comm, std::uint64_t epoch) {
   return __syncthreads_and(good) != 0;
 }
 
-/// The first row of `source` whose token is at least `token`, counted from its first row.
-__device__ std::int32_t rows_before(const std::int32_t* src_idx, plan::RowRange rows,
-                                    std::int64_t token) {
-  std::int64_t low = rows.begin;
-  std::int64_t high = rows.end;
-  while (low < high) {
-    const std::int64_t middle = (low + high) / 2;
-    if (src_idx[middle] < token) {
-      low = middle + 1;
-    } else {
-      high = middle;
-    }
-  }
-  return static_cast<std::int32_t>(low - rows.begin);
-}
-
-/// What of the results belongs to the handle, which outlives the block.
-__device__ void copy_bookkeeping(const DispatchArgs& args, std::uint64_t epoch,
-                                 const plan::RecvArrays& own) {
-  if (args.recv_src_idx == nullptr) return;
-  const Comm& comm = args.comm;
-  for (std::int64_t i = threadIdx.x; i < args.block_rows; i += kThreads) {
-    args.recv_src_idx[i] = own.src_idx[i];
-  }
-  const protocol::Mailbox& mailbox = comm.control[comm.rank].block.mailbox[epoch % 2];
-  for (int i = threadIdx.x; i < comm.num_ranks * args.num_channels; i += kThreads) {
-    const int source = i / args.num_channels;
-    const std::int64_t first = plan::channel_begin(mailbox.record[source].num_tokens,
-                                                   i % args.num_channels, args.num_channels);
-    const auto rows = plan::rows_from(args.rank_prefix_matrix, source, comm.rank, comm.num_ranks);
-    args.recv_channel_prefix_matrix[i] = rows_before(own.src_idx, rows, first);
-  }
-}
-
-__global__ void __launch_bounds__(kThreads) dispatch(const __grid_constant__ DispatchArgs args) {
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    dispatch(const __grid_constant__ DispatchArgs args) {
   extern __shared__ __align__(128) std::byte memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   const Comm& comm = args.comm;
@@ -238,13 +309,14 @@ __global__ void __launch_bounds__(kThreads) dispatch(const __grid_constant__ Dis
   const bool good = block_may_start(comm) && find_targets(args, epoch, shared);
   if (good) {
     fill_unused_rows(args, shared.targets[comm.rank].arrays);
-    send_rows(args, shared);
+    if (threadIdx.x < kRowWarps * 32) {
+      send_rows(args, shared);
+    } else {
+      send_small(args, shared);
+    }
   }
   if (!is_last_block(comm)) return;
-  if (good && exchange_landed(comm, epoch)) {
-    copy_bookkeeping(args, epoch, shared.targets[comm.rank].arrays);
-    flush_waits(comm, args.wait_stats);
-  }
+  if (good && exchange_landed(comm, epoch)) flush_waits(comm, args.wait_stats);
   end_kernel(comm);
 }
 
@@ -255,7 +327,9 @@ cudaError_t launch_dispatch(const DispatchArgs& args, int num_sms, cudaStream_t 
   static const cudaError_t prepared =
       cudaFuncSetAttribute(dispatch, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
   if (prepared != cudaSuccess) return prepared;
-  dispatch<<<num_sms, kThreads, kShared, stream>>>(args);
+  const bool small = !args.cached || args.scales.data != nullptr;
+  const int threads = small ? kMaxThreads : kRowWarps * 32;
+  dispatch<<<num_sms, threads, kShared, stream>>>(args);
   return cudaGetLastError();
 }
 

@@ -54,6 +54,14 @@ __device__ void count_token(const LayoutArgs& args, std::int64_t token, std::int
   for (int rank = 0; rank < args.comm.num_ranks; ++rank) row[rank] = in.has(rank);
 }
 
+/// The sums become the outputs, and zeros again.
+__device__ void move_out(std::int32_t* sums, std::int32_t* out, int count) {
+  for (int i = threadIdx.x; i < count; i += kThreads) {
+    out[i] = sums[i];
+    sums[i] = 0;
+  }
+}
+
 __global__ void __launch_bounds__(kThreads) layout(const __grid_constant__ LayoutArgs args) {
   extern __shared__ std::int32_t shared[];  // experts, if they fit
   __shared__ std::int32_t ranks[kMaxRanks];
@@ -65,15 +73,23 @@ __global__ void __launch_bounds__(kThreads) layout(const __grid_constant__ Layou
   __syncthreads();
   for (std::int64_t token = blockIdx.x * std::int64_t{kThreads} + threadIdx.x;
        token < args.num_tokens; token += std::int64_t{gridDim.x} * kThreads) {
-    count_token(args, token, ranks, gather ? shared : args.num_tokens_per_expert);
+    count_token(args, token, ranks, gather ? shared : args.sums + args.comm.num_ranks);
   }
   __syncthreads();
+  std::int32_t* rank_sums = args.sums;
+  std::int32_t* expert_sums = args.sums + args.comm.num_ranks;
   for (int i = threadIdx.x; i < args.comm.num_ranks; i += kThreads) {
-    if (ranks[i] != 0) atomicAdd(args.num_tokens_per_rank + i, ranks[i]);
+    if (ranks[i] != 0) atomicAdd(rank_sums + i, ranks[i]);
   }
-  if (!gather) return;
-  for (int i = threadIdx.x; i < args.num_experts; i += kThreads) {
-    if (shared[i] != 0) atomicAdd(args.num_tokens_per_expert + i, shared[i]);
+  for (int i = threadIdx.x; gather && i < args.num_experts; i += kThreads) {
+    if (shared[i] != 0) atomicAdd(expert_sums + i, shared[i]);
+  }
+  if (!is_last_block(args.comm)) return;
+  move_out(rank_sums, args.num_tokens_per_rank, args.comm.num_ranks);
+  move_out(expert_sums, args.num_tokens_per_expert, args.num_experts);
+  if (threadIdx.x == 0) {
+    args.comm.local->blocks_done = 0;  // no collective kernel: the epoch stays
+    mirror_fault(args.comm);
   }
 }
 

@@ -37,8 +37,9 @@ struct LayoutArgs {
   std::int64_t num_tokens = 0;
   int num_topk = 0;
   int num_experts = 0;
-  std::int32_t* num_tokens_per_rank = nullptr;    // out [R], zeroed before
-  std::int32_t* num_tokens_per_expert = nullptr;  // out [E], zeroed before
+  std::int32_t* sums = nullptr;                   // [R + E] zeros, and zeros again afterwards
+  std::int32_t* num_tokens_per_rank = nullptr;    // out [R]
+  std::int32_t* num_tokens_per_expert = nullptr;  // out [E]
   bool* is_token_in_rank = nullptr;               // out [N, R]
 };
 cudaError_t launch_layout(const LayoutArgs& args, cudaStream_t stream);
@@ -79,9 +80,11 @@ struct DispatchArgs {
   int block_segment = 0;                             // this rank's results
   std::int64_t block_offset = 0;
   std::int64_t block_rows = 0;
+  // This rank's handle, plan::HandleArrays, which the senders fill; not if cached.
   int num_channels = 1;
-  std::int32_t* recv_src_idx = nullptr;                // out [block_rows] or null
-  std::int32_t* recv_channel_prefix_matrix = nullptr;  // out [R, C] or null
+  int handle_segment = 0;
+  std::int64_t handle_offset = 0;
+  std::int32_t* recv_src_idx = nullptr;  // in it
   std::int64_t* wait_stats = nullptr;                  // += [R] or null
 };
 cudaError_t launch_dispatch(const DispatchArgs& args, int num_sms, cudaStream_t stream);

@@ -1,0 +1,189 @@
+#include <fmt/format.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <csignal>
+#include <cstdio>
+#include <random>
+#include <sstream>
+#include <thread>
+
+#include "contract/pool.hpp"
+#include "deep_ep/deep_ep.hpp"
+#include "verify/case.hpp"
+#include "verify/transfer.hpp"
+
+// A rank on a GPU dies, sleeps, or calls with something else than the others: all others get an
+// Error that names it, their CUDA contexts live on, and a new Buffer works. Prints "N passed, N
+// failed, N skipped".
+namespace deep_ep::test {
+namespace {
+
+using std::chrono_literals::operator""s;
+using std::chrono_literals::operator""ms;
+using Clock = std::chrono::steady_clock;
+
+constexpr int kRanks = 3;
+constexpr int kVictim = 1;
+constexpr auto kJobLimit = 60s;
+constexpr auto kTimeout = 3000ms;
+constexpr const char* kSkip = "skip: ";
+
+struct Scenario {
+  const char* name;
+  ErrorCode code;
+  const char* word;  ///< that the Errors of the others contain
+};
+
+constexpr Scenario kScenarios[] = {
+    {"killed", ErrorCode::kPeerFailed, "rank 1"},
+    {"left", ErrorCode::kPeerFailed, "rank 1"},
+    {"asleep", ErrorCode::kTimeout, "rank 1"},
+    {"hidden", ErrorCode::kDisagreement, "hidden"},
+    {"combine_dtype", ErrorCode::kDisagreement, "dtype of x"},
+    {"barrier", ErrorCode::kDisagreement, "operation"},
+    {"capacity", ErrorCode::kCapacity, "num_worst_tokens"},
+    {"expert_id", ErrorCode::kPeerFailed, "topk_idx"},
+    {"refused", ErrorCode::kPeerFailed, "expert_alignment"},
+};
+
+verify::Case exchange_of(int ranks) {
+  verify::Case exchange;
+  exchange.ranks = ranks;
+  exchange.experts = 4 * ranks;
+  exchange.topk = 3;
+  exchange.tokens = {200};
+  exchange.hidden = 512;
+  exchange.combine_dtype = DType::kBfloat16;
+  exchange.cached_repeats = 2;
+  return exchange;
+}
+
+/// A dispatch with one argument that is wrong.
+void dispatch_wrongly(Buffer& buffer, const std::string& scenario) {
+  constexpr std::int64_t kTokens = 40;
+  const int ranks = buffer.num_ranks();
+  std::vector<std::int64_t> ids(kTokens * ranks);
+  for (std::size_t i = 0; i < ids.size(); ++i) ids[i] = static_cast<std::int64_t>(i) % ranks;
+  const std::vector<float> x(kTokens * 64, 1.5F);
+  const auto on_gpu = [&](const void* data, DType dtype, std::int64_t columns) {
+    return verify::on_device(TensorView(data, dtype, {kTokens, columns}), buffer.device());
+  };
+  DispatchArgs args;
+  args.options.stream = verify::own_stream();
+  const Tensor rows = on_gpu(x.data(), DType::kFloat32, 64);
+  Tensor topk_idx = on_gpu(ids.data(), DType::kInt64, ranks);
+  args.layout = buffer.get_dispatch_layout(topk_idx, ranks, args.options);
+  if (buffer.rank() == kVictim && scenario == "expert_id") {
+    ids[7] = ranks;
+    topk_idx = on_gpu(ids.data(), DType::kInt64, ranks);
+  }
+  args.x = rows;
+  args.topk_idx = topk_idx;
+  if (buffer.rank() == kVictim && scenario == "refused") args.expert_alignment = 0;
+  if (scenario == "capacity") args.num_worst_tokens = buffer.rank() == kVictim ? 5 : 400;
+  buffer.dispatch(args).event.host_wait();
+}
+
+/// What the victim does; throws as the others do if it learns of it.
+void act(Buffer& buffer, const std::string& scenario) {
+  verify::Case exchange = exchange_of(buffer.num_ranks());
+  if (scenario == "killed") {
+    std::thread([] {
+      usleep(std::random_device{}() % 200'000);
+      kill(getpid(), SIGKILL);
+    }).detach();
+    for (;;) (void)verify::run_case(buffer, exchange);
+  }
+  if (scenario == "left") return buffer.destroy();
+  if (scenario == "asleep") std::this_thread::sleep_for(kTimeout * 2);
+  if (scenario == "barrier") return buffer.barrier();
+  if (scenario == "hidden") exchange.hidden = 1024;
+  if (scenario == "combine_dtype") exchange.combine_dtype = DType::kFloat16;
+  (void)verify::run_case(buffer, exchange);
+}
+
+std::string play(Worker& worker, const std::string& job) {
+  const Scenario& scenario = kScenarios[std::stoi(job)];
+  const std::string name = scenario.name;
+  const int gpus = num_devices(DeviceType::kCuda);
+  if (gpus == 0) return std::string(kSkip) + "no GPU";
+  BufferOptions options;
+  options.device = {DeviceType::kCuda, worker.rank() % gpus};
+  options.timeout = kTimeout;
+  const bool victim = worker.rank() == kVictim;
+  std::string wrong;
+  {
+    Buffer buffer(worker.bootstrap(), options);
+    if (!verify::run_case(buffer, exchange_of(kRanks)).passed()) return "wrong before the fault";
+    buffer.barrier();
+    const auto begin = Clock::now();
+    try {
+      if (name == "capacity" || name == "expert_id" || name == "refused") {
+        dispatch_wrongly(buffer, name);
+      } else if (victim) {
+        act(buffer, name);
+      } else {
+        while (Clock::now() - begin < 20s) (void)verify::run_case(buffer, exchange_of(kRanks));
+      }
+      if (!victim) wrong += "no Error; ";
+    } catch (const Error& error) {
+      const std::string text = error.what();
+      if (!victim && error.code() != scenario.code)
+        wrong += fmt::format("code {}: {}; ", to_string(error.code()), text);
+      if (!victim && text.find(scenario.word) == std::string::npos)
+        wrong += fmt::format("'{}' is missing in '{}'; ", scenario.word, text);
+      if (!victim && name != "capacity" && error.ranks() != std::vector{kVictim})
+        wrong += fmt::format("ranks() is not the victim: {}; ", text);
+      try {
+        buffer.barrier();
+        wrong += "a call after the fault succeeds; ";
+      } catch (const Error&) {
+      }
+    }
+    const auto before = Clock::now();
+    buffer.destroy();
+    if (Clock::now() - before > kTimeout * 2) wrong += "destroy waits; ";
+  }
+  std::vector<int> others;
+  for (int rank = 0; rank < kRanks; ++rank) {
+    if (rank != kVictim || name != "killed") others.push_back(rank);
+  }
+  Buffer fresh(worker.bootstrap_among(others), options);
+  const auto result = verify::run_case(fresh, exchange_of(static_cast<int>(others.size())));
+  if (!result.passed()) wrong += "a new Buffer is wrong: " + result.first_mismatch;
+  return wrong;
+}
+
+int run(int rounds) {
+  Pool pool(kRanks, play);
+  int passed = 0;
+  int failed = 0;
+  int skipped = 0;
+  for (int round = 0; round < rounds; ++round) {
+    for (int i = 0; i < static_cast<int>(std::size(kScenarios)); ++i) {
+      std::string wrong;
+      bool skip = false;
+      const auto outcomes = pool.run(kRanks, std::to_string(i), kJobLimit);
+      for (int rank = 0; rank < kRanks; ++rank) {
+        const Outcome& outcome = outcomes[static_cast<std::size_t>(rank)];
+        skip = skip || outcome.answer.starts_with(kSkip);
+        const bool expected_death = rank == kVictim && outcome.signal == SIGKILL &&
+                                    std::string(kScenarios[i].name) == "killed";
+        if (skip || expected_death || (outcome.answered && outcome.answer.empty())) continue;
+        wrong += fmt::format("\n  rank {}: {}", rank,
+                             outcome.timed_out ? "hangs" : outcome.answer + outcome.failure);
+      }
+      if (!wrong.empty()) fmt::print("FAILED {}{}\n", kScenarios[i].name, wrong);
+      ++(skip ? skipped : wrong.empty() ? passed : failed);
+      std::fflush(stdout);
+    }
+  }
+  fmt::print("{} passed, {} failed, {} skipped\n", passed, failed, skipped);
+  return failed != 0 ? 1 : passed == 0 ? 77 : 0;
+}
+
+}  // namespace
+}  // namespace deep_ep::test
+
+int main(int argc, char** argv) { return deep_ep::test::run(argc > 1 ? std::stoi(argv[1]) : 1); }
