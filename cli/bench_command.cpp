@@ -83,6 +83,7 @@ nlohmann::ordered_json args_json(const Options& options, int ranks) {
   json["warmup"] = options.settings.warmup;
   json["check"] = options.settings.check;
   json["backend"] = options.backend;
+  json["comm_stream"] = options.settings.on_comm_stream;
   json["chain"] = options.settings.chain;
   json["num_sms"] = options.num_sms;
   json["num_threads"] = options.num_threads;
@@ -184,6 +185,8 @@ void add_run_options(CLI::App& command, Options& options) {
                    "Compare the benchmarked results with the reference (default: on)");
   command.add_option("--json", options.json, "File for the results");
   command.add_option("--num-sms", options.num_sms, "Config::num_sms")->delimiter(',');
+  command.add_flag("--comm-stream", settings.on_comm_stream,
+                   "On GPUs the caller works on the Buffer's own stream");
   command.add_option("--chain", options.chain,
                      "Calls in each timed iteration; 0: 1 on the host, 100 on GPUs");
   command.add_option("--num-threads", options.num_threads,

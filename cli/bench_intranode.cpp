@@ -111,6 +111,9 @@ class Point {
     last_ = combined_.event;
   }
 
+  Stream stream() const {
+    return settings_.on_comm_stream ? buffer_.comm_stream() : verify::own_stream();
+  }
   void find_layout() {
     layout_ =
         buffer_.get_dispatch_layout(topk_idx_, case_.experts, {.stream = verify::own_stream()});
@@ -146,7 +149,7 @@ DispatchResult Point::dispatch() {
   args.topk_idx = topk_idx_;
   args.topk_weights = topk_weights_;
   args.config = config_;
-  args.options.stream = verify::own_stream();
+  args.options.stream = stream();
   return buffer_.dispatch(args);
 }
 
@@ -156,7 +159,7 @@ DispatchResult Point::dispatch_cached() {
   args.x_scales = scales_;
   args.handle = handle_;
   args.config = config_;
-  args.options.stream = verify::own_stream();
+  args.options.stream = stream();
   return buffer_.dispatch(args);
 }
 
@@ -166,7 +169,7 @@ CombineResult Point::combine(const IntranodeHandle& handle) {
   args.handle = handle;
   args.topk_weights = y_weights_;
   args.config = config_;
-  args.options.stream = verify::own_stream();
+  args.options.stream = stream();
   return buffer_.combine(args);
 }
 

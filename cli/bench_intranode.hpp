@@ -36,6 +36,7 @@ struct BenchSettings {
   /// only queued, the end of the last one is waited for.
   int chain = 1;
   bool pair_latency = false;
+  bool on_comm_stream = false;  ///< GPUs: the caller works on the Buffer's own stream
   Config config{};
 };
 

@@ -157,6 +157,10 @@ class DEEP_EP_API Buffer {
   std::chrono::milliseconds timeout() const;
   /// Takes effect with the next call.
   void set_timeout(std::chrono::milliseconds timeout);
+  /// The stream on which the calls run; a CUDA stream of the Buffer's, valid until destroy. A
+  /// caller that works on it, and passes it as CallOptions::stream, spares the events between two
+  /// streams.
+  Stream comm_stream() const;
   /// Bytes of this rank's memory that peers map, and of those, bytes in live results.
   std::int64_t mapped_bytes() const;
   std::int64_t live_bytes() const;

@@ -214,11 +214,14 @@ DispatchLayout Buffer::Impl::get_dispatch_layout(const TensorView& topk_idx, int
   params.shape = validate_topk_idx(topk_idx, num_experts, num_ranks);
   params.topk_idx = topk_idx;
   DispatchLayout layout;
-  const Stream stream = options.stream;
-  layout.num_tokens_per_rank = backend_->allocate(DType::kInt32, {num_ranks}, stream);
-  layout.num_tokens_per_expert = backend_->allocate(DType::kInt32, {num_experts}, stream);
-  layout.is_token_in_rank =
-      backend_->allocate(DType::kBool, {params.shape.num_tokens, num_ranks}, stream);
+  const std::vector<Tensor> made = backend_->allocate(
+      {{nullptr, DType::kInt32, {num_ranks}, options_.device},
+       {nullptr, DType::kInt32, {num_experts}, options_.device},
+       {nullptr, DType::kBool, {params.shape.num_tokens, num_ranks}, options_.device}},
+      options.stream);
+  layout.num_tokens_per_rank = made[0];
+  layout.num_tokens_per_expert = made[1];
+  layout.is_token_in_rank = made[2];
   params.num_tokens_per_rank = layout.num_tokens_per_rank.as<std::int32_t>();
   params.num_tokens_per_expert = layout.num_tokens_per_expert.as<std::int32_t>();
   params.is_token_in_rank = layout.is_token_in_rank.as<bool>();
@@ -271,6 +274,10 @@ Device Buffer::device() const { return impl_->options_.device; }
 std::chrono::milliseconds Buffer::timeout() const { return impl_->options_.timeout; }
 void Buffer::set_timeout(std::chrono::milliseconds timeout) {
   impl_->options_.timeout = choose_timeout(timeout);
+}
+
+Stream Buffer::comm_stream() const {
+  return impl_->backend_ ? impl_->backend_->comm_stream() : Stream{};
 }
 
 std::int64_t Buffer::mapped_bytes() const {

@@ -22,8 +22,13 @@ CombineResult Buffer::Impl::intranode_combine(const CombineArgs& args) {
 
     const std::int64_t tokens = params.call.record.num_tokens;
     CombineResult& result = job->result;
-    result.combined_x =
-        backend_->allocate(args.x.dtype, {tokens, args.x.shape[1]}, args.options.stream);
+    std::vector<TensorView> views{
+        {nullptr, args.x.dtype, {tokens, args.x.shape[1]}, options_.device}};
+    if (args.topk_weights.defined())
+      views.push_back(
+          {nullptr, DType::kFloat32, {tokens, args.topk_weights.shape[1]}, options_.device});
+    const std::vector<Tensor> made = backend_->allocate(std::move(views), args.options.stream);
+    result.combined_x = made[0];
     params.dtype = args.x.dtype;
     params.x = args.x.as<const std::byte>();
     params.num_rows = args.x.shape[0];
@@ -36,8 +41,7 @@ CombineResult Buffer::Impl::intranode_combine(const CombineArgs& args) {
     params.window_rows = args.config.num_max_nvl_chunked_recv_tokens;
     params.combined_x = result.combined_x.as<std::byte>();
     if (args.topk_weights.defined()) {
-      result.combined_topk_weights = backend_->allocate(
-          DType::kFloat32, {tokens, args.topk_weights.shape[1]}, args.options.stream);
+      result.combined_topk_weights = made[1];
       params.topk_weights = args.topk_weights.as<const float>();
       params.combined_topk_weights = result.combined_topk_weights.as<float>();
     }

@@ -54,14 +54,18 @@ std::shared_ptr<Buffer::Impl::DispatchJob> Buffer::Impl::prepare_dispatch(
   }
 
   const int channels = num_channels(args.config);
-  const auto allocate = [&](std::int64_t rows, std::int64_t columns) {
-    return backend_->allocate(DType::kInt32, {rows, columns}, args.options.stream);
+  const auto matrix = [&](std::int64_t rows, std::int64_t columns) {
+    return TensorView(nullptr, DType::kInt32, {rows, columns}, options_.device);
   };
+  const std::vector<Tensor> made =
+      backend_->allocate({matrix(num_ranks, num_ranks), matrix(num_ranks, channels),
+                          matrix(shape.record.num_tokens, num_ranks)},
+                         args.options.stream);
   IntranodeHandle& handle = job->result.handle;
-  handle.rank_prefix_matrix = allocate(num_ranks, num_ranks);
-  handle.channel_prefix_matrix = allocate(num_ranks, channels);
+  handle.rank_prefix_matrix = made[0];
+  handle.channel_prefix_matrix = made[1];
   handle.is_token_in_rank = args.layout.is_token_in_rank;
-  handle.send_head = allocate(shape.record.num_tokens, num_ranks);
+  handle.send_head = made[2];
   job->tokens_per_expert.resize(shape.record.num_experts / num_ranks);
 
   intranode::NotifyDispatchParams& notify = job->notify;
@@ -137,9 +141,10 @@ DispatchResult Buffer::Impl::intranode_dispatch(const DispatchArgs& args) {
       // The counts are needed here and now: how many rows there will be.
       CallOptions now = args.options;
       now.async_finish = false;
-      backend_->submit(now, stage(job->number, false, [this, job] {
-                         intranode::notify_dispatch(*backend_, job->notify);
-                       }));
+      backend_->submit(now,
+                       stage(job->number, false,
+                             [this, job] { intranode::notify_dispatch(*backend_, job->notify); }),
+                       Backend::Part::kBegin);
       result.num_recv_tokens = job->num_recv_rows;
       for (const std::int64_t count : job->tokens_per_expert) {
         result.num_recv_tokens_per_expert_list.push_back(
@@ -152,11 +157,14 @@ DispatchResult Buffer::Impl::intranode_dispatch(const DispatchArgs& args) {
     }
     allocate_results(
         *job, counted || job->dispatch.cached ? result.num_recv_tokens : args.num_worst_tokens);
-    result.event = backend_->submit(args.options, stage(job->number, true, [this, job, counted] {
-                                      if (!counted && !job->dispatch.cached)
-                                        intranode::notify_dispatch(*backend_, job->notify);
-                                      intranode::dispatch(*backend_, job->dispatch);
-                                    }));
+    result.event = backend_->submit(args.options,
+                                    stage(job->number, true,
+                                          [this, job, counted] {
+                                            if (!counted && !job->dispatch.cached)
+                                              intranode::notify_dispatch(*backend_, job->notify);
+                                            intranode::dispatch(*backend_, job->dispatch);
+                                          }),
+                                    counted ? Backend::Part::kEnd : Backend::Part::kWhole);
     return result;
   });
 }

@@ -37,9 +37,9 @@ class Backend {
     std::shared_ptr<void> owner;
   };
   virtual Results allocate_results(std::int64_t bytes, Stream stream) = 0;
-  /// Memory of the device for what no peer writes.
-  virtual Tensor allocate(DType dtype, std::initializer_list<std::int64_t> shape,
-                          Stream stream) = 0;
+  /// Memory of the device for what no peer writes: the views with data, in one block if that costs
+  /// less.
+  virtual std::vector<Tensor> allocate(std::vector<TensorView> views, Stream stream) = 0;
   /// Local: grows until a block of `bytes` fits.
   virtual void reserve(std::int64_t bytes) = 0;
   virtual int num_segments() const = 0;
@@ -51,11 +51,17 @@ class Backend {
   virtual Tensor heap() const = 0;
 
   // -- order of work
+  /// Of a call that submits twice: what has been waited for need not be waited for again, and only
+  /// the end is an event.
+  enum class Part { kWhole, kBegin, kEnd };
   /// Runs `work` on the communication stream, behind options.previous_event or the caller's stream.
   /// On the host it returns when that is done, or, with async_finish, when it is queued; then the
   /// event carries the Error of a work that threw. On GPUs `work` queues kernels, at once, and
   /// without async_finish the caller's stream waits for them.
-  virtual EventHandle submit(const CallOptions& options, std::function<void()> work) = 0;
+  virtual EventHandle submit(const CallOptions& options, std::function<void()> work,
+                             Part part = Part::kWhole) = 0;
+  /// The stream on which the work runs.
+  virtual Stream comm_stream() const = 0;
   /// Waits for all queued work.
   virtual void synchronize() = 0;
 

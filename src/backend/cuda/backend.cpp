@@ -27,9 +27,8 @@ class CudaBackend final : public Backend {
   explicit CudaBackend(const BackendOptions& options)
       : options_(options),
         context_(options),
-        heap_(std::make_shared<DeviceHeap>(
-            context_.device(), [this](std::int64_t bytes) { return grow(bytes); },
-            context_.events())) {}
+        heap_(std::make_shared<DeviceHeap>(context_,
+                                           [this](std::int64_t bytes) { return grow(bytes); })) {}
 
   ~CudaBackend() override { close(); }
 
@@ -50,14 +49,20 @@ class CudaBackend final : public Backend {
   }
 
   Results allocate_results(std::int64_t bytes, Stream stream) override {
-    return heap_->allocate(bytes, native(stream), context_.comm_stream(), context_.fabric());
+    return heap_->allocate(bytes, native(stream), context_.fabric());
   }
 
-  Tensor allocate(DType dtype, std::initializer_list<std::int64_t> shape, Stream stream) override {
-    TensorView view(nullptr, dtype, shape, options_.device);
-    const Results results = allocate_results(static_cast<std::int64_t>(view.nbytes()), stream);
-    view.data = results.data;
-    return {view, results.owner};
+  std::vector<Tensor> allocate(std::vector<TensorView> views, Stream stream) override {
+    const auto carve = [&](Carver carver) {
+      for (TensorView& view : views)
+        view.data = carver.take<std::byte>(static_cast<std::int64_t>(view.nbytes()));
+      return carver.used();
+    };
+    const Results results = allocate_results(carve(Carver(nullptr)), stream);
+    (void)carve(Carver(results.data));
+    std::vector<Tensor> tensors;
+    for (const TensorView& view : views) tensors.emplace_back(view, results.owner);
+    return tensors;
   }
 
   void reserve(std::int64_t bytes) override { heap_->reserve(bytes); }
@@ -88,26 +93,22 @@ class CudaBackend final : public Backend {
             mapping};
   }
 
-  EventHandle submit(const CallOptions& options, std::function<void()> work) override {
+  EventHandle submit(const CallOptions& options, std::function<void()> work, Part part) override {
     const DeviceGuard guard(context_.device());
     cudaStream_t comm = context_.comm_stream();
     cudaStream_t caller = native(options.stream);
-    if (options.previous_event) {
-      options.previous_event->current_stream_wait(comm_handle());
-    } else if (caller != comm) {
-      const auto before = context_.events()->take();
-      check(cudaEventRecord(before.get(), caller), "cudaEventRecord");
-      check(cudaStreamWaitEvent(comm, before.get(), 0), "cudaStreamWaitEvent");
-    }
+    if (part != Part::kEnd) wait_before(options, caller, comm);
     work();
+    if (part == Part::kBegin) return EventHandle();
     auto after = context_.events()->take();
     check(cudaEventRecord(after.get(), comm), "cudaEventRecord");
     if (!options.async_finish && caller != comm)
       check(cudaStreamWaitEvent(caller, after.get(), 0), "cudaStreamWaitEvent");
-    return EventHandle(std::make_shared<CudaEvent>(
-        std::move(after), context_.device(),
-        [faults = context_.faults()] { return faults->error("a queued call"); }));
+    return EventHandle(
+        std::make_shared<CudaEvent>(std::move(after), context_.device(), context_.faults()));
   }
+
+  Stream comm_stream() const override { return {context_.comm_stream(), options_.device}; }
 
   void synchronize() override {
     const DeviceGuard guard(context_.device());
@@ -134,12 +135,21 @@ class CudaBackend final : public Backend {
   void combine(const deep_ep::intranode::CombineParams& params) override;
 
  private:
-  Stream comm_handle() const { return {context_.comm_stream(), options_.device}; }
+  void wait_before(const CallOptions& options, cudaStream_t caller, cudaStream_t comm) {
+    if (options.previous_event) {
+      options.previous_event->current_stream_wait(comm_stream());
+    } else if (caller != comm) {
+      const auto before = context_.events()->take();
+      check(cudaEventRecord(before.get(), caller), "cudaEventRecord");
+      check(cudaStreamWaitEvent(comm, before.get(), 0), "cudaStreamWaitEvent");
+    }
+  }
   int sms_of(const Call& call) const { return std::min(call.num_threads, context_.num_sms()); }
   void await_counts(const deep_ep::intranode::NotifyDispatchParams& params,
                     std::uint64_t ticket) const;
 
   fabric::Heap::NewSegment grow(std::int64_t bytes) {
+    const RelaxedCapture relaxed;
     const std::int64_t rounded = (bytes + kGrowthBytes - 1) / kGrowthBytes * kGrowthBytes;
     const int segment = context_.add_segment(rounded);
     log::debug("rank {}: segment {} of {} bytes added for a result of {} bytes", options_.rank,
@@ -276,7 +286,7 @@ void CudaBackend::combine(const deep_ep::intranode::CombineParams& params) {
   args.num_rows = params.num_rows;
   args.inbox_rows = record.num_tokens * (options_.num_ranks - 1);
   const Results inbox =
-      allocate_results(plan::RecvArrays::bytes(args.format, args.inbox_rows), comm_handle());
+      allocate_results(plan::RecvArrays::bytes(args.format, args.inbox_rows), comm_stream());
   args.inbox_segment = inbox.block.segment;
   args.inbox_offset = inbox.block.offset;
   args.combined_x = params.combined_x;

@@ -46,13 +46,15 @@ class DeviceHeap::Lease final : public ReleaseHook::Target {
 };
 
 Backend::Results DeviceHeap::allocate(std::int64_t bytes, cudaStream_t stream,
-                                      cudaStream_t comm_stream, fabric::Fabric& fabric) {
-  const RelaxedCapture relaxed;
+                                      fabric::Fabric& fabric) {
   const bool capturing = is_capturing(stream);
-  reclaim_finished();
   std::optional<fabric::Block> block = heap_.try_allocate(bytes);
+  if (!block) {
+    reclaim_finished();
+    block = heap_.try_allocate(bytes);
+  }
   if (!block && !capturing) {
-    reclaim_behind(comm_stream);
+    reclaim_behind();
     block = heap_.try_allocate(bytes);
   }
   Backend::Results results;
@@ -81,16 +83,18 @@ void DeviceHeap::give_back(const fabric::Block& block,
       if (closed_) return;
     }
     const DeviceGuard guard(device_);
-    const RelaxedCapture relaxed;
     for (std::size_t i = 0; i < streams.size(); ++i) {
       if (std::find(streams.begin(), streams.begin() + i, streams[i]) != streams.begin() + i)
         continue;
+      // Whoever uses the block next comes behind on the same stream.
+      if (streams[i] == comm_stream_) continue;
       // Somebody captures the stream now: what the block was used for there, nobody can tell.
       if (is_capturing(streams[i])) return;
       auto event = events_->take();
       check(cudaEventRecord(event.get(), streams[i]), "cudaEventRecord");
       pending.events.push_back(std::move(event));
     }
+    if (pending.events.empty()) return heap_.free(block);
     const std::lock_guard lock(mutex_);
     pending_.push_back(std::move(pending));
   } catch (const std::exception& error) {
@@ -100,6 +104,7 @@ void DeviceHeap::give_back(const fabric::Block& block,
 }
 
 void DeviceHeap::reclaim_finished() {
+  const RelaxedCapture relaxed;
   const std::lock_guard lock(mutex_);
   std::erase_if(pending_, [this](const Pending& one) {
     const bool finished = std::all_of(one.events.begin(), one.events.end(), [](const auto& event) {
@@ -111,11 +116,11 @@ void DeviceHeap::reclaim_finished() {
   (void)cudaGetLastError();  // cudaErrorNotReady is no error
 }
 
-void DeviceHeap::reclaim_behind(cudaStream_t comm_stream) {
+void DeviceHeap::reclaim_behind() {
   const std::lock_guard lock(mutex_);
   for (const Pending& one : pending_) {
     for (const auto& event : one.events)
-      check(cudaStreamWaitEvent(comm_stream, event.get(), 0), "cudaStreamWaitEvent");
+      check(cudaStreamWaitEvent(comm_stream_, event.get(), 0), "cudaStreamWaitEvent");
     heap_.free(one.block);
   }
   pending_.clear();

@@ -7,32 +7,33 @@
 #include <vector>
 
 #include "backend/backend.hpp"
-#include "backend/cuda/event.hpp"
+#include "backend/cuda/context.hpp"
 #include "fabric/fabric.hpp"
 #include "fabric/heap.hpp"
 
 namespace deep_ep::cuda {
 
 /// The heap of a rank's segments on a GPU. A block that is given back is used again only behind the
-/// work on the streams that it was given back on: by then, or by making the communication stream,
-/// on which everything begins that writes to a block, wait for it. Thread-safe; outlives its
-/// Buffer with the last block.
+/// work on the streams that it was given back on: once that is done, or by making the communication
+/// stream, on which everything begins that writes to a block, wait for it. Thread-safe; outlives
+/// its Buffer with the last block.
 class DeviceHeap : public std::enable_shared_from_this<DeviceHeap> {
  public:
-  DeviceHeap(int device, std::function<fabric::Heap::NewSegment(std::int64_t)> grow,
-             std::shared_ptr<EventPool> events)
-      : device_(device), heap_(std::move(grow)), events_(std::move(events)) {}
+  DeviceHeap(const Context& context, std::function<fabric::Heap::NewSegment(std::int64_t)> grow)
+      : device_(context.device()),
+        comm_stream_(context.comm_stream()),
+        heap_(std::move(grow)),
+        events_(context.events()) {}
 
   /// Gives the rest of a segment to the heap.
   void add(int segment, std::int64_t begin, std::int64_t end) { heap_.add(segment, begin, end); }
   void reserve(std::int64_t bytes) { heap_.reserve(bytes); }
   std::int64_t live_bytes() const { return heap_.live_bytes(); }
 
-  /// A block for a call whose caller works on `stream`. What `comm_stream` does from now on may
-  /// write to it. Of a stream that is being captured the block belongs to the graph for good, and
-  /// comes back only with the heap.
-  Backend::Results allocate(std::int64_t bytes, cudaStream_t stream, cudaStream_t comm_stream,
-                            fabric::Fabric& fabric);
+  /// A block for a call whose caller works on `stream`. What the communication stream does from now
+  /// on may write to it. Of a stream that is being captured the block belongs to the graph for
+  /// good, and comes back only with the heap.
+  Backend::Results allocate(std::int64_t bytes, cudaStream_t stream, fabric::Fabric& fabric);
   /// Blocks that come back later are just dropped.
   void close();
 
@@ -44,9 +45,10 @@ class DeviceHeap : public std::enable_shared_from_this<DeviceHeap> {
   };
   void give_back(const fabric::Block& block, const std::vector<cudaStream_t>& streams) noexcept;
   void reclaim_finished();
-  void reclaim_behind(cudaStream_t comm_stream);
+  void reclaim_behind();
 
   int device_;
+  cudaStream_t comm_stream_;
   fabric::Heap heap_;
   std::shared_ptr<EventPool> events_;
   std::mutex mutex_;  // guards what follows

@@ -35,7 +35,8 @@ void CudaEvent::stream_wait(Stream stream) {
 
 void CudaEvent::host_wait() {
   check(cudaEventSynchronize(event_.get()), "cudaEventSynchronize");
-  throw_failure();
+  if (!faults_) return;
+  if (std::optional<Error> error = faults_->error("a queued call")) throw Error(*error);
 }
 
 bool CudaEvent::query() {
@@ -43,11 +44,6 @@ bool CudaEvent::query() {
   if (status == cudaErrorNotReady) return false;
   check(status, "cudaEventQuery");
   return true;
-}
-
-void CudaEvent::throw_failure() const {
-  if (!failure_) return;
-  if (std::optional<Error> error = failure_()) throw Error(*error);
 }
 
 }  // namespace deep_ep::cuda

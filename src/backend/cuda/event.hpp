@@ -2,14 +2,12 @@
 
 #include <cuda_runtime_api.h>
 
-#include <functional>
 #include <memory>
 #include <mutex>
-#include <optional>
 #include <vector>
 
+#include "backend/cuda/faults.hpp"
 #include "base/event_state.hpp"
-#include "deep_ep/error.hpp"
 
 namespace deep_ep::cuda {
 
@@ -31,24 +29,20 @@ class EventPool : public std::enable_shared_from_this<EventPool> {
   std::vector<cudaEvent_t> free_;
 };
 
-/// A point in a CUDA stream. `failure`, if given, is asked once it is reached.
+/// A point in a CUDA stream; `faults`, if given, are asked once it is reached.
 class CudaEvent final : public EventState {
  public:
-  using Failure = std::function<std::optional<Error>()>;
-  CudaEvent(std::shared_ptr<CUevent_st> event, int device, Failure failure)
-      : event_(std::move(event)), device_(device), failure_(std::move(failure)) {}
+  CudaEvent(std::shared_ptr<CUevent_st> event, int device, std::shared_ptr<Faults> faults)
+      : event_(std::move(event)), device_(device), faults_(std::move(faults)) {}
 
   void stream_wait(Stream stream) override;
   void host_wait() override;
   bool query() override;
-  cudaEvent_t get() const { return event_.get(); }
 
  private:
-  void throw_failure() const;
-
   std::shared_ptr<CUevent_st> event_;
   int device_;
-  Failure failure_;
+  std::shared_ptr<Faults> faults_;
 };
 
 }  // namespace deep_ep::cuda

@@ -68,12 +68,17 @@ class HostBackend final : public Backend {
     return results;
   }
 
-  Tensor allocate(DType dtype, std::initializer_list<std::int64_t> shape, Stream stream) override {
-    TensorView view(nullptr, dtype, shape);
-    if (static_cast<std::int64_t>(view.nbytes()) < kHeapBytes) return Tensor::empty(dtype, shape);
-    const Results results = allocate_results(static_cast<std::int64_t>(view.nbytes()), stream);
-    view.data = results.data;
-    return {view, results.owner};
+  std::vector<Tensor> allocate(std::vector<TensorView> views, Stream stream) override {
+    std::vector<Tensor> tensors;
+    for (TensorView& view : views) {
+      const auto bytes = static_cast<std::int64_t>(view.nbytes());
+      const std::shared_ptr<void> owner = bytes < kHeapBytes
+                                              ? Tensor::empty(DType::kUint8, {bytes}).owner()
+                                              : allocate_results(bytes, stream).owner;
+      view.data = owner.get();
+      tensors.emplace_back(view, owner);
+    }
+    return tensors;
   }
 
   void reserve(std::int64_t bytes) override { heap_->reserve(bytes); }
@@ -100,7 +105,8 @@ class HostBackend final : public Backend {
     return {TensorView(mapping->base(), DType::kUint8, {mapping->bytes()}), mapping};
   }
 
-  EventHandle submit(const CallOptions& options, std::function<void()> work) override {
+  // A later part need not wait for anything again: the stream keeps the order.
+  EventHandle submit(const CallOptions& options, std::function<void()> work, Part) override {
     if (options.async_finish) {
       return stream_.enqueue([event = options.previous_event, work = std::move(work)] {
         if (event) event->host_wait();
@@ -113,6 +119,7 @@ class HostBackend final : public Backend {
     return EventHandle();
   }
 
+  Stream comm_stream() const override { return {}; }
   void synchronize() override { stream_.drain(); }
 
   void raise_fault(const Error& error) noexcept override { context_.raise_fault(error); }
