@@ -105,6 +105,12 @@ struct ControlBlock {
   EpochFlag* ring_head;  // [lanes, R] credits for the rings that this rank writes
   std::byte* ring_data;  // [lanes, R, ring_bytes]
 
+  /// The mailbox of a call: two alternate (I3). Not by index, which would put a copy of a
+  /// ControlBlock on a GPU thread's stack.
+  DEEP_EP_HD Mailbox mailbox_of(std::uint64_t epoch) const {
+    return epoch % 2 == 0 ? mailbox[0] : mailbox[1];
+  }
+
   DEEP_EP_HD static ControlBlock carve(Carver& carver, const ControlShape& shape) {
     const std::int64_t ranks = shape.num_ranks;
     const std::int64_t rings = ranks * shape.num_lanes;

@@ -59,7 +59,7 @@ constexpr std::uint32_t kGoneDead = 2;
 struct Comm {
   int rank = 0;
   int num_ranks = 1;
-  const DeviceControl* control = nullptr;  // [R] as mapped here, in GPU memory
+  std::byte* bases[kMaxRanks] = {};  // of every rank's segment 0, as mapped here
   // [R, num_segments] bases as mapped here, null while not mapped; GPU memory, written by the host
   std::byte* const* segments = nullptr;
   int num_segments = 0;
@@ -67,6 +67,12 @@ struct Comm {
   HostStatus* status = nullptr;
   std::int64_t timeout_ns = 0;
   protocol::CallRecord record{};  // of the call that the kernel is part of
+
+  /// Arithmetic alone: a table in memory would have to be waited for.
+  DEEP_EP_HD DeviceControl control(int i) const {
+    Carver carver(bases[i]);
+    return DeviceControl::carve(carver, num_ranks);
+  }
 };
 
 }  // namespace deep_ep::cuda

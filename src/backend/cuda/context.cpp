@@ -89,7 +89,6 @@ Context::Context(const BackendOptions& options)
   segments_ = allocate_zeroed<std::byte*>(static_cast<std::size_t>(num_ranks_) * kMaxSegments,
                                           table_stream_);
   local_ = allocate_zeroed<LocalState>(1, comm_stream_);
-  controls_ = allocate_zeroed<DeviceControl>(static_cast<std::size_t>(num_ranks_), comm_stream_);
 }
 
 Context::~Context() {
@@ -99,7 +98,6 @@ Context::~Context() {
   (void)cudaStreamDestroy(fault_stream_);
   (void)cudaStreamDestroy(table_stream_);
   (void)cudaFree(local_);
-  (void)cudaFree(controls_);
   (void)cudaFree(segments_);
 }
 
@@ -134,23 +132,13 @@ void Context::open_handles(const std::vector<std::string>& exported) {
            },
        .segment_mapped = [this](int rank, int segment,
                                 std::byte* base) { set_base(rank, segment, base); }});
-  const DeviceGuard guard(device_);
-  std::vector<DeviceControl> controls;
-  for (int i = 0; i < num_ranks_; ++i) {
-    Carver carver(fabric_.base(i, 0));
-    controls.push_back(DeviceControl::carve(carver, num_ranks_));
-  }
-  check(cudaMemcpyAsync(controls_, controls.data(), controls.size() * sizeof(DeviceControl),
-                        cudaMemcpyHostToDevice, comm_stream_),
-        "cudaMemcpyAsync");
-  check(cudaStreamSynchronize(comm_stream_), "cudaMemcpyAsync");
 }
 
 Comm Context::comm(const Call& call) const {
   Comm comm;
   comm.rank = rank_;
   comm.num_ranks = num_ranks_;
-  comm.control = controls_;
+  for (int i = 0; i < num_ranks_; ++i) comm.bases[i] = fabric_.base(i, 0);
   comm.segments = segments_;
   comm.num_segments = kMaxSegments;
   comm.local = local_;

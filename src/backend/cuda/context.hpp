@@ -82,9 +82,8 @@ class Context {
   std::shared_ptr<EventPool> events_;
   std::shared_ptr<Faults> faults_;
   cudaStream_t table_stream_ = nullptr;
-  std::byte** segments_ = nullptr;     // [R, kMaxSegments], GPU memory
-  DeviceControl* controls_ = nullptr;  // [R], GPU memory
-  LocalState* local_ = nullptr;        // GPU memory
+  std::byte** segments_ = nullptr;  // [R, kMaxSegments], GPU memory
+  LocalState* local_ = nullptr;     // GPU memory
   ZeroedWords count_words_;
   ZeroedWords sum_words_;
   fabric::Fabric fabric_;  // last: its helper thread uses the rest

@@ -39,8 +39,8 @@ __device__ inline void publish_place(const Comm& comm, std::uint64_t epoch,
                                      const protocol::CallRecord& record, const Place& own) {
   for (int i = threadIdx.x; i < comm.num_ranks; i += blockDim.x) {
     const int source = (comm.rank + 1 + i) % comm.num_ranks;
-    const protocol::ControlBlock& there = comm.control[source].block;
-    there.mailbox[epoch % 2].record[comm.rank] = record;
+    const protocol::ControlBlock there = comm.control(source).block;
+    there.mailbox_of(epoch).record[comm.rank] = record;
     protocol::InboxPlace& place = there.inbox[comm.rank];
     place.segment = own.segment;
     place.offset = own.offset;
@@ -65,7 +65,7 @@ __device__ inline std::byte* segment_base(const Comm& comm, int rank, int segmen
 /// Returns the base of the block, or null if the wait failed or the ranks disagree.
 __device__ inline std::byte* wait_place(const Comm& comm, std::uint64_t epoch,
                                         const protocol::CallRecord& record, int rank) {
-  const protocol::ControlBlock& own = comm.control[comm.rank].block;
+  const protocol::ControlBlock own = comm.control(comm.rank).block;
   const protocol::InboxPlace& place = own.inbox[rank];
   std::byte* base = nullptr;
   const bool ready = wait_for(
@@ -78,7 +78,7 @@ __device__ inline std::byte* wait_place(const Comm& comm, std::uint64_t epoch,
                                    segment_base(comm, rank, place.handle_segment) != nullptr);
       },
       [&] { return place.ready.seen(); });
-  if (!ready || !agrees(comm, record, own.mailbox[epoch % 2].record[rank], rank)) return nullptr;
+  if (!ready || !agrees(comm, record, own.mailbox_of(epoch).record[rank], rank)) return nullptr;
   return base + place.offset;
 }
 

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <cstddef>
+
 #include "backend/cuda/comm.hpp"
 #include "backend/cuda/device/ptx.cuh"
 #include "protocol/wait.hpp"
@@ -20,7 +22,7 @@ struct DeviceWaiter {
 
   __device__ void begin() { started = globaltimer(); }
   __device__ bool faulted() const {
-    return comm.control[comm.rank].block.fault->load() == protocol::FaultRecord::kWritten;
+    return comm.control(comm.rank).block.fault->load() == protocol::FaultRecord::kWritten;
   }
   __device__ bool expired() {
     const std::int64_t waited = globaltimer() - started;
@@ -52,7 +54,7 @@ __device__ __noinline__ inline void raise(const Comm& comm, const Report& report
   const std::uint64_t epoch = comm.local->epoch + 1;
   for (int i = 0; i < comm.num_ranks; ++i) {
     protocol::FaultRecord& record =
-        *comm.control[(comm.rank + i) % comm.num_ranks].block.fault;  // this rank's first
+        *comm.control((comm.rank + i) % comm.num_ranks).block.fault;  // this rank's first
     if (!record.claim()) continue;
     record.code = report.code;
     record.origin = comm.rank;
@@ -101,10 +103,11 @@ __device__ bool wait_for(const Comm& comm, int rank, Wait what, std::uint64_t ex
   return false;
 }
 
-/// True if `rank`, whose record of this epoch is here, called with what this rank called with.
-__device__ inline bool agrees(const Comm& comm, const protocol::CallRecord& mine,
-                              const protocol::CallRecord& theirs, int rank) {
-#pragma unroll  // or the records would have to be indexed, in memory
+/// Reports the first field on which two records differ.
+__device__ __noinline__ inline void raise_disagreement(const Comm& comm,
+                                                       const protocol::CallRecord& mine,
+                                                       const protocol::CallRecord& theirs,
+                                                       int rank) {
   for (int i = 0; i < protocol::CallRecord::kNumAgreed; ++i) {
     if (mine.agreed(i) == theirs.agreed(i)) continue;
     Report report;
@@ -115,15 +118,29 @@ __device__ inline bool agrees(const Comm& comm, const protocol::CallRecord& mine
     report.values[1] = mine.agreed(i);
     report.values[2] = theirs.agreed(i);
     raise(comm, report);
-    return false;
+    return;
   }
-  return true;
 }
 
-/// True in every thread of the block if this Buffer works.
-__device__ inline bool block_may_start(const Comm& comm) {
-  return __syncthreads_or(threadIdx.x == 0 && comm.control[comm.rank].block.fault->load() !=
-                                                  protocol::FaultRecord::kNone) == 0;
+/// True if `rank`, whose record of this epoch is here, called with what this rank called with.
+__device__ inline bool agrees(const Comm& comm, const protocol::CallRecord& mine,
+                              const protocol::CallRecord& theirs, int rank) {
+  // All words that must agree, loaded before the first is looked at.
+  constexpr int kWords = offsetof(protocol::CallRecord, num_tokens) / 8;
+  static_assert(sizeof(protocol::CallRecord) == kWords * 8 + 8, "num_tokens alone may differ");
+  const auto* a = reinterpret_cast<const std::uint64_t*>(&mine);
+  const auto* b = reinterpret_cast<const std::uint64_t*>(&theirs);
+  std::uint64_t difference = 0;
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) difference |= a[i] ^ b[i];
+  if (difference == 0) return true;
+  raise_disagreement(comm, mine, theirs, rank);
+  return false;
+}
+
+/// False if this Buffer is faulted: the kernel leaves then, with all its roles.
+__device__ inline bool may_start(const Comm& comm) {
+  return comm.control(comm.rank).block.fault->load() == protocol::FaultRecord::kNone;
 }
 
 /// True in every thread of the one block that comes here last. What all blocks wrote, peers' memory
@@ -143,8 +160,9 @@ __device__ inline bool is_last_block(const Comm& comm) {
 
 /// Hands this rank's fault record to the host, if it is there.
 __device__ __noinline__ inline void mirror_fault(const Comm& comm) {
-  const protocol::FaultRecord& own = *comm.control[comm.rank].block.fault;
-  if (comm.status->faulted != 0 || own.load() == protocol::FaultRecord::kNone) return;
+  const protocol::FaultRecord& own = *comm.control(comm.rank).block.fault;
+  // In this order: the host's memory is far away.
+  if (own.load() == protocol::FaultRecord::kNone || comm.status->faulted != 0) return;
   // A writer needs microseconds, unless it died on the way.
   DeviceWaiter waiter{comm, comm.rank};
   waiter.begin();

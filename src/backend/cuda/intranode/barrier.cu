@@ -10,8 +10,8 @@ constexpr int kThreads = 128;
 
 __global__ void __launch_bounds__(kThreads) barrier(const __grid_constant__ BarrierArgs args) {
   const Comm& comm = args.comm;
-  if (block_may_start(comm)) {
-    const std::uint64_t epoch = comm.local->epoch + 1;
+  const std::uint64_t epoch = comm.local->epoch + 1;
+  if (__syncthreads_and(may_start(comm)) != 0) {
     post(comm, epoch);
     (void)wait_posted(comm, epoch);
   }
@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kThreads) barrier(const __grid_constant__ Barr
 __global__ void fault(const __grid_constant__ FaultArgs args) {
   for (int i = 0; i < args.comm.num_ranks; ++i) {
     protocol::FaultRecord& record =
-        *args.comm.control[(args.comm.rank + i) % args.comm.num_ranks].block.fault;
+        *args.comm.control((args.comm.rank + i) % args.comm.num_ranks).block.fault;
     if (!record.claim()) continue;
     // All but the first word, the state, which publish() sets.
     const auto* from = reinterpret_cast<const std::uint32_t*>(&args.record);

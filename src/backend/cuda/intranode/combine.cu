@@ -68,7 +68,7 @@ __device__ bool find_other(const CombineArgs& args, std::uint64_t epoch,
   const Comm& comm = args.comm;
   std::byte* theirs = wait_place(comm, epoch, record, i);
   if (theirs == nullptr) return false;
-  const std::int64_t room = comm.control[comm.rank].block.inbox[i].rows;
+  const std::int64_t room = comm.control(comm.rank).block.inbox[i].rows;
   const plan::RowRange push = rows_of(args, i, comm.rank);
   const plan::RowRange come = rows_of(args, comm.rank, i);
   other.x_row = push.begin;
@@ -107,9 +107,9 @@ __device__ bool find_others(const CombineArgs& args, std::uint64_t epoch, Shared
                   {args.inbox_segment, args.inbox_offset, args.inbox_rows});
   }
   bool good = true;
-  for (int i = threadIdx.x; i < args.comm.num_ranks; i += kThreads) {
+  for (int i = threadIdx.x; good && i < args.comm.num_ranks; i += kThreads) {
     shared.waited[i] = 0;
-    good = find_other(args, epoch, shared.record, i, shared.others[i]) && good;
+    good = may_start(args.comm) && find_other(args, epoch, shared.record, i, shared.others[i]);
   }
   return __syncthreads_and(good) != 0;
 }
@@ -144,7 +144,7 @@ __device__ void push_chunk(const CombineArgs& args, RowPump& pump, const Other& 
   if (threadIdx.x % 32 != 0) return;
   // release: pairs with the acquire in wait_chunk() of the source.
   protocol::store_release(
-      args.comm.control[source].chunks + std::int64_t{args.comm.rank} * kMaxChunks + chunk, epoch);
+      args.comm.control(source).chunks + std::int64_t{args.comm.rank} * kMaxChunks + chunk, epoch);
 }
 
 /// By a push warp: its chunks, of all sources in turn, so that all of them can begin to sum.
@@ -177,7 +177,7 @@ __device__ void push_rows(const CombineArgs& args, Shared& shared, std::uint64_t
 __device__ bool wait_chunk(const CombineArgs& args, Shared& shared, int rank, std::int32_t head,
                            std::uint64_t epoch) {
   const Comm& comm = args.comm;
-  const std::uint64_t* word = comm.control[comm.rank].chunks + std::int64_t{rank} * kMaxChunks +
+  const std::uint64_t* word = comm.control(comm.rank).chunks + std::int64_t{rank} * kMaxChunks +
                               head / chunk_rows(shared.others[rank].count);
   // acquire: pairs with the release in push_chunk() of the rank.
   if (protocol::load_acquire(word) == epoch) return true;
@@ -306,7 +306,7 @@ __global__ void __launch_bounds__(kThreads) combine(const __grid_constant__ Comb
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   const Comm& comm = args.comm;
   const std::uint64_t epoch = comm.local->epoch + 1;
-  if (block_may_start(comm) && find_others(args, epoch, shared)) {
+  if (find_others(args, epoch, shared)) {
     if (threadIdx.x < kPushWarps * 32) {
       push_rows(args, shared, epoch);
     } else {

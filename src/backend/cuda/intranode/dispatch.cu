@@ -45,7 +45,7 @@ __device__ bool find_target(const DispatchArgs& args, std::uint64_t epoch,
   const Comm& comm = args.comm;
   std::byte* base = wait_place(comm, epoch, record, i);
   if (base == nullptr) return false;
-  const protocol::InboxPlace& place = comm.control[comm.rank].block.inbox[i];
+  const protocol::InboxPlace& place = comm.control(comm.rank).block.inbox[i];
   const auto rows = plan::rows_from(args.rank_prefix_matrix, comm.rank, i, comm.num_ranks);
   Carver carver(base);
   target.arrays = plan::RecvArrays::carve(carver, args.format, place.rows);
@@ -75,8 +75,8 @@ __device__ bool find_targets(const DispatchArgs& args, std::uint64_t epoch, Shar
                    args.cached ? 0 : args.num_channels, args.handle_segment, args.handle_offset});
   }
   bool good = true;
-  for (int i = threadIdx.x; i < comm.num_ranks; i += blockDim.x) {
-    good = find_target(args, epoch, shared.record, i, shared.targets[i]) && good;
+  for (int i = threadIdx.x; good && i < comm.num_ranks; i += blockDim.x) {
+    good = may_start(comm) && find_target(args, epoch, shared.record, i, shared.targets[i]);
   }
   return __syncthreads_and(good) != 0;
 }
@@ -284,12 +284,12 @@ __device__ bool exchange_landed(const Comm& comm, std::uint64_t epoch) {
   for (int i = threadIdx.x; i < comm.num_ranks; i += blockDim.x) {
     const int rank = (comm.rank + 1 + i) % comm.num_ranks;
     // release: every block's rows are complete (Pump::finish()) and acquired in is_last_block().
-    comm.control[rank].block.landed[comm.rank].publish(epoch);
+    comm.control(rank).block.landed[comm.rank].publish(epoch);
   }
   bool good = true;
   for (int i = threadIdx.x; i < comm.num_ranks; i += blockDim.x) {
     const long long begin = clock64();
-    const protocol::EpochFlag& landed = comm.control[comm.rank].block.landed[i];
+    const protocol::EpochFlag& landed = comm.control(comm.rank).block.landed[i];
     // acquire: pairs with publish() above at rank i.
     good = wait_for(
                comm, i, Wait::kRows, epoch, [&] { return landed.reached(epoch); },
@@ -306,7 +306,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   const Comm& comm = args.comm;
   const std::uint64_t epoch = comm.local->epoch + 1;
-  const bool good = block_may_start(comm) && find_targets(args, epoch, shared);
+  const bool good = find_targets(args, epoch, shared);
   if (good) {
     fill_unused_rows(args, shared.targets[comm.rank].arrays);
     if (threadIdx.x < kRowWarps * 32) {

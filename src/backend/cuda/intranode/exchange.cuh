@@ -11,7 +11,7 @@ namespace deep_ep::cuda::intranode {
 __device__ inline void post(const Comm& comm, std::uint64_t epoch) {
   for (int i = threadIdx.x; i < comm.num_ranks; i += blockDim.x) {
     const int to = (comm.rank + 1 + i) % comm.num_ranks;
-    protocol::Mailbox mailbox = comm.control[to].block.mailbox[epoch % 2];
+    const protocol::Mailbox mailbox = comm.control(to).block.mailbox_of(epoch);
     mailbox.record[comm.rank] = comm.record;
     // release: pairs with the acquire in wait_posted().
     mailbox.posted[comm.rank].publish(epoch);
@@ -20,15 +20,15 @@ __device__ inline void post(const Comm& comm, std::uint64_t epoch) {
 
 /// By all threads of one block, true in each: every rank has posted, with this rank's arguments.
 __device__ inline bool wait_posted(const Comm& comm, std::uint64_t epoch) {
-  const protocol::Mailbox& mailbox = comm.control[comm.rank].block.mailbox[epoch % 2];
-  bool good = true;
-  for (int i = threadIdx.x; i < comm.num_ranks; i += blockDim.x) {
+  const protocol::Mailbox mailbox = comm.control(comm.rank).block.mailbox_of(epoch);
+  bool good = may_start(comm);
+  for (int i = threadIdx.x; good && i < comm.num_ranks; i += blockDim.x) {
     const protocol::EpochFlag& posted = mailbox.posted[i];
     // acquire: pairs with publish() in post() of rank i.
     good = wait_for(
                comm, i, Wait::kCall, epoch, [&] { return posted.reached(epoch); },
                [&] { return posted.seen(); }) &&
-           agrees(comm, comm.record, mailbox.record[i], i) && good;
+           agrees(comm, comm.record, mailbox.record[i], i);
   }
   return __syncthreads_and(good) != 0;
 }

@@ -100,43 +100,64 @@ __device__ void place_part(const NotifyArgs& args, std::int64_t part, int rank,
 }
 
 /// By all warps of the grid, in turn: part by part, so that no warp waits for a later turn.
-__device__ void place_tokens(const NotifyArgs& args, std::uint64_t epoch) {
+__device__ void place_tokens(const NotifyArgs& args, std::uint64_t epoch, int blocks) {
   const std::int64_t tokens = args.comm.record.num_tokens;
   const std::int64_t parts = tokens == 0 ? 1 : (tokens + kTokensPerCount - 1) / kTokensPerCount;
   const int ranks = args.comm.num_ranks;
   for (std::int64_t unit = blockIdx.x * kWarps + threadIdx.x / 32; unit < parts * ranks;
-       unit += std::int64_t{gridDim.x} * kWarps) {
+       unit += std::int64_t{blocks} * kWarps) {
     place_part(args, unit / ranks, static_cast<int>(unit % ranks), epoch);
   }
 }
 
 // --- checks --------------------------------------------------------------------------------------
 
-__device__ void check_ids(const NotifyArgs& args) {
-  if (args.topk_idx.data == nullptr) return;
+__device__ __noinline__ void raise_bad_id(const NotifyArgs& args, std::int64_t entry,
+                                          std::int64_t id) {
   const protocol::CallRecord& record = args.comm.record;
-  const std::uint32_t local_experts = record.num_experts / args.comm.num_ranks;
-  const std::int64_t count = record.num_tokens * record.num_topk;
-  for (std::int64_t i = blockIdx.x * std::int64_t{kThreads} + threadIdx.x; i < count;
-       i += std::int64_t{gridDim.x} * kThreads) {
-    const std::int64_t id = args.topk_idx[i];
-    if (id == -1) continue;
-    Report report;
-    report.code = kInvalidArgumentCode;
-    report.values[0] = i / record.num_topk;
-    report.values[1] = i % record.num_topk;
-    report.values[2] = id;
-    report.values[3] = record.num_experts;
-    if (id < 0 || id >= record.num_experts) {
-      report.finding = Finding::kBadExpert;
-      raise(args.comm, report);
-      continue;
+  const bool known = id >= 0 && id < record.num_experts;
+  Report report;
+  report.finding = known ? Finding::kNotInRank : Finding::kBadExpert;
+  report.code = kInvalidArgumentCode;
+  report.values[0] = entry / record.num_topk;
+  report.values[1] = entry % record.num_topk;
+  report.values[2] = id;
+  report.values[3] =
+      known ? id / (record.num_experts / args.comm.num_ranks) : std::int64_t{record.num_experts};
+  raise(args.comm, report);
+}
+
+/// By all threads but those of the block that exchanges: ids in range, and in is_token_in_rank.
+__device__ void check_ids(const NotifyArgs& args, int blocks) {
+  if (args.topk_idx.data == nullptr) return;
+  constexpr int kTogether = 4;  // loads under way at once
+  const protocol::CallRecord& record = args.comm.record;
+  const std::uint32_t experts = record.num_experts;
+  const std::uint32_t local_experts = experts / args.comm.num_ranks;
+  const std::uint32_t topk = record.num_topk;
+  // Below 2^31: checked by the layout's validation.
+  const auto count = static_cast<std::uint32_t>(record.num_tokens * topk);
+  const std::uint32_t step = blocks * kThreads;
+  for (std::uint32_t base = blockIdx.x * kThreads + threadIdx.x; base < count;
+       base += step * kTogether) {
+    std::int64_t ids[kTogether];
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i)
+      ids[i] = base + i * step < count ? args.topk_idx[base + i * step] : -1;
+    bool in_rank[kTogether];
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      const bool known = ids[i] >= 0 && ids[i] < experts;
+      const std::uint32_t token = (base + i * step) / topk;
+      in_rank[i] =
+          ids[i] == -1 ||
+          (known && args.is_token_in_rank[std::int64_t{token} * args.comm.num_ranks +
+                                          static_cast<std::uint32_t>(ids[i]) / local_experts]);
     }
-    const int rank = static_cast<int>(static_cast<std::uint32_t>(id) / local_experts);
-    if (args.is_token_in_rank[report.values[0] * args.comm.num_ranks + rank]) continue;
-    report.finding = Finding::kNotInRank;
-    report.values[3] = rank;
-    raise(args.comm, report);
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      if (!in_rank[i]) raise_bad_id(args, base + i * step, ids[i]);
+    }
   }
 }
 
@@ -148,7 +169,7 @@ __device__ void write_counts(const NotifyArgs& args, std::uint64_t epoch) {
   const int ranks = comm.num_ranks;
   const int local_experts = comm.record.num_experts / ranks;
   for (int i = 0; i < ranks; ++i) {
-    const protocol::Mailbox& mailbox = comm.control[i].block.mailbox[epoch % 2];
+    const protocol::Mailbox mailbox = comm.control(i).block.mailbox_of(epoch);
     for (int j = threadIdx.x; j < ranks; j += kThreads) {
       mailbox.tokens_per_rank[comm.rank * ranks + j] = args.num_tokens_per_rank[j];
     }
@@ -215,18 +236,21 @@ __device__ void exchange_counts(const NotifyArgs& args, std::uint64_t epoch) {
   __syncthreads();
   post(args.comm, epoch);
   if (!wait_posted(args.comm, epoch)) return;
-  const protocol::Mailbox& mailbox = args.comm.control[args.comm.rank].block.mailbox[epoch % 2];
+  const protocol::Mailbox mailbox = args.comm.control(args.comm.rank).block.mailbox_of(epoch);
   read_counts(args, mailbox);
   __syncthreads();
   tell_host(args, mailbox);
 }
 
 __global__ void __launch_bounds__(kThreads) notify(const __grid_constant__ NotifyArgs args) {
-  if (block_may_start(args.comm)) {
-    const std::uint64_t epoch = args.comm.local->epoch + 1;
-    check_ids(args);
-    // The last block exchanges, since the first have the most tokens to place.
-    if (gridDim.x == 1 || blockIdx.x + 1 < gridDim.x) place_tokens(args, epoch);
+  const std::uint64_t epoch = args.comm.local->epoch + 1;
+  if (__syncthreads_and(may_start(args.comm)) != 0) {
+    // The last block exchanges, if there are others to do the rest.
+    const int blocks = gridDim.x == 1 ? 1 : static_cast<int>(gridDim.x) - 1;
+    if (blockIdx.x < blocks) {
+      place_tokens(args, epoch, blocks);
+      check_ids(args, blocks);
+    }
     if (blockIdx.x + 1 == gridDim.x) exchange_counts(args, epoch);
   }
   if (is_last_block(args.comm)) end_kernel(args.comm);
@@ -235,8 +259,13 @@ __global__ void __launch_bounds__(kThreads) notify(const __grid_constant__ Notif
 }  // namespace
 
 cudaError_t launch_notify(const NotifyArgs& args, int num_sms, cudaStream_t stream) {
-  const std::int64_t parts = (args.comm.record.num_tokens + kTokensPerCount - 1) / kTokensPerCount;
-  const std::int64_t wanted = (parts * args.comm.num_ranks + kWarps - 1) / kWarps + 1;
+  // A few ids for each thread, and the block that exchanges.
+  constexpr std::int64_t kIdsABlock = 4 * kThreads;
+  const protocol::CallRecord& record = args.comm.record;
+  const std::int64_t parts = (record.num_tokens + kTokensPerCount - 1) / kTokensPerCount;
+  const std::int64_t for_parts = (parts * args.comm.num_ranks + kWarps - 1) / kWarps;
+  const std::int64_t for_ids = (record.num_tokens * record.num_topk + kIdsABlock - 1) / kIdsABlock;
+  const std::int64_t wanted = (for_parts > for_ids ? for_parts : for_ids) + 1;
   notify<<<static_cast<int>(wanted < num_sms ? wanted : num_sms), kThreads, 0, stream>>>(args);
   return cudaGetLastError();
 }
