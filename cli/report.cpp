@@ -16,10 +16,12 @@ double gigabytes_per_second(double bytes, double us) { return us > 0 ? bytes / u
 
 }  // namespace
 
-void print_bench_header(const std::string& command, int ranks, const BenchSettings& settings) {
+void print_bench_header(const std::string& command, int ranks, const BenchSettings& settings,
+                        const std::string& transport) {
   const Machine machine = read_machine();
   fmt::print("# deepep {} {} on {} ({}, {} cores), {}\n", version(), command, machine.host,
              machine.cpu, machine.cores, now());
+  fmt::print("# {}\n", transport);
   fmt::print(
       "# ranks {}, num_sms {}, routing {}, seed {}, warmup {}, iterations {}, live results {}\n",
       ranks, settings.config.num_sms, settings.table ? "file" : verify::to_string(settings.routing),

@@ -27,10 +27,6 @@ constexpr int kMaxChannels = 1024;
 
 int num_channels(const Config& config) { return std::clamp(config.num_sms / 2, 1, kMaxChannels); }
 
-std::int64_t received_rows(const intranode::NotifyDispatchParams& params, int rank, int num_ranks) {
-  return plan::rows_from(params.rank_prefix_matrix, num_ranks - 1, rank, num_ranks).end;
-}
-
 }  // namespace
 
 std::shared_ptr<Buffer::Impl::DispatchJob> Buffer::Impl::prepare_dispatch(
@@ -112,7 +108,8 @@ void Buffer::Impl::allocate_results(DispatchJob& job, std::int64_t rows) {
 
 void Buffer::Impl::notify(DispatchJob& job) {
   intranode::notify_dispatch(*backend_, job.notify);
-  const std::int64_t rows = received_rows(job.notify, bootstrap_->rank(), bootstrap_->size());
+  const std::int64_t rows =
+      plan::received_rows(job.notify.rank_prefix_matrix, bootstrap_->rank(), bootstrap_->size());
   if (job.args.num_worst_tokens == 0 || rows <= job.args.num_worst_tokens) return;
   throw Error(ErrorCode::kCapacity,
               fmt::format("intranode_dispatch: rank {} receives {} rows, num_worst_tokens is {}",
@@ -132,7 +129,7 @@ DispatchResult Buffer::Impl::intranode_dispatch(const DispatchArgs& args) {
       CallOptions now = args.options;
       now.async_finish = false;
       backend_->submit(now, stage(job->number, false, [this, job] { notify(*job); }));
-      result.num_recv_tokens = received_rows(job->notify, rank, num_ranks);
+      result.num_recv_tokens = plan::received_rows(job->notify.rank_prefix_matrix, rank, num_ranks);
       for (const std::int64_t count : job->tokens_per_expert) {
         result.num_recv_tokens_per_expert_list.push_back(
             plan::aligned_expert_count(count, args.expert_alignment));
