@@ -129,5 +129,32 @@ TEST(Buffer, WhenARankStopsAllOthersFailAndSomeoneNamesIt) {
   }
 }
 
+// Ranks give up at almost the same time, each at any point of another's giving up: who waits for a
+// rank that waits for the stopped one must still find the way to that one.
+TEST(Buffer, EveryRankBlamesTheOneThatStoppedInABarrier) {
+  for_each_seed(400, [](std::uint64_t seed) {
+    constexpr int kRanks = 4;
+    constexpr int kStopped = 2;
+    const auto buffers = make_buffers(seed, kRanks);
+    for (const auto& buffer : buffers) buffer->set_timeout(std::chrono::milliseconds(8));  // 8000
+    std::vector<std::function<void()>> ranks;
+    for (int rank = 0; rank < kRanks; ++rank) {
+      ranks.push_back([&, rank] {
+        try {
+          for (;;) buffers[rank]->barrier();
+        } catch (const Error& error) {
+          EXPECT_EQ(error.ranks(), std::vector{kStopped})
+              << "rank " << rank << ": " << error.what();
+        }
+      });
+    }
+    BatonScheduler scheduler(seed, {.delay_per_mille = 300,
+                                    .stop_rank = kStopped,
+                                    .stop_at_point = 1 + static_cast<int>(seed % 12)});
+    scheduler.run(ranks);
+    EXPECT_TRUE(scheduler.stopped(kStopped));
+  });
+}
+
 }  // namespace
 }  // namespace deep_ep::sim

@@ -105,8 +105,9 @@ class Context {
       if (waiter.waited() > kAnnounceAfter) announce_wait(missing());
       return false;
     });
-    protocol::store_relaxed(own().waiting_for, 0);
+    // Whoever gives up stays marked: others may give up in the same moment and follow the marks.
     if (result != protocol::WaitResult::kReady) throw_unready(call, what, missing());
+    protocol::store_relaxed(own().waiting_for, 0);
   }
 
   /// Throws the Error of this Buffer's fault, if there is one.

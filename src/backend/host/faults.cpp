@@ -88,6 +88,7 @@ void Context::throw_unready(const Call& call, const char* what,
     throw Error(known->code(), fmt::format("{}; {}", known->what(), describe(what, missing)),
                 known->ranks());
   }
+  protocol::schedule_point(protocol::Point::kWait);
   const std::vector<int> culprits = find_culprits(missing);
   throw Error(ErrorCode::kTimeout,
               fmt::format("{} (call {}) on rank {}: {} did not arrive within {} ms; {}",
