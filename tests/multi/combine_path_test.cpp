@@ -11,6 +11,7 @@
 
 #include "deep_ep/deep_ep.hpp"
 #include "multi/in_ranks.hpp"
+#include "refusal.hpp"
 
 // Which way combine takes between processes, and what happens where a rank's memory cannot be read.
 
@@ -51,15 +52,6 @@ void expect_round_trip(Buffer& buffer) {
   }
 }
 
-std::string error_of(const std::function<void()>& call) {
-  try {
-    call();
-  } catch (const Error& error) {
-    return error.what();
-  }
-  return "no Error";
-}
-
 /// Without the rights of ptrace over each other. As root that takes another user.
 void shut_memory() {
   if (geteuid() == 0) {
@@ -91,10 +83,12 @@ TEST(CombinePath, PullWhereItIsImpossibleIsRefusedOnAllRanks) {
   setenv("DEEP_EP_COMBINE", "pull", 1);
   in_ranks(2, [](Bootstrap& bootstrap) {
     shut_memory();
-    EXPECT_THAT(error_of([&] {
-                  Buffer(std::shared_ptr<Bootstrap>(&bootstrap, [](Bootstrap*) {}),
-                         {.timeout = std::chrono::seconds(20)});
-                }),
+    EXPECT_THAT(refusal(
+                    [&] {
+                      Buffer(std::shared_ptr<Bootstrap>(&bootstrap, [](Bootstrap*) {}),
+                             {.timeout = std::chrono::seconds(20)});
+                    },
+                    ErrorCode::kUnsupported),
                 testing::AllOf(HasSubstr("DEEP_EP_COMBINE is pull"),
                                HasSubstr("rank 0 cannot read rank 1")));
   });
@@ -104,10 +98,12 @@ TEST(CombinePath, PullWhereItIsImpossibleIsRefusedOnAllRanks) {
 TEST(CombinePath, RanksWithDifferentSettingsAreTold) {
   in_ranks(2, [](Bootstrap& bootstrap) {
     setenv("DEEP_EP_COMBINE", bootstrap.rank() == 0 ? "auto" : "ring", 1);
-    EXPECT_THAT(error_of([&] {
-                  Buffer(std::shared_ptr<Bootstrap>(&bootstrap, [](Bootstrap*) {}),
-                         {.timeout = std::chrono::seconds(20)});
-                }),
+    EXPECT_THAT(refusal(
+                    [&] {
+                      Buffer(std::shared_ptr<Bootstrap>(&bootstrap, [](Bootstrap*) {}),
+                             {.timeout = std::chrono::seconds(20)});
+                    },
+                    ErrorCode::kDisagreement),
                 HasSubstr("DEEP_EP_COMBINE is"));
   });
 }

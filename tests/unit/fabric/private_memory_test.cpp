@@ -4,8 +4,8 @@
 #include <cstdint>
 #include <cstring>
 
-#include "deep_ep/error.hpp"
 #include "fabric/memory.hpp"
+#include "refusal.hpp"
 
 namespace deep_ep::fabric {
 namespace {
@@ -24,13 +24,9 @@ TEST(PrivateMemory, BeginsAtAHugePageIsZeroAndWritable) {
 }
 
 TEST(PrivateMemory, AShortageIsAnErrorWithTheSize) {
-  try {
-    allocate_private(std::int64_t{1} << 46);
-    FAIL() << "64 TiB were allocated";
-  } catch (const Error& error) {
-    EXPECT_EQ(error.code(), ErrorCode::kOutOfMemory);
-    EXPECT_THAT(error.what(), testing::HasSubstr("70368744177664 bytes"));
-  }
+  EXPECT_THAT(refusal([] { allocate_private(std::int64_t{1} << 46); }, ErrorCode::kOutOfMemory),
+              testing::HasSubstr("70368744177664 bytes"));
+  refusal([] { allocate_private(0); }, ErrorCode::kInvalidArgument);
 }
 
 }  // namespace
