@@ -113,7 +113,9 @@ int run_sweep(const std::shared_ptr<Bootstrap>& bootstrap, const Options& option
   buffer_options.num_threads = options.num_threads;
   buffer_options.num_nvl_bytes = options.num_nvl_bytes;
   Buffer buffer(bootstrap, buffer_options);
-  if (first) print_bench_header("bench intranode", bootstrap->size(), options.settings);
+  if (first) {
+    print_bench_header("bench intranode", bootstrap->size(), options.settings, buffer.transport());
+  }
   nlohmann::ordered_json results = nlohmann::ordered_json::array();
   std::int64_t wrong = 0;
   for (std::size_t i = 0; i < shapes.size(); ++i) {
@@ -132,6 +134,7 @@ int run_sweep(const std::shared_ptr<Bootstrap>& bootstrap, const Options& option
     json["command"] = "bench intranode";
     json["args"] = args_json(options, bootstrap->size());
     json["environment"] = environment_json();
+    json["transport"] = buffer.transport();
     json["mapped_bytes"] = buffer.mapped_bytes();
     json["results"] = results;
     json["checked"] = options.settings.check;

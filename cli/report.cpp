@@ -16,10 +16,12 @@ double gigabytes_per_second(double bytes, double us) { return us > 0 ? bytes / u
 
 }  // namespace
 
-void print_bench_header(const std::string& command, int ranks, const BenchSettings& settings) {
+void print_bench_header(const std::string& command, int ranks, const BenchSettings& settings,
+                        const std::string& transport) {
   const Machine machine = read_machine();
   fmt::print("# deepep {} {} on {} ({}, {} cores), {}\n", version(), command, machine.host,
              machine.cpu, machine.cores, now());
+  fmt::print("# {}\n", transport);
   fmt::print(
       "# ranks {}, routing {}, seed {}, warmup {}, iterations {} of {} calls, live results {}\n",
       ranks, settings.table ? "file" : verify::to_string(settings.routing), settings.seed,

@@ -9,7 +9,8 @@
 namespace deep_ep::cli {
 
 /// The table's heading: machine, date, and what the columns mean.
-void print_bench_header(const std::string& command, int ranks, const BenchSettings& settings);
+void print_bench_header(const std::string& command, int ranks, const BenchSettings& settings,
+                        const std::string& transport);
 void print_bench_row(const BenchShape& shape, const BenchRow& row);
 nlohmann::ordered_json bench_row_json(const BenchShape& shape, const BenchRow& row);
 

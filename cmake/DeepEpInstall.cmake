@@ -27,3 +27,7 @@ install(FILES ${PROJECT_BINARY_DIR}/deep_ep.pc DESTINATION ${CMAKE_INSTALL_LIBDI
 if(TARGET deepep)
   install(TARGETS deepep RUNTIME DESTINATION ${CMAKE_INSTALL_BINDIR})
 endif()
+# Loaded at run time, from beside libdeep_ep.so or from lib/ beside the tool's folder.
+if(TARGET deep_ep_cuda)
+  install(TARGETS deep_ep_cuda LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR})
+endif()

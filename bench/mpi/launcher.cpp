@@ -156,10 +156,10 @@ void print_ratios(const Json& result) {
   const auto ratio = [&](const char* name) { return result[name].get<double>(); };
   fmt::print(
       "R={}: dispatch_vs_mpi {:.2f} (own rows past MPI {:.2f})  combine_vs_mpi {:.2f} ({:.2f})"
-      "  memcpy_ratio {:.2f}  t1_pair {:.1f} us\n",
+      "  memcpy_ratio {:.2f}  t1_pair {:.1f} us  ({})\n",
       result["ranks"].get<int>(), ratio("dispatch_vs_mpi"), ratio("dispatch_vs_mpi_own_direct"),
       ratio("combine_vs_mpi"), ratio("combine_vs_mpi_own_direct"), ratio("memcpy_ratio"),
-      ratio("t1_pair_us"));
+      ratio("t1_pair_us"), result["our_transport"].get<std::string>());
 }
 
 void write_results(const Settings& settings, const std::vector<Json>& results) {

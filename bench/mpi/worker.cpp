@@ -319,6 +319,7 @@ int run_worker(const Settings& settings) {
   MPI_Allreduce(MPI_IN_PLACE, &wrong, 1, MPI_LONG_LONG, MPI_SUM, MPI_COMM_WORLD);
   nlohmann::ordered_json json = to_json(operations, problem);
   json["wrong_elements"] = wrong;
+  json["our_transport"] = buffer.transport();
   json["t1_pair_us"] = cli::summarize(measure_small_pairs(buffer, settings, mpi)).median;
   if (mpi.rank == 0) print_result(json);
   return wrong == 0 ? 0 : 1;

@@ -55,6 +55,20 @@ class Run {
   }
 
  private:
+  /// An empty tensor may point anywhere or, as those of torch do, nowhere: one rank's way this
+  /// time, the other's next time.
+  template <class AnyTensor>
+  AnyTensor passed(AnyTensor tensor) const {
+    if (tensor.numel() == 0 && (case_.seed + expected_.rank) % 2 == 0) tensor.data = nullptr;
+    return tensor;
+  }
+  IntranodeHandle passed(IntranodeHandle handle) const {
+    if (case_.clone_handle) handle = clone(handle);
+    for (Tensor* tensor : {&handle.recv_src_idx, &handle.is_token_in_rank, &handle.send_head})
+      *tensor = passed(*tensor);
+    return handle;
+  }
+
   CallOptions options() const {
     CallOptions options;
     options.stream = own_stream();
@@ -96,7 +110,7 @@ class Run {
 
 void Run::find_layout() {
   const Tensor ids = input(inputs_.topk_idx());
-  layout_ = buffer_.get_dispatch_layout(ids, case_.experts, options());
+  layout_ = buffer_.get_dispatch_layout(passed(ids), case_.experts, options());
   finish(layout_.event, "layout", [this, ids] { checks_.layout(on_host(layout_)); });
 }
 
@@ -105,11 +119,12 @@ void Run::dispatch() {
                ids = input(inputs_.topk_idx()), stats = input(inputs_.stats());
   const Tensor weights = input(inputs_.topk_weights());
   DispatchArgs args;
-  args.x = x;
-  args.x_scales = scales;
+  args.x = passed(x);
+  args.x_scales = passed(scales);
   args.layout = layout_;
-  if (case_.pass_topk) args.topk_idx = ids;
-  if (case_.pass_topk && case_.weights) args.topk_weights = weights;
+  args.layout.is_token_in_rank = passed(layout_.is_token_in_rank);
+  if (case_.pass_topk) args.topk_idx = passed(ids);
+  if (case_.pass_topk && case_.weights) args.topk_weights = passed(weights);
   args.expert_alignment = case_.expert_alignment;
   args.num_worst_tokens = case_.num_worst_tokens == 0 ? 0 : inputs_.result_rows();
   args.config = case_.config;
@@ -131,10 +146,10 @@ void Run::dispatch_cached(int round) {
   if (case_.clone_handle) event_.host_wait();
   const Tensor x = input(inputs_.x(round)), scales = input(inputs_.scales(round)),
                stats = input(inputs_.stats());
-  const IntranodeHandle handle = case_.clone_handle ? clone(handle_) : handle_;
+  const IntranodeHandle handle = passed(handle_);
   DispatchArgs args;
-  args.x = x;
-  args.x_scales = scales;
+  args.x = passed(x);
+  args.x_scales = passed(scales);
   args.handle = handle;
   args.config = case_.late_config;
   args.dispatch_wait_recv_cost_stats = stats;
@@ -157,12 +172,12 @@ void Run::combine(int round) {
   const Tensor bias0 = case_.biases > 0 ? input(inputs_.bias(0, round)) : Tensor();
   const Tensor bias1 = case_.biases > 1 ? input(inputs_.bias(1, round)) : Tensor();
   const Tensor stats = input(inputs_.stats());
-  const IntranodeHandle handle = case_.clone_handle ? clone(handle_) : handle_;
+  const IntranodeHandle handle = passed(handle_);
   CombineArgs args;
-  args.x = x;
+  args.x = passed(x);
   args.handle = handle;
-  args.topk_weights = weights;
-  args.bias = {bias0, bias1};
+  args.topk_weights = passed(weights);
+  args.bias = {passed(bias0), passed(bias1)};
   args.config = case_.late_config;
   args.combine_wait_recv_cost_stats = stats;
   args.options = options();

@@ -87,7 +87,8 @@ struct DispatchResult {
 struct CombineArgs {
   /// [Nr, H] bfloat16, float16 or float32, contiguous: one row per received row, already weighted
   /// and summed over this rank's experts. H * size_of(dtype) a multiple of 16 bytes. Longer than Nr
-  /// is allowed (num_worst_tokens).
+  /// is allowed (num_worst_tokens). Peers read it while the call runs. If the call throws, ranks
+  /// that are threads of the same process may still read it until their own call has ended.
   TensorView x{};
   IntranodeHandle handle{};
   TensorView topk_weights{};         ///< optional [Nr, K] float32: summed like the rows
@@ -166,6 +167,8 @@ class DEEP_EP_API Buffer {
   std::int64_t live_bytes() const;
   /// The rank's own heap from `offset` bytes on, as elements of `dtype`; the view keeps it mapped.
   Tensor get_local_buffer_tensor(DType dtype, std::int64_t offset = 0) const;
+  /// How rows move between the ranks, in words, for logs and benchmarks.
+  std::string transport() const;
   /// The last 256 operations (what, epoch, shapes, state, times in ns) as a JSON array, oldest
   /// first.
   std::string operations_json() const;

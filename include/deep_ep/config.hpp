@@ -11,7 +11,8 @@ namespace deep_ep {
 struct DEEP_EP_API Config {
   int num_sms = 20;  ///< SMs (CUDA) or worker threads (host) at most; any value from 1; clipped to
                      ///< what exists
-  int num_max_nvl_chunked_send_tokens = 6;  ///< combine: rows written before the receiver is told
+  int num_max_nvl_chunked_send_tokens = 6;  ///< combine: rows written before the receiver is told;
+                                            ///< of no effect where rows are read, not written
   int num_max_nvl_chunked_recv_tokens =
       256;  ///< combine: rows in flight from one rank to another at most
   int num_max_rdma_chunked_send_tokens = 6;    ///< the same between nodes

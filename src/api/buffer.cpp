@@ -78,10 +78,10 @@ void Buffer::Impl::sync() {
   const std::vector<std::string> handles = exchange([this] { return allocate_and_export(); });
   trace::step("Buffer::sync");
   trace::step("open_handles");
-  exchange([&] {
+  backend_->agree(exchange([&] {
     backend_->open_handles(handles);
-    return std::string();
-  });
+    return backend_->findings();
+  }));
   internode::init(*backend_);
 }
 
@@ -298,6 +298,10 @@ Tensor Buffer::get_local_buffer_tensor(DType dtype, std::int64_t offset) const {
   return {TensorView(heap.as<std::byte>() + offset, dtype, {(heap.shape[0] - offset) / size},
                      heap.device),
           heap.owner()};
+}
+
+std::string Buffer::transport() const {
+  return impl_->backend_ ? impl_->backend_->transport() : "";
 }
 
 std::string Buffer::operations_json() const { return impl_->log_.to_json(); }

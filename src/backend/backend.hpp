@@ -29,6 +29,12 @@ class Backend {
   virtual std::string export_handles() = 0;
   /// Collective: maps the peers' heaps.
   virtual void open_handles(const std::vector<std::string>& exported) = 0;
+  /// Local, behind open_handles: what this rank found out that all ranks must go by.
+  virtual std::string findings() { return {}; }
+  /// Local: every rank's findings, in rank order. What throws here throws on all ranks.
+  virtual void agree(const std::vector<std::string>& findings) { (void)findings; }
+  /// How rows move, in words.
+  virtual std::string transport() const { return {}; }
   /// A block that peers can write, for the results of one call; goes back when the last owner goes,
   /// on GPUs behind the work that `stream`, the caller's, has then. Outlives the backend.
   struct Results {

@@ -2,6 +2,8 @@
 
 #include <dlfcn.h>
 
+#include <string>
+
 #include "base/error.hpp"
 #include "deep_ep/version.hpp"
 
@@ -12,9 +14,21 @@ namespace {
 constexpr const char* kLibrary = "libdeep_ep_cuda.so";
 using MakeParts = CudaParts* (*)();
 
+/// The folder of the library or program that this code is part of, with a slash.
+std::string own_folder() {
+  Dl_info info{};
+  if (dladdr(reinterpret_cast<const void*>(&own_folder), &info) == 0) return "";
+  const std::string path = info.dli_fname;
+  return path.substr(0, path.rfind('/') + 1);
+}
+
 CudaParts& load() {
-  // Beside this library or program (its run path), then where the system looks.
-  void* library = dlopen(kLibrary, RTLD_NOW | RTLD_LOCAL);
+  // Beside this library, in lib/ beside the folder of this program, or where the system looks.
+  void* library = nullptr;
+  for (const std::string& folder : {own_folder(), own_folder() + "../lib/", std::string()}) {
+    library = dlopen((folder + kLibrary).c_str(), RTLD_NOW | RTLD_LOCAL);
+    if (library != nullptr) break;
+  }
   if (library == nullptr) {
     throw Error(ErrorCode::kUnsupported,
                 fmt::format("device cuda: {}; build with the CUDA toolkit (preset cuda), or use "

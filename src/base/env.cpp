@@ -20,6 +20,9 @@ constexpr auto kVariables = std::to_array<Variable>({
     {"DEEP_EP_INBOX_BYTES", "4194304",
      "Bytes of the memory through which a rank receives rows that cannot be written to their final "
      "place."},
+    {"DEEP_EP_COMBINE", "auto",
+     "How the host's combine fetches rows: pull (reads them from the experts' ranks, which takes "
+     "the rights of ptrace), ring (through the inbox) or auto (pull where all ranks can)."},
     {"DEEP_EP_LOG_LEVEL", "warn", "trace, debug, info, warn, error or off."},
     {"DEEP_EP_LOG_FILE", "",
      "File that log lines are appended to; %p is the process id, %h the host. Empty: stderr."},
@@ -105,7 +108,17 @@ int num_threads() { return static_cast<int>(integer("DEEP_EP_NUM_THREADS", 0, 40
 
 int ranks_per_node() { return static_cast<int>(integer("DEEP_EP_RANKS_PER_NODE", 0, kMaxInt)); }
 
-std::int64_t inbox_bytes() { return integer("DEEP_EP_INBOX_BYTES", 1024, std::int64_t{1} << 40); }
+std::int64_t inbox_bytes() { return integer("DEEP_EP_INBOX_BYTES", 128, std::int64_t{1} << 40); }
+
+CombinePath combine_path() {
+  const std::string path = text("DEEP_EP_COMBINE");
+  if (path == "auto") return CombinePath::kAuto;
+  if (path == "pull") return CombinePath::kPull;
+  if (path == "ring") return CombinePath::kRing;
+  throw Error(
+      ErrorCode::kInvalidArgument,
+      fmt::format("DEEP_EP_COMBINE: '{}' is not allowed, must be auto, pull or ring", path));
+}
 
 std::string log_level() {
   std::string level = text("DEEP_EP_LOG_LEVEL");

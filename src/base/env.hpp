@@ -20,10 +20,12 @@ const char* value_of(const Variable& variable);
 
 // Read at each call, so that a Buffer sees what was set before its construction. Throw
 // Error(kInvalidArgument) naming the variable and its value.
-std::int64_t timeout_ms();        // DEEP_EP_TIMEOUT_MS
-int num_threads();                // DEEP_EP_NUM_THREADS, 0: choose
-int ranks_per_node();             // DEEP_EP_RANKS_PER_NODE, 0: find
-std::int64_t inbox_bytes();       // DEEP_EP_INBOX_BYTES
+std::int64_t timeout_ms();   // DEEP_EP_TIMEOUT_MS
+int num_threads();           // DEEP_EP_NUM_THREADS, 0: choose
+int ranks_per_node();        // DEEP_EP_RANKS_PER_NODE, 0: find
+std::int64_t inbox_bytes();  // DEEP_EP_INBOX_BYTES
+enum class CombinePath : std::int32_t { kAuto, kPull, kRing };
+CombinePath combine_path();       // DEEP_EP_COMBINE
 std::string log_level();          // DEEP_EP_LOG_LEVEL
 std::string log_file();           // DEEP_EP_LOG_FILE, "": stderr
 std::string dump_directory();     // DEEP_EP_DUMP_DIR, "": no dump on a fault

@@ -5,8 +5,15 @@
 #include <optional>
 #include <sstream>
 
+#include "base/error.hpp"
+
 namespace deep_ep::fabric {
 namespace {
+
+constexpr std::int64_t kMiB = 1 << 20;
+
+/// Left to everybody else: enough for all ranks of a machine to report the shortage.
+constexpr std::int64_t kLeftAlone = 64 * kMiB;
 
 std::optional<std::int64_t> read_number(const std::string& path) {
   std::ifstream file(path);
@@ -79,6 +86,24 @@ AvailableMemory available_memory(const std::string& root) {
       lower_along(least, root + "/sys/fs/cgroup/memory", path, kVersion1);
   }
   return least;
+}
+
+void throw_shortage(std::int64_t bytes, const std::string& why) {
+  throw Error(ErrorCode::kOutOfMemory,
+              fmt::format("a segment of {} bytes ({:.1f} MiB) cannot be allocated: {}", bytes,
+                          static_cast<double>(bytes) / kMiB, why));
+}
+
+void require_available(std::int64_t bytes, std::int64_t rest) {
+  const AvailableMemory available = available_memory();
+  if (rest <= available.bytes - kLeftAlone) return;
+  throw_shortage(bytes,
+                 fmt::format("{} leaves {} bytes ({:.1f} MiB), of which {} MiB are left "
+                             "alone{}",
+                             available.source, available.bytes,
+                             static_cast<double>(available.bytes) / kMiB, kLeftAlone / kMiB,
+                             rest < bytes ? fmt::format("; {} bytes were still to come", rest)
+                                          : std::string()));
 }
 
 }  // namespace deep_ep::fabric

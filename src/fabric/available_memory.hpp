@@ -15,4 +15,10 @@ struct AvailableMemory {
 /// `root` is put before the paths read, for tests.
 AvailableMemory available_memory(const std::string& root = "");
 
+/// Throws Error(kOutOfMemory) unless `rest` bytes of an allocation of `bytes` bytes are available,
+/// and some more for everybody else.
+void require_available(std::int64_t bytes, std::int64_t rest);
+/// Error(kOutOfMemory): why `bytes` bytes of memory cannot be had.
+[[noreturn]] void throw_shortage(std::int64_t bytes, const std::string& why);
+
 }  // namespace deep_ep::fabric

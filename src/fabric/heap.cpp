@@ -21,7 +21,7 @@ void Heap::add(int segment, std::int64_t begin, std::int64_t end) {
   end = end / kAlignment * kAlignment;
   if (begin >= end) return;
   const std::lock_guard lock(mutex_);
-  give(segment, begin, end - begin);
+  add_part(segment, begin, end - begin);
 }
 
 std::optional<Block> Heap::try_allocate(std::int64_t bytes) {
@@ -41,7 +41,7 @@ Block Heap::allocate(std::int64_t bytes) {
   const NewSegment fresh = grow_(bytes);
   Block block;
   const std::lock_guard lock(mutex_);
-  give(fresh.segment, 0, fresh.bytes / kAlignment * kAlignment);
+  add_part(fresh.segment, 0, fresh.bytes / kAlignment * kAlignment);
   if (!take(bytes, block))
     throw Error(ErrorCode::kOutOfMemory,
                 fmt::format("a block of {} bytes does not fit a new segment of {} bytes", bytes,
@@ -52,7 +52,11 @@ Block Heap::allocate(std::int64_t bytes) {
 void Heap::free(const Block& block) {
   const std::lock_guard lock(mutex_);
   live_bytes_ -= block.bytes;
-  give(block.segment, block.offset, block.bytes);
+  Parts::node_type part = std::move(spare_.back());
+  spare_.pop_back();
+  part.key() = {block.segment, block.offset};
+  part.mapped() = block.bytes;
+  give(std::move(part));
 }
 
 void Heap::reserve(std::int64_t bytes) {
@@ -64,7 +68,7 @@ void Heap::reserve(std::int64_t bytes) {
   }
   const NewSegment fresh = grow_(bytes);
   const std::lock_guard lock(mutex_);
-  give(fresh.segment, 0, fresh.bytes / kAlignment * kAlignment);
+  add_part(fresh.segment, 0, fresh.bytes / kAlignment * kAlignment);
 }
 
 std::int64_t Heap::live_bytes() const {
@@ -83,9 +87,17 @@ bool Heap::take(std::int64_t bytes, Block& block) {
   for (auto part = free_.begin(); part != free_.end(); ++part) {
     const auto [key, size] = *part;
     if (size < bytes) continue;
+    Parts spare;
+    spare.emplace(key, bytes);
+    spare_.push_back(spare.extract(spare.begin()));
+    // From here on nothing throws.
     block = {key.segment, key.offset, bytes};
-    free_.erase(part);
-    if (size > bytes) free_.emplace(Key{key.segment, key.offset + bytes}, size - bytes);
+    auto rest = free_.extract(part);
+    if (size > bytes) {
+      rest.key().offset += bytes;
+      rest.mapped() -= bytes;
+      free_.insert(std::move(rest));
+    }
     live_bytes_ += bytes;
     return true;
   }
@@ -97,20 +109,27 @@ bool Heap::fits(std::int64_t bytes) const {
                      [&](const auto& part) { return part.second >= bytes; });
 }
 
-void Heap::give(int segment, std::int64_t offset, std::int64_t bytes) {
-  auto next = free_.lower_bound(Key{segment, offset});
-  if (next != free_.end() && next->first == Key{segment, offset + bytes}) {
-    bytes += next->second;
+void Heap::add_part(int segment, std::int64_t offset, std::int64_t bytes) {
+  Parts part;
+  part.emplace(Key{segment, offset}, bytes);
+  give(part.extract(part.begin()));
+}
+
+void Heap::give(Parts::node_type part) {
+  const auto [segment, offset] = part.key();
+  auto next = free_.lower_bound(part.key());
+  if (next != free_.end() && next->first == Key{segment, offset + part.mapped()}) {
+    part.mapped() += next->second;
     next = free_.erase(next);
   }
   if (next != free_.begin()) {
     const auto before = std::prev(next);
     if (before->first.segment == segment && before->first.offset + before->second == offset) {
-      before->second += bytes;
+      before->second += part.mapped();
       return;
     }
   }
-  free_.emplace(Key{segment, offset}, bytes);
+  free_.insert(std::move(part));
 }
 
 }  // namespace deep_ep::fabric

@@ -38,6 +38,7 @@ class Heap {
   Block allocate(std::int64_t bytes);
   /// Without growth.
   std::optional<Block> try_allocate(std::int64_t bytes);
+  /// Needs no memory itself: results are released in destructors.
   void free(const Block& block);
   /// Grows until a block of `bytes` fits.
   void reserve(std::int64_t bytes);
@@ -53,11 +54,14 @@ class Heap {
   };
   bool take(std::int64_t bytes, Block& block);
   bool fits(std::int64_t bytes) const;
-  void give(int segment, std::int64_t offset, std::int64_t bytes);
+  using Parts = std::map<Key, std::int64_t>;  // begin -> bytes
+  void add_part(int segment, std::int64_t offset, std::int64_t bytes);
+  void give(Parts::node_type part);
 
   std::mutex grow_mutex_;  // one growth at a time; taken before mutex_
   mutable std::mutex mutex_;
-  std::map<Key, std::int64_t> free_;  // begin -> bytes
+  Parts free_;
+  std::vector<Parts::node_type> spare_;  // one for each block that is out
   std::int64_t live_bytes_ = 0;
   std::function<NewSegment(std::int64_t)> grow_;
 };

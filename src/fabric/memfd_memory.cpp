@@ -24,9 +24,6 @@ constexpr std::int64_t kMiB = 1 << 20;
 /// since several ranks may be allocating at once.
 constexpr std::int64_t kStep = 64 * kMiB;
 
-/// Left to everybody else: enough for all ranks of a machine to report the shortage.
-constexpr std::int64_t kLeftAlone = 64 * kMiB;
-
 /// What a Descriptor's bytes hold.
 struct Name {
   char id[16];  // random, so unique among all processes
@@ -78,27 +75,9 @@ class MemfdMapping final : public Mapping {
   std::byte* base_ = nullptr;
 };
 
-[[noreturn]] void throw_shortage(std::int64_t bytes, const std::string& why) {
-  throw Error(ErrorCode::kOutOfMemory,
-              fmt::format("a segment of {} bytes ({:.1f} MiB) cannot be allocated: {}", bytes,
-                          static_cast<double>(bytes) / kMiB, why));
-}
-
-void check_available(std::int64_t bytes, std::int64_t rest) {
-  const AvailableMemory available = available_memory();
-  if (rest <= available.bytes - kLeftAlone) return;
-  throw_shortage(bytes,
-                 fmt::format("{} leaves {} bytes ({:.1f} MiB), of which {} MiB are left "
-                             "alone{}",
-                             available.source, available.bytes,
-                             static_cast<double>(available.bytes) / kMiB, kLeftAlone / kMiB,
-                             rest < bytes ? fmt::format("; {} bytes were still to come", rest)
-                                          : std::string()));
-}
-
 void take_memory(int fd, std::int64_t bytes) {
   for (std::int64_t offset = 0; offset < bytes; offset += kStep) {
-    check_available(bytes, bytes - offset);
+    require_available(bytes, bytes - offset);
     int status = 0;
     do {
       status = fallocate(fd, 0, offset, std::min(kStep, bytes - offset));

@@ -39,4 +39,9 @@ class Memory {
 /// race detectors see one address.
 std::unique_ptr<Memory> make_memfd_memory();
 
+/// Memory of this process alone, for what no peer touches: there at once, in huge pages where the
+/// machine has them for the asking, which shared memory seldom gets. Zeroed; `bytes` is rounded up
+/// to 2 MiB. Throws Error(kOutOfMemory).
+std::shared_ptr<Mapping> allocate_private(std::int64_t bytes);
+
 }  // namespace deep_ep::fabric

@@ -76,5 +76,10 @@ DEEP_EP_HD constexpr RowRange rows_from(const std::int32_t* rank_prefix_matrix, 
   const std::int32_t* end = rank_prefix_matrix + std::int64_t{source} * num_ranks + rank;
   return {source == 0 ? 0 : end[-num_ranks], *end};
 }
+/// Rows that `rank` receives from all sources.
+DEEP_EP_HD constexpr std::int64_t received_rows(const std::int32_t* rank_prefix_matrix, int rank,
+                                                int num_ranks) {
+  return rows_from(rank_prefix_matrix, num_ranks - 1, rank, num_ranks).end;
+}
 
 }  // namespace deep_ep::plan

@@ -74,11 +74,19 @@ struct InboxPlace {
   std::int64_t handle_offset;
 };
 
+/// Where an expert's rank has the rows of a combine, for ranks that read them there.
+struct OutputsPlace {
+  const std::byte* x;         // in its own address space
+  const float* topk_weights;  // likewise
+  bool staged;                // they were copied to its rings, which nobody uses then
+};
+
 /// One rank's words of a call, at one peer. Two of them alternate by epoch: see invariant I3 in
 /// ARCHITECTURE.md.
 struct Mailbox {
   EpochFlag* posted;              // [R] one a source: record and counts of that source are complete
   CallRecord* record;             // [R]
+  OutputsPlace* outputs;          // [R]
   std::int32_t* tokens_per_rank;  // [R, R] row of each source
   std::int32_t* tokens_per_expert;  // [R, kMaxLocalExperts] row of each source: this rank's experts
 };
@@ -101,6 +109,7 @@ struct ControlBlock {
   Mailbox mailbox[2];    // by parity of the epoch
   InboxPlace* inbox;     // [R] by receiver of this rank's rows
   EpochFlag* landed;     // [R] all rows of the source are in this rank's results
+  EpochFlag* pulled;     // [R] the source has read all that it needs of this rank's outputs
   EpochFlag* ring_tail;  // [lanes, R]
   EpochFlag* ring_head;  // [lanes, R] credits for the rings that this rank writes
   std::byte* ring_data;  // [lanes, R, ring_bytes]
@@ -121,11 +130,13 @@ struct ControlBlock {
     for (Mailbox& mailbox : block.mailbox) {
       mailbox.posted = carver.take<EpochFlag>(ranks);
       mailbox.record = carver.take<CallRecord>(ranks);
+      mailbox.outputs = carver.take<OutputsPlace>(ranks);
       mailbox.tokens_per_rank = carver.take<std::int32_t>(ranks * ranks);
       mailbox.tokens_per_expert = carver.take<std::int32_t>(ranks * kMaxLocalExperts);
     }
     block.inbox = carver.take<InboxPlace>(ranks);
     block.landed = carver.take<EpochFlag>(ranks);
+    block.pulled = carver.take<EpochFlag>(ranks);
     block.ring_tail = carver.take<EpochFlag>(rings);
     block.ring_head = carver.take<EpochFlag>(rings);
     block.ring_data = carver.take<std::byte>(rings * shape.ring_bytes);

@@ -59,6 +59,10 @@ int main(int argc, char** argv) {
   app.add_option("--from", options.from, "first program")->capture_default_str();
   app.add_option("--count", options.count, "number of programs, -1: all")->capture_default_str();
   app.add_option("--filter", options.filter, "only programs whose name contains this");
+  std::string combine;
+  std::string inbox_bytes;
+  app.add_option("--combine", combine, "how combine fetches rows: auto, pull or ring");
+  app.add_option("--inbox-bytes", inbox_bytes, "DEEP_EP_INBOX_BYTES of the ranks");
   app.add_option("--timeout-ms", timeout_ms, "of each wait")->capture_default_str();
   app.add_flag("--full", full, "more programs, with up to 1 GiB each (or DEEP_EP_TEST_FULL=1)");
   app.add_flag("--list", list, "print the programs and run none");
@@ -75,6 +79,14 @@ int main(int argc, char** argv) {
   target.timeout = std::chrono::milliseconds(timeout_ms);
   options.replay = fmt::format("{} --backend {} --mode {} --seed {}{}", argv[0], backend, mode,
                                seed, full ? " --full" : "");
+  // The ranks are forked later.
+  const auto pass_on = [&](const char* flag, const char* variable, const std::string& value) {
+    if (value.empty()) return;
+    setenv(variable, value.c_str(), 1);
+    options.replay += fmt::format(" {} {}", flag, value);
+  };
+  pass_on("--combine", "DEEP_EP_COMBINE", combine);
+  pass_on("--inbox-bytes", "DEEP_EP_INBOX_BYTES", inbox_bytes);
   fmt::print("contract suite: {} {}, {} programs, seed {}{}\n", backend, mode, programs.size(),
              seed, full ? ", full" : "");
   return test::run_suite(programs, target, options);

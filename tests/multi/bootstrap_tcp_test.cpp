@@ -12,6 +12,7 @@
 #include "base/env.hpp"
 #include "deep_ep/bootstrap.hpp"
 #include "deep_ep/error.hpp"
+#include "refusal.hpp"
 
 namespace deep_ep {
 namespace {
@@ -60,16 +61,6 @@ void in_processes(int count, const std::function<void(int)>& body) {
     waitpid(pids[i], &status, 0);
     EXPECT_EQ(status, 0) << "process " << i;
   }
-}
-
-std::string refusal(const std::function<void()>& act, ErrorCode code) {
-  try {
-    act();
-  } catch (const Error& error) {
-    EXPECT_EQ(error.code(), code) << error.what();
-    return error.what();
-  }
-  return "nothing was refused";
 }
 
 void expect_gather(Bootstrap& bootstrap) {

@@ -28,7 +28,7 @@ class Reports {
               gone_[rank] = orderly;
               changed_.notify_all();
             },
-            [this] {
+            [this](int, int, std::byte*) {
               const std::lock_guard lock(mutex_);
               changed_.notify_all();
             }};

@@ -24,12 +24,15 @@ using std::chrono_literals::operator""s;
 using std::chrono_literals::operator""ms;
 
 constexpr int kRanks = 4;
+constexpr std::int64_t kInboxBytes = 4 << 20;
 constexpr auto kJobLimit = 60s;
 
 enum class Act { kKill, kStop, kKillAfterMicroseconds };
 
 /// What happens to the victim, and when.
 struct Plan {
+  std::string combine = "auto";  ///< DEEP_EP_COMBINE
+  std::int64_t inbox_bytes = kInboxBytes;
   Op op = Op::kBarrier;
   Act act = Act::kKill;
   protocol::Point point = protocol::Point::kPublish;
@@ -38,8 +41,8 @@ struct Plan {
   int timeout_ms = 10'000;
 
   std::string text() const {
-    return fmt::format("{} {} {} {} {} {}", static_cast<int>(op), static_cast<int>(act),
-                       static_cast<int>(point), count, victim, timeout_ms);
+    return fmt::format("{} {} {} {} {} {} {} {}", static_cast<int>(op), static_cast<int>(act),
+                       static_cast<int>(point), count, victim, timeout_ms, combine, inbox_bytes);
   }
   static Plan parse(const std::string& text) {
     std::istringstream in(text);
@@ -47,7 +50,8 @@ struct Plan {
     int act = 0;
     int point = 0;
     Plan plan;
-    in >> op >> act >> point >> plan.count >> plan.victim >> plan.timeout_ms;
+    in >> op >> act >> point >> plan.count >> plan.victim >> plan.timeout_ms >> plan.combine >>
+        plan.inbox_bytes;
     plan.op = static_cast<Op>(op);
     plan.act = static_cast<Act>(act);
     plan.point = static_cast<protocol::Point>(point);
@@ -166,6 +170,8 @@ std::string play_construction(Worker& worker, int microseconds) {
 std::string play(Worker& worker, const std::string& job) {
   if (job.starts_with("construct")) return play_construction(worker, std::stoi(job.substr(10)));
   const Plan plan = Plan::parse(job);
+  setenv("DEEP_EP_COMBINE", plan.combine.c_str(), 1);
+  setenv("DEEP_EP_INBOX_BYTES", std::to_string(plan.inbox_bytes).c_str(), 1);
   const Belongings before = Belongings::count();
   Findings findings;
   {
@@ -263,20 +269,38 @@ TEST_F(Fault, ARankKilledWhileBuffersAreBuiltIsNamed) {
     run(fmt::format("construct {}", random() % 8000), 0);
 }
 
-class FaultInEveryCall : public Fault, public testing::WithParamInterface<Op> {};
+struct Kind {
+  const char* name;
+  Op op;
+  const char* combine = "auto";
+  std::int64_t inbox_bytes = kInboxBytes;
+};
+
+class FaultInEveryCall : public Fault, public testing::WithParamInterface<Kind> {
+ protected:
+  static Plan plan() {
+    const Kind& kind = GetParam();
+    return {.combine = kind.combine, .inbox_bytes = kind.inbox_bytes, .op = kind.op};
+  }
+  static Plan plan_at(protocol::Point point) {
+    Plan one = plan();
+    one.point = point;
+    return one;
+  }
+};
 
 TEST_P(FaultInEveryCall, ARankKilledAtAnyPublicationIsNamed) {
-  run_at_points({.op = GetParam(), .point = protocol::Point::kPublish}, 1, 1000);
+  run_at_points(plan_at(protocol::Point::kPublish), 1, 1000);
 }
 
 TEST_P(FaultInEveryCall, ARankKilledAtAnyTurnOfAWaitIsNamed) {
-  run_at_points({.op = GetParam(), .point = protocol::Point::kWait}, 1, 12);
+  run_at_points(plan_at(protocol::Point::kWait), 1, 12);
 }
 
 TEST_P(FaultInEveryCall, ARankKilledBetweenAnyTwoRowsIsNamed) {
   // Of the 160 rows, since all points between two publications look the same to the others.
   const bool full = std::getenv("DEEP_EP_TEST_FULL") != nullptr;
-  run_at_points({.op = GetParam(), .point = protocol::Point::kCopy}, full ? 1 : 7, 1000);
+  run_at_points(plan_at(protocol::Point::kCopy), full ? 1 : 7, 1000);
 }
 
 TEST_P(FaultInEveryCall, ARankKilledAtAnyTimeIsNamed) {
@@ -284,33 +308,35 @@ TEST_P(FaultInEveryCall, ARankKilledAtAnyTimeIsNamed) {
   RecordProperty("seed", static_cast<int>(seed));
   std::mt19937 random(seed);
   for (int i = 0; i < 8 && !HasFailure(); ++i) {
-    const int microseconds = static_cast<int>(random() % 3000);
-    EXPECT_TRUE(run({.op = GetParam(),
-                     .act = Act::kKillAfterMicroseconds,
-                     .count = 1 + microseconds,
-                     .victim = i % kRanks}))
-        << "seed " << seed;
+    Plan one = plan();
+    one.act = Act::kKillAfterMicroseconds;
+    one.count = 1 + static_cast<int>(random() % 3000);
+    one.victim = i % kRanks;
+    EXPECT_TRUE(run(one)) << "seed " << seed;
   }
 }
 
 TEST_P(FaultInEveryCall, AStoppedRankIsNamedAfterTheTimeout) {
   for (const int count : {1, 2, 4}) {
-    EXPECT_TRUE(run({.op = GetParam(),
-                     .act = Act::kStop,
-                     .point = protocol::Point::kPublish,
-                     .count = count,
-                     .victim = count % kRanks,
-                     .timeout_ms = 400}));
+    Plan one = plan_at(protocol::Point::kPublish);
+    one.act = Act::kStop;
+    one.count = count;
+    one.victim = count % kRanks;
+    one.timeout_ms = 400;
+    EXPECT_TRUE(run(one));
   }
 }
 
-std::string name_of(const testing::TestParamInfo<Op>& call) {
-  return call.param == Op::kCachedDispatch ? "cached_dispatch" : to_string(call.param);
-}
+std::string name_of(const testing::TestParamInfo<Kind>& call) { return call.param.name; }
 
+// A small inbox: outputs are read from the ranks that have them, a piece of a row at a time.
 INSTANTIATE_TEST_SUITE_P(Calls, FaultInEveryCall,
-                         testing::Values(Op::kBarrier, Op::kDispatch, Op::kCachedDispatch,
-                                         Op::kCombine),
+                         testing::Values(Kind{"barrier", Op::kBarrier},
+                                         Kind{"dispatch", Op::kDispatch},
+                                         Kind{"cached_dispatch", Op::kCachedDispatch},
+                                         Kind{"combine", Op::kCombine},
+                                         Kind{"combine_pull", Op::kCombine, "pull", 2048},
+                                         Kind{"combine_ring", Op::kCombine, "ring"}),
                          name_of);
 
 }  // namespace

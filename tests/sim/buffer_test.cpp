@@ -30,8 +30,17 @@ void on_threads(int count, const std::function<void(int)>& body) {
   for (std::thread& thread : threads) thread.join();
 }
 
-std::vector<std::unique_ptr<Buffer>> make_buffers(int num_ranks, int num_threads = 1) {
-  setenv("DEEP_EP_INBOX_BYTES", "65536", 1);  // the default is larger than that heap
+/// The three ways of combine take turns: through the inbox, read from memory that all map, read
+/// from the peer's own memory. (An inbox of the default size is larger than that heap.)
+void choose_path(std::uint64_t seed) {
+  const std::uint64_t path = seed % 3;
+  setenv("DEEP_EP_COMBINE", path == 0 ? "ring" : "pull", 1);
+  setenv("DEEP_EP_INBOX_BYTES", path == 2 ? "128" : "65536", 1);
+}
+
+std::vector<std::unique_ptr<Buffer>> make_buffers(std::uint64_t seed, int num_ranks,
+                                                  int num_threads = 1) {
+  choose_path(seed);
   const auto bootstraps = bootstrap_threads(num_ranks);
   std::vector<std::unique_ptr<Buffer>> buffers(num_ranks);
   on_threads(num_ranks, [&](int rank) {
@@ -48,7 +57,7 @@ void count_time_in_turns(const std::vector<std::unique_ptr<Buffer>>& buffers) {
 TEST(Buffer, RandomDispatchesAndCombinesEqualTheReferenceUnderAnyScheduling) {
   for_each_seed(100, [](std::uint64_t seed) {
     const Program program(seed);
-    const auto buffers = make_buffers(program.num_ranks);
+    const auto buffers = make_buffers(seed, program.num_ranks);
     count_time_in_turns(buffers);
     std::vector<std::int64_t> wrong(program.num_ranks, -1);
     std::vector<std::function<void()>> ranks;
@@ -70,7 +79,7 @@ TEST(Buffer, RandomDispatchesAndCombinesEqualTheReferenceUnderAnyScheduling) {
 TEST(Buffer, RandomDispatchesAndCombinesEqualTheReferenceOnFreeThreads) {
   for_each_seed(40, [](std::uint64_t seed) {
     const Program program(seed);
-    const auto buffers = make_buffers(program.num_ranks, 2);
+    const auto buffers = make_buffers(seed, program.num_ranks, 2);
     std::vector<std::int64_t> wrong(program.num_ranks, -1);
     on_threads(program.num_ranks, [&](int rank) { wrong[rank] = program.play(*buffers[rank]); });
     EXPECT_EQ(wrong, std::vector<std::int64_t>(program.num_ranks));
@@ -85,7 +94,7 @@ TEST(Buffer, WhenARankStopsAllOthersFailAndSomeoneNamesIt) {
     const Program program(seed);
     if (program.num_ranks == 1) return;
     const int stopped = static_cast<int>(seed % program.num_ranks);
-    const auto buffers = make_buffers(program.num_ranks);
+    const auto buffers = make_buffers(seed, program.num_ranks);
     count_time_in_turns(buffers);
     std::vector<std::string> errors(program.num_ranks);
     std::vector<std::function<void()>> ranks;
@@ -118,6 +127,33 @@ TEST(Buffer, WhenARankStopsAllOthersFailAndSomeoneNamesIt) {
   if (std::getenv("DEEP_EP_SIM_SEED") == nullptr) {
     EXPECT_GT(stopped_runs, 30);
   }
+}
+
+// Ranks give up at almost the same time, each at any point of another's giving up: who waits for a
+// rank that waits for the stopped one must still find the way to that one.
+TEST(Buffer, EveryRankBlamesTheOneThatStoppedInABarrier) {
+  for_each_seed(400, [](std::uint64_t seed) {
+    constexpr int kRanks = 4;
+    constexpr int kStopped = 2;
+    const auto buffers = make_buffers(seed, kRanks);
+    for (const auto& buffer : buffers) buffer->set_timeout(std::chrono::milliseconds(8));  // 8000
+    std::vector<std::function<void()>> ranks;
+    for (int rank = 0; rank < kRanks; ++rank) {
+      ranks.push_back([&, rank] {
+        try {
+          for (;;) buffers[rank]->barrier();
+        } catch (const Error& error) {
+          EXPECT_EQ(error.ranks(), std::vector{kStopped})
+              << "rank " << rank << ": " << error.what();
+        }
+      });
+    }
+    BatonScheduler scheduler(seed, {.delay_per_mille = 300,
+                                    .stop_rank = kStopped,
+                                    .stop_at_point = 1 + static_cast<int>(seed % 12)});
+    scheduler.run(ranks);
+    EXPECT_TRUE(scheduler.stopped(kStopped));
+  });
 }
 
 }  // namespace

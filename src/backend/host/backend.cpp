@@ -5,8 +5,8 @@
 
 #include "backend/host/comm_stream.hpp"
 #include "backend/host/context.hpp"
-#include "backend/host/intranode/checks.hpp"
 #include "backend/host/intranode/steps.hpp"
+#include "backend/host/private_heap.hpp"
 #include "base/error.hpp"
 #include "base/log.hpp"
 #include "plan/layout.hpp"
@@ -17,7 +17,7 @@ namespace {
 
 // Growth in steps of this size wastes little and keeps the number of segments small.
 constexpr std::int64_t kGrowthBytes = 8 << 20;
-// From here on fresh pages from the system cost more than the work on them; the heap's pages are
+// From here on fresh pages from the system cost more than the work on them; a heap's pages are
 // there already.
 constexpr std::int64_t kHeapBytes = 256 << 10;
 
@@ -37,7 +37,8 @@ class HostBackend final : public Backend {
   explicit HostBackend(const BackendOptions& options)
       : options_(options),
         context_(options),
-        heap_(std::make_shared<fabric::Heap>([this](std::int64_t bytes) { return grow(bytes); })) {}
+        heap_(std::make_shared<fabric::Heap>([this](std::int64_t bytes) { return grow(bytes); })),
+        private_heap_(std::make_shared<host::PrivateHeap>()) {}
 
   ~HostBackend() override { close(); }
 
@@ -57,6 +58,13 @@ class HostBackend final : public Backend {
     context_.open_handles(exported, options_.timeout);
   }
 
+  std::string findings() override { return context_.why_no_pull(); }
+  void agree(const std::vector<std::string>& findings) override { context_.choose_path(findings); }
+  std::string transport() const override {
+    return fmt::format("shared memory, combine {}",
+                       context_.pulls() ? "pulls rows from the peers" : "through the inbox");
+  }
+
   Results allocate_results(std::int64_t bytes, Stream) override {
     Results results;
     results.block = heap_->allocate(bytes);
@@ -68,13 +76,13 @@ class HostBackend final : public Backend {
     return results;
   }
 
-  std::vector<Tensor> allocate(std::vector<TensorView> views, Stream stream) override {
+  std::vector<Tensor> allocate(std::vector<TensorView> views, Stream) override {
     std::vector<Tensor> tensors;
     for (TensorView& view : views) {
       const auto bytes = static_cast<std::int64_t>(view.nbytes());
       const std::shared_ptr<void> owner = bytes < kHeapBytes
                                               ? Tensor::empty(DType::kUint8, {bytes}).owner()
-                                              : allocate_results(bytes, stream).owner;
+                                              : private_heap_->allocate(bytes);
       view.data = owner.get();
       tensors.emplace_back(view, owner);
     }
@@ -151,13 +159,7 @@ class HostBackend final : public Backend {
     host::intranode::dispatch(context_, params.cached ? hashed(params) : params);
   }
   void cached_notify_combine(const intranode::CombineParams& params) override {
-    const int rank = options_.rank;
-    const int num_ranks = options_.num_ranks;
-    host::intranode::check_handle(
-        {params.rank_prefix_matrix, params.send_head, params.call.record.num_tokens}, rank,
-        num_ranks);
-    host::intranode::check_rows(params, rank, num_ranks);
-    context_.post(hashed(params).call);
+    host::intranode::cached_notify_combine(context_, hashed(params));
   }
   void combine(const intranode::CombineParams& params) override {
     host::intranode::combine(context_, hashed(params));
@@ -187,6 +189,7 @@ class HostBackend final : public Backend {
   BackendOptions options_;
   mutable host::Context context_;
   std::shared_ptr<fabric::Heap> heap_;
+  std::shared_ptr<host::PrivateHeap> private_heap_;
   host::CommStream stream_;
 };
 

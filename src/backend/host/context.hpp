@@ -10,7 +10,9 @@
 
 #include "backend/backend.hpp"
 #include "backend/host/thread_pool.hpp"
+#include "base/env.hpp"
 #include "fabric/fabric.hpp"
+#include "fabric/process_memory.hpp"
 #include "protocol/barrier.hpp"
 #include "protocol/control.hpp"
 #include "protocol/host_waiter.hpp"
@@ -41,6 +43,11 @@ class Context {
 
   std::string export_handles(std::int64_t heap_bytes);
   void open_handles(const std::vector<std::string>& exported, std::chrono::milliseconds timeout);
+  /// Why this rank cannot read its peers' memory; empty if it can. All ranks choose by all ranks'
+  /// words whether combine pulls.
+  std::string why_no_pull();
+  void choose_path(const std::vector<std::string>& why_no_pull);
+  bool pulls() const { return pulls_; }
 
   protocol::ControlBlock& own() { return control_[rank_]; }
   protocol::ControlBlock& peer(int rank) { return control_[rank]; }
@@ -51,8 +58,21 @@ class Context {
   /// Something was published to `rank`.
   void ring_doorbell(int rank) { control_[rank].doorbell->ring(); }
 
+  /// Memory of the peer's process, where combine pulls.
+  const fabric::ProcessMemory& memory_of(int rank) const { return memory_[rank]; }
+  /// What a thread of this rank reads rows into, where combine pulls. Kept for later calls.
+  std::byte* scratch(int thread);
+  std::int64_t scratch_bytes() const { return scratch_bytes_; }
+
   /// Ranks after this one first, so that not all start with the same peer; this rank is last.
   int peer_in_turn(int i) const { return (rank_ + 1 + i) % num_ranks_; }
+
+  /// Where combine puts outputs of `rank` that are few, if combine pulls: memory that all map. Two
+  /// of them alternate, as mailboxes do (I3).
+  std::byte* staging(int rank, const Call& call) {
+    return control_[rank].ring_data + (call.epoch % 2) * staging_bytes_;
+  }
+  std::int64_t staging_bytes() const { return staging_bytes_; }
 
   /// Where this rank's words of the call go in the mailbox of `rank`.
   protocol::Mailbox& mailbox_of(int rank, const Call& call) {
@@ -63,8 +83,13 @@ class Context {
   bool posted(const Call& call, int source);
   /// Throws Error(kDisagreement) if `source`, which has posted, called with something else.
   void check_agreement(const Call& call, int source);
-  /// Waits until all ranks have posted, and checks each.
-  void wait_posted(const Call& call);
+  /// Waits until all ranks have posted, and checks each. wait_stats: += [R], ns, or null.
+  void wait_posted(const Call& call, std::int64_t* wait_stats = nullptr);
+  /// Waits until the flags of `ranks`, elements of flags[R], have reached the call's epoch: an
+  /// acquire of each.
+  void wait_flags(const Call& call, const char* what, const protocol::EpochFlag* flags,
+                  std::vector<int> ranks, std::int64_t* wait_stats = nullptr);
+  const std::vector<int>& all_ranks() const { return all_ranks_; }
 
   /// Returns when ready(), or throws the Error that names the operation, `what` it waited for, and
   /// who is missing().
@@ -80,9 +105,16 @@ class Context {
       if (waiter.waited() > kAnnounceAfter) announce_wait(missing());
       return false;
     });
-    protocol::store_relaxed(own().waiting_for, 0);
+    // Whoever gives up stays marked: others may give up in the same moment and follow the marks.
     if (result != protocol::WaitResult::kReady) throw_unready(call, what, missing());
+    protocol::store_relaxed(own().waiting_for, 0);
   }
+
+  /// Throws the Error of this Buffer's fault, if there is one.
+  void check_fault(const Call& call);
+  /// Throws the Error for memory of `rank` that could not be read: that it died or gave up, which
+  /// is known a moment later, else `error`.
+  [[noreturn]] void throw_unreadable(const Call& call, int rank, const std::string& error);
 
   void raise_fault(const Error& error) noexcept;
   std::optional<Error> fault(const char* operation);
@@ -109,6 +141,15 @@ class Context {
   std::vector<protocol::ControlBlock> control_;  // by rank
   std::vector<protocol::RingSender> senders_;    // [lanes, R]
   std::vector<protocol::RingReceiver> receivers_;
+  std::vector<int> all_ranks_;  // this one last
+  fabric::Beacon beacon_;
+  std::vector<fabric::Beacon::Sight> sights_;              // by rank
+  std::vector<fabric::ProcessMemory> memory_;              // by rank
+  std::vector<std::shared_ptr<fabric::Mapping>> scratch_;  // by thread
+  std::int64_t scratch_bytes_ = 0;
+  std::int64_t staging_bytes_ = 0;
+  bool pulls_ = false;
+  env::CombinePath path_;
   enum Gone : int { kHere, kLeft, kDied };
   std::vector<std::atomic<int>> gone_;  // by rank
   std::atomic<int> num_gone_{0};

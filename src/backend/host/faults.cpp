@@ -88,12 +88,34 @@ void Context::throw_unready(const Call& call, const char* what,
     throw Error(known->code(), fmt::format("{}; {}", known->what(), describe(what, missing)),
                 known->ranks());
   }
+  protocol::schedule_point(protocol::Point::kWait);
   const std::vector<int> culprits = find_culprits(missing);
   throw Error(ErrorCode::kTimeout,
               fmt::format("{} (call {}) on rank {}: {} did not arrive within {} ms; {}",
                           call.operation, call.epoch, rank_, list_ranks(culprits),
                           call.timeout.count(), describe(what, missing)),
               culprits);
+}
+
+void Context::check_fault(const Call& call) {
+  if (std::optional<Error> known = fault(call.operation)) throw Error(*known);
+}
+
+void Context::throw_unreadable(const Call& call, int rank, const std::string& error) {
+  // A process loses its memory some time before its sockets close.
+  constexpr std::chrono::seconds kGrace(1);
+  const auto end =
+      std::chrono::steady_clock::now() + std::min<std::chrono::nanoseconds>(kGrace, call.timeout);
+  const protocol::EpochFlag& posted = mailbox_of(rank_, call).posted[rank];
+  wait(
+      call, "its rows", [&] { return std::chrono::steady_clock::now() >= end; },
+      [&] {
+        return std::vector<Missing>{{rank, call.epoch, posted.seen()}};
+      });
+  throw Error(ErrorCode::kPeerFailed,
+              fmt::format("{} (call {}) on rank {}: the rows of rank {} cannot be read: {}",
+                          call.operation, call.epoch, rank_, rank, error),
+              {rank});
 }
 
 void Context::raise_fault(const Error& error) noexcept {

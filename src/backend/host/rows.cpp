@@ -37,6 +37,33 @@ void copy_streaming(std::byte* to, const std::byte* from, std::int64_t bytes) {
   for (; i < bytes; i += few) hn::Stream(hn::LoadU(narrow, in + i), narrow, out + i);
 }
 
+// Rows that are read once and written to several places, a few cache lines to each in turn: twice
+// the rows in the same time as row after row to each place, where memory is not the limit.
+constexpr std::int64_t kTurn = 256;
+
+void copy_streaming_to(std::byte* const* to, int count, const std::byte* from, std::int64_t bytes) {
+  const hn::ScalableTag<std::uint8_t> wide;
+  const auto lanes = static_cast<std::int64_t>(hn::Lanes(wide));
+  bool aligned = true;
+  for (int i = 0; i < count; ++i) {
+    aligned = aligned && reinterpret_cast<std::uintptr_t>(to[i]) % lanes == 0;
+  }
+  const std::int64_t turns_end = aligned && kTurn % lanes == 0 ? bytes / kTurn * kTurn : 0;
+  const auto* in = reinterpret_cast<const std::uint8_t*>(from);
+  for (std::int64_t begin = 0; begin < turns_end; begin += kTurn) {
+    for (int i = 0; i < count; ++i) {
+      auto* out = reinterpret_cast<std::uint8_t*>(to[i]);
+      for (std::int64_t at = begin; at < begin + kTurn; at += lanes) {
+        hn::Stream(hn::LoadU(wide, in + at), wide, out + at);
+      }
+    }
+  }
+  if (turns_end == bytes) return;
+  for (int i = 0; i < count; ++i) {
+    copy_streaming(to[i] + turns_end, from + turns_end, bytes - turns_end);
+  }
+}
+
 void finish() { hwy::FlushStream(); }
 
 using F32 = hn::ScalableTag<float>;
@@ -212,6 +239,7 @@ HWY_AFTER_NAMESPACE();
 namespace deep_ep::host {
 
 HWY_EXPORT(copy_streaming);
+HWY_EXPORT(copy_streaming_to);
 HWY_EXPORT(finish);
 HWY_EXPORT(sum_bf16);
 HWY_EXPORT(sum_fp16);
@@ -232,6 +260,15 @@ void copy_row(std::byte* to, const std::byte* from, std::int64_t bytes, Stores s
     std::memcpy(to, from, bytes);
   } else {
     HWY_DYNAMIC_DISPATCH(copy_streaming)(to, from, bytes);
+  }
+}
+
+void copy_row(std::byte* const* to, int count, const std::byte* from, std::int64_t bytes,
+              Stores stores) {
+  if (stores == Stores::kCached || DEEP_EP_PLAIN_STORES) {
+    for (int i = 0; i < count; ++i) std::memcpy(to[i], from, bytes);
+  } else {
+    HWY_DYNAMIC_DISPATCH(copy_streaming_to)(to, count, from, bytes);
   }
 }
 

@@ -20,6 +20,10 @@ Stores choose_stores(std::int64_t bytes);
 /// behind finish_stores().
 void copy_row(std::byte* to, const std::byte* from, std::int64_t bytes, Stores stores);
 
+/// The same to several places, read once.
+void copy_row(std::byte* const* to, int count, const std::byte* from, std::int64_t bytes,
+              Stores stores);
+
 /// Orders this thread's streaming stores before what it publishes next.
 void finish_stores();
 

@@ -96,5 +96,30 @@ TEST(CopyRow, StreamingStoresCopyExactlyTheRow) {
     }
 }
 
+TEST(CopyRow, ToSeveralPlacesIsTheSameToEach) {
+  std::mt19937_64 random(8);
+  const auto from = random_bits<float>(random, 1024, 100);
+  alignas(64) static float memory[4][1100];
+  for (const Stores stores : {Stores::kCached, Stores::kStreaming})
+    for (const std::size_t words : {4u, 64u, 100u, 128u, 1020u, 1024u})
+      for (const int count : {0, 1, 2, 4})
+        for (const std::size_t shift : {0u, 4u}) {  // of the last place alone
+          std::memset(memory, 0x5a, sizeof memory);
+          std::byte* to[4];
+          for (int i = 0; i < count; ++i)
+            to[i] = reinterpret_cast<std::byte*>(memory[i] + (i + 1 == count ? shift : 0));
+          copy_row(to, count, reinterpret_cast<const std::byte*>(from.data()),
+                   static_cast<std::int64_t>(words * 4), stores);
+          finish_stores();
+          for (int i = 0; i < 4; ++i) {
+            const std::size_t bytes = i < count ? words * 4 : 0;
+            const std::byte* begin =
+                i < count ? to[i] : reinterpret_cast<const std::byte*>(memory[i]);
+            EXPECT_EQ(std::memcmp(begin, from.data(), bytes), 0);
+            EXPECT_EQ(begin[bytes], std::byte{0x5a}) << "place " << i << " of " << count;
+          }
+        }
+}
+
 }  // namespace
 }  // namespace deep_ep::host

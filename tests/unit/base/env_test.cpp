@@ -49,6 +49,7 @@ TEST_F(Env, DefaultsAreThoseOfTheList) {
   EXPECT_EQ(env::num_threads(), 0);
   EXPECT_EQ(env::ranks_per_node(), 0);
   EXPECT_EQ(env::inbox_bytes(), 4 << 20);
+  EXPECT_EQ(env::combine_path(), env::CombinePath::kAuto);
   EXPECT_EQ(env::log_level(), "warn");
   EXPECT_EQ(env::log_file(), "");
   EXPECT_EQ(env::dump_directory(), "");
@@ -74,6 +75,15 @@ TEST_F(Env, RefusalNamesVariableValueAndRange) {
   }
   set("DEEP_EP_LOG_LEVEL", "loud");
   EXPECT_THAT(refusal([] { env::log_level(); }), HasSubstr("'loud'"));
+}
+
+TEST_F(Env, CombinePathIsOneOfItsWords) {
+  set("DEEP_EP_COMBINE", "pull");
+  EXPECT_EQ(env::combine_path(), env::CombinePath::kPull);
+  set("DEEP_EP_COMBINE", "ring");
+  EXPECT_EQ(env::combine_path(), env::CombinePath::kRing);
+  set("DEEP_EP_COMBINE", "push");
+  EXPECT_THAT(refusal([] { env::combine_path(); }), HasSubstr("DEEP_EP_COMBINE: 'push'"));
 }
 
 TEST_F(Env, EmptyCountsAsNotSet) {

@@ -13,22 +13,13 @@
 
 #include "deep_ep/error.hpp"
 #include "fabric/segment_table.hpp"
+#include "refusal.hpp"
 
 namespace deep_ep::fabric {
 namespace {
 
 using std::chrono::milliseconds;
 using ::testing::HasSubstr;
-
-std::string refusal(const std::function<void()>& act, ErrorCode code) {
-  try {
-    act();
-  } catch (const Error& error) {
-    EXPECT_EQ(error.code(), code) << error.what();
-    return error.what();
-  }
-  return "nothing was refused";
-}
 
 /// Replaces one word of what a Fabric exported, counted from 0.
 std::string with_word(const std::string& exported, int index, const std::string& word) {

@@ -11,21 +11,12 @@
 #include "deep_ep/error.hpp"
 #include "fabric/memory.hpp"
 #include "fabric/socket.hpp"
+#include "refusal.hpp"
 
 namespace deep_ep::fabric {
 namespace {
 
 using ::testing::HasSubstr;
-
-std::string refusal(const std::function<void()>& act, ErrorCode code) {
-  try {
-    act();
-  } catch (const Error& error) {
-    EXPECT_EQ(error.code(), code) << error.what();
-    return error.what();
-  }
-  return "nothing was refused";
-}
 
 long open_files() {
   return std::distance(std::filesystem::directory_iterator("/proc/self/fd"), {});

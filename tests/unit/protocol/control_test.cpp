@@ -25,12 +25,14 @@ std::vector<Part> parts_of(const ControlBlock& block, const ControlShape& shape)
   for (const Mailbox& mailbox : block.mailbox) {
     parts.push_back({"posted", mailbox.posted, ranks * flag});
     parts.push_back({"record", mailbox.record, ranks * std::int64_t{sizeof(CallRecord)}});
+    parts.push_back({"outputs", mailbox.outputs, ranks * std::int64_t{sizeof(OutputsPlace)}});
     parts.push_back({"tokens_per_rank", mailbox.tokens_per_rank, ranks * ranks * 4});
     parts.push_back({"tokens_per_expert", mailbox.tokens_per_expert,
                      ranks * ControlBlock::kMaxLocalExperts * 4});
   }
   parts.push_back({"inbox", block.inbox, ranks * std::int64_t{sizeof(InboxPlace)}});
   parts.push_back({"landed", block.landed, ranks * flag});
+  parts.push_back({"pulled", block.pulled, ranks * flag});
   parts.push_back({"ring_tail", block.ring_tail, rings * flag});
   parts.push_back({"ring_head", block.ring_head, rings * flag});
   parts.push_back({"ring_data", block.ring_data, rings * shape.ring_bytes});

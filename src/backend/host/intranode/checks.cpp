@@ -79,8 +79,7 @@ void check_handle(const HandleView& handle, int rank, int num_ranks) {
 }
 
 void check_rows(const deep_ep::intranode::CombineParams& params, int rank, int num_ranks) {
-  const std::int64_t received =
-      plan::rows_from(params.rank_prefix_matrix, num_ranks - 1, rank, num_ranks).end;
+  const std::int64_t received = plan::received_rows(params.rank_prefix_matrix, rank, num_ranks);
   require(params.num_rows >= received,
           "x has {} rows, but {} were received by handle.rank_prefix_matrix", params.num_rows,
           received);

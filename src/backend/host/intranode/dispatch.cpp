@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <chrono>
 #include <cstring>
 
 #include "backend/host/intranode/checks.hpp"
@@ -52,11 +51,6 @@ class Dispatch {
   };
 
   std::int64_t num_tokens() const { return params_.call.record.num_tokens; }
-  std::int64_t rows_received() const {
-    return plan::rows_from(params_.rank_prefix_matrix, context_.num_ranks() - 1, context_.rank(),
-                           context_.num_ranks())
-        .end;
-  }
 
   /// Tells every sender where this rank's results lie. Nobody reads the block (I6), and no sender
   /// reads the place of an earlier call any more (I4).
@@ -110,19 +104,22 @@ class Dispatch {
         std::clamp<std::int64_t>(rows * row_bytes / kBytesPerThread, 1,
                                  std::min(context_.pool().size(), params_.call.num_threads));
     context_.pool().run(static_cast<int>(threads), [&](int) {
+      std::vector<std::byte*> rows_of_token(context_.num_ranks());
       for (;;) {
         const auto begin = static_cast<std::int64_t>(tickets_.take()) * kTokensPerTicket;
         if (begin >= num_tokens()) break;
         const std::int64_t end = std::min(begin + kTokensPerTicket, num_tokens());
-        for (std::int64_t token = begin; token < end; ++token) send_token(token);
+        for (std::int64_t token = begin; token < end; ++token) send_token(token, rows_of_token);
       }
       finish_stores();
     });
   }
 
   /// Only this rank writes these slots, behind the acquire in find_targets() (I5).
-  void send_token(std::int64_t token) {
+  void send_token(std::int64_t token, std::vector<std::byte*>& rows) {
     const int num_ranks = context_.num_ranks();
+    const std::int64_t x_bytes = params_.format.x_bytes;
+    int num_rows = 0;
     for (int i = 0; i < num_ranks; ++i) {
       const int rank = context_.peer_in_turn(i);
       const std::int32_t head = params_.send_head[token * num_ranks + rank];
@@ -130,13 +127,12 @@ class Dispatch {
       protocol::schedule_point(protocol::Point::kCopy);
       const Target& target = targets_[rank];
       const std::int64_t slot = target.first_slot + head;
-      const std::int64_t x_bytes = params_.format.x_bytes;
-      copy_row(target.arrays.x + slot * x_bytes, params_.source.x + token * x_bytes, x_bytes,
-               stores_);
+      rows[num_rows++] = target.arrays.x + slot * x_bytes;
       send_scales(token, target.arrays.scales + slot * params_.format.scale_bytes);
       send_topk(token, rank, target.arrays, slot);
       target.arrays.src_idx[slot] = static_cast<std::int32_t>(token);
     }
+    copy_row(rows.data(), num_rows, params_.source.x + token * x_bytes, x_bytes, stores_);
   }
 
   void send_scales(std::int64_t token, std::byte* to) {
@@ -185,7 +181,8 @@ class Dispatch {
   }
 
   void fill_unused_rows() {
-    const std::int64_t rows = rows_received();
+    const std::int64_t rows =
+        plan::received_rows(params_.rank_prefix_matrix, context_.rank(), context_.num_ranks());
     const std::int64_t unused = params_.block_rows - rows;
     const plan::RecvArrays& own = targets_[context_.rank()].arrays;
     std::memset(own.topk_idx + rows * params_.format.topk_idx_bytes, 0xff,
@@ -196,33 +193,9 @@ class Dispatch {
   }
 
   void wait_landed() {
-    const protocol::EpochFlag* landed = context_.own().landed;
-    const auto start = std::chrono::steady_clock::now();
-    std::vector<int> open(context_.num_ranks());
-    for (int i = 0; i < context_.num_ranks(); ++i) open[i] = i;
-    const auto arrived = [&](int source) {
-      // acquire: pairs with publish_landed() of the source.
-      if (!landed[source].reached(params_.call.epoch)) return false;
-      if (params_.wait_stats != nullptr) {
-        params_.wait_stats[source] += std::chrono::duration_cast<std::chrono::nanoseconds>(
-                                          std::chrono::steady_clock::now() - start)
-                                          .count();
-      }
-      return true;
-    };
-    context_.wait(
-        params_.call, "its rows",
-        [&] {
-          std::erase_if(open, arrived);
-          return open.empty();
-        },
-        [&] {
-          std::vector<Missing> missing;
-          for (const int source : open) {
-            missing.push_back({source, params_.call.epoch, landed[source].seen()});
-          }
-          return missing;
-        });
+    // acquire: pairs with publish_landed() of each source.
+    context_.wait_flags(params_.call, "its rows", context_.own().landed, context_.all_ranks(),
+                        params_.wait_stats);
   }
 
   void copy_bookkeeping() {

@@ -7,6 +7,14 @@ namespace deep_ep::host::intranode {
 
 void notify_dispatch(Context& context, const deep_ep::intranode::NotifyDispatchParams& params);
 void dispatch(Context& context, const deep_ep::intranode::DispatchParams& params);
+void cached_notify_combine(Context& context, const deep_ep::intranode::CombineParams& params);
 void combine(Context& context, const deep_ep::intranode::CombineParams& params);
+
+// The two ways of a combine; Context::pulls() says which.
+
+/// Reads the rows from the experts' ranks.
+void combine_pull(Context& context, const deep_ep::intranode::CombineParams& params);
+/// The experts' ranks write the rows to the inbox.
+void combine_ring(Context& context, const deep_ep::intranode::CombineParams& params);
 
 }  // namespace deep_ep::host::intranode
