@@ -1,0 +1,86 @@
+"""What the compiler says of the kernels: their names, which profilers' searches go by, and what they take.
+
+usage: kernels_test.py NVCC SOURCE_DIR INCLUDE_DIR..."""
+
+import re
+import subprocess
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+
+NVCC, SOURCE, *INCLUDES = sys.argv[1:]
+KERNELS = Path(SOURCE) / "src/backend/cuda"
+
+# Registers a thread and static shared memory a block, at most; raise them knowingly. 65536 registers
+# an SM, so the largest block may have 65536 / its threads.
+BUDGETS = {
+    "layout": (64, 512),
+    "barrier": (64, 512),
+    "fault": (64, 512),
+    "notify": (64, 512),
+    "dispatch": (96, 512),  # 384 threads
+    "combine": (96, 512),  # 640 threads
+}
+
+
+class Kernel:
+    def __init__(self, name, report):
+        self.name = name  # demangled, parameter types included
+        self.short = re.search(r"(\w+)(<[^()]*>)?\(", name.replace("(anonymous namespace)", "x")).group(1)
+        numbers = {
+            "registers": r"Used (\d+) registers",
+            "shared": r"(\d+) bytes smem",
+            "stores": r"(\d+) bytes spill stores",
+            "loads": r"(\d+) bytes spill loads",
+        }
+        found = {key: re.search(pattern, report) for key, pattern in numbers.items()}
+        self.numbers = {key: int(match.group(1)) if match else 0 for key, match in found.items()}
+
+
+def demangle(name):
+    return subprocess.run(["c++filt", name], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def compile_kernels():
+    kernels = []
+    for source in sorted(KERNELS.glob("*/*.cu")):
+        with tempfile.TemporaryDirectory() as folder:
+            command = [NVCC, "-std=c++20", "-O3", "-arch=sm_90", "--fmad=false", "-DDEEP_EP_HAS_LIBCUDACXX",
+                       "-cubin", "-Xptxas", "-v", "-o", f"{folder}/out.cubin", str(source)]
+            command += [f"-I{SOURCE}/src", f"-I{SOURCE}/include", *(f"-I{path}" for path in INCLUDES)]
+            report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+        parts = re.split(r"Compiling entry function '(\w+)'", report)[1:]
+        kernels += [Kernel(demangle(name), text) for name, text in zip(parts[::2], parts[1::2])]
+    return kernels
+
+
+class Kernels(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.kernels = compile_kernels()
+
+    def test_all_are_known(self):
+        self.assertEqual({kernel.short for kernel in self.kernels}, set(BUDGETS))
+
+    def test_none_spills_or_exceeds_its_budget(self):
+        for kernel in self.kernels:
+            with self.subTest(kernel.name):
+                registers, shared = BUDGETS[kernel.short]
+                self.assertEqual(kernel.numbers["stores"] + kernel.numbers["loads"], 0, "bytes spilled")
+                self.assertGreater(kernel.numbers["registers"], 0)
+                self.assertLessEqual(kernel.numbers["registers"], registers)
+                self.assertLessEqual(kernel.numbers["shared"], shared)
+
+    def test_each_name_says_one_thing(self):
+        """Searches for dispatch, combine and notify go over the whole name and must not meet each other."""
+        words = ("dispatch", "combine", "notify")
+        for kernel in self.kernels:
+            with self.subTest(kernel.name):
+                self.assertTrue("::" in kernel.name, "not in a namespace")
+                said = {word for word in words if word in kernel.name.lower()}
+                self.assertEqual(said, {kernel.short} & set(words))
+
+
+if __name__ == "__main__":
+    unittest.main(argv=sys.argv[:1], verbosity=2)

@@ -1,0 +1,114 @@
+#pragma once
+
+#include <cuda_runtime.h>
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdint>
+#include <cstdio>
+#include <string>
+#include <vector>
+
+#include "backend/cuda/check.hpp"
+#include "contract/pool.hpp"
+#include "deep_ep/deep_ep.hpp"
+
+// Layers whose experts change nothing: a token's sum is its row times the ranks that it goes to.
+// What a round holds follows from its number, so that nothing has to be kept to check it.
+namespace deep_ep::test {
+
+struct Shape {
+  std::int64_t tokens = 97;
+  std::int64_t hidden = 256;
+  int topk = 3;
+};
+
+/// Inputs of a round of one rank; two experts a rank.
+struct Round {
+  std::vector<float> x{};
+  std::vector<std::int64_t> ids{};
+  std::vector<int> copies{};  // of each token: ranks that it goes to
+
+  Round(const Shape& shape, int number, int rank, int ranks) {
+    for (std::int64_t token = 0; token < shape.tokens; ++token) {
+      std::uint64_t seed =
+          (static_cast<std::uint64_t>(number) * 131 + static_cast<std::uint64_t>(rank)) * 1009 +
+          static_cast<std::uint64_t>(token);
+      std::vector<bool> goes(static_cast<std::size_t>(ranks), false);
+      for (int k = 0; k < shape.topk; ++k) {
+        seed = seed * 6364136223846793005ULL + 1442695040888963407ULL;
+        const auto expert =
+            static_cast<std::int64_t>((seed >> 33) % static_cast<std::uint64_t>(2 * ranks + 1)) - 1;
+        ids.push_back(expert);
+        if (expert >= 0) goes[static_cast<std::size_t>(expert / 2)] = true;
+      }
+      copies.push_back(static_cast<int>(std::count(goes.begin(), goes.end(), true)));
+      for (std::int64_t i = 0; i < shape.hidden; ++i) x.push_back(value(number, rank, token, i));
+    }
+  }
+  static float value(int number, int rank, std::int64_t token, std::int64_t i) {
+    return static_cast<float>(1 + (number * 7 + rank * 31 + token * 3 + i) % 500);
+  }
+
+  /// What is wrong with the sums, or "".
+  std::string check_sums(const Shape& shape, const float* sums, const char* what) const {
+    for (std::int64_t i = 0; i < shape.tokens * shape.hidden; ++i) {
+      const float want = static_cast<float>(copies[static_cast<std::size_t>(i / shape.hidden)]) *
+                         x[static_cast<std::size_t>(i)];
+      if (sums[i] != want)
+        return fmt::format("{}: combined_x[{}, {}] is {}, not {}", what, i / shape.hidden,
+                           i % shape.hidden, sums[i], want);
+    }
+    return "";
+  }
+};
+
+constexpr const char* kSkip = "skip: ";
+
+/// Runs `play` on 1 to most_ranks ranks; prints "N passed, N failed, N skipped". Exit status.
+inline int run_on_ranks(int most_ranks, const Pool::Work& play, const std::string& job) {
+  using std::chrono_literals::operator""s;
+  Pool pool(most_ranks, [&play](Worker& worker, const std::string& text) -> std::string {
+    if (num_devices(DeviceType::kCuda) == 0) return std::string(kSkip) + "no GPU";
+    return play(worker, text);
+  });
+  int passed = 0;
+  int failed = 0;
+  int skipped = 0;
+  for (int ranks = 1; ranks <= most_ranks; ++ranks) {
+    std::string wrong;
+    bool skip = false;
+    for (const Outcome& outcome : pool.run(ranks, job, 400s)) {
+      skip = skip || outcome.answer.starts_with(kSkip);
+      if (skip || (outcome.answered && outcome.answer.empty())) continue;
+      wrong += "\n  " + (outcome.timed_out ? "hangs" : outcome.answer + outcome.failure);
+    }
+    if (!wrong.empty()) fmt::print("FAILED {} ranks{}\n", ranks, wrong);
+    ++(skip ? skipped : wrong.empty() ? passed : failed);
+    std::fflush(stdout);
+  }
+  fmt::print("{} passed, {} failed, {} skipped\n", passed, failed, skipped);
+  return failed != 0 ? 1 : passed == 0 ? 77 : 0;
+}
+
+/// The GPU of a rank, made current; ranks share GPUs when there are fewer.
+inline Device device_of(const Worker& worker) {
+  const Device device{DeviceType::kCuda, worker.rank() % num_devices(DeviceType::kCuda)};
+  cuda::check(cudaSetDevice(device.index), "cudaSetDevice");
+  return device;
+}
+
+inline cudaStream_t make_stream() {
+  cudaStream_t stream = nullptr;
+  cuda::check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
+  return stream;
+}
+
+inline void copy_in(const Tensor& to, const void* from, cudaStream_t stream) {
+  cuda::check(cudaMemcpyAsync(to.data, from, to.nbytes(), cudaMemcpyHostToDevice, stream),
+              "cudaMemcpyAsync");
+  cuda::check(cudaStreamSynchronize(stream), "cudaMemcpyAsync");
+}
+
+}  // namespace deep_ep::test

@@ -1,0 +1,135 @@
+#include "identity.hpp"
+
+// Many calls one behind the other without a look at any in between, shapes alternating, results
+// dropped while another stream still reads them: a block that was used again too early would show
+// in what that stream read.
+namespace deep_ep::test {
+namespace {
+
+using cuda::check;
+using std::chrono_literals::operator""s;
+
+constexpr Shape kShapes[] = {{97, 256, 3}, {13, 4096, 2}, {1, 64, 1}, {400, 32, 4}};
+constexpr int kNumShapes = static_cast<int>(std::size(kShapes));
+constexpr int kLookEvery = 100;
+
+/// One shape's inputs, and its handle.
+struct Layer {
+  Layer(Buffer& buffer, const Shape& given, int number, cudaStream_t stream)
+      : shape(given),
+        round(given, number, buffer.rank(), buffer.num_ranks()),
+        x(Tensor::empty(DType::kFloat32, {given.tokens, given.hidden}, buffer.device())) {
+    copy_in(x, round.x.data(), stream);
+    const Tensor ids = Tensor::empty(DType::kInt64, {given.tokens, given.topk}, buffer.device());
+    copy_in(ids, round.ids.data(), stream);
+    DispatchArgs args;
+    args.options.stream = {stream};
+    args.x = x;
+    args.topk_idx = ids;
+    args.layout = buffer.get_dispatch_layout(ids, 2 * buffer.num_ranks(), args.options);
+    const DispatchResult first = buffer.dispatch(args);
+    handle = first.handle;
+    copy = Tensor::empty(DType::kFloat32,
+                         {std::max<std::int64_t>(1, first.num_recv_tokens), given.hidden},
+                         buffer.device());
+    check(cudaStreamSynchronize(stream), "first dispatch");
+  }
+
+  Shape shape;
+  Round round;
+  Tensor x;
+  Tensor copy{};  // what the other stream read of recv_x
+  IntranodeHandle handle{};
+};
+
+class Stress {
+ public:
+  explicit Stress(Worker& worker, const Device& device)
+      : stream_(make_stream()),
+        reader_(make_stream()),
+        buffer_(worker.bootstrap(), {.device = device, .timeout = 20s}),
+        ballast_(Tensor::empty(DType::kUint8, {8 << 20}, device)) {
+    for (int i = 0; i < kNumShapes; ++i) layers_.emplace_back(buffer_, kShapes[i], i, stream_);
+  }
+
+  std::string run(int calls) {
+    for (int i = 0; i < calls; ++i) {
+      Layer& layer = layers_[static_cast<std::size_t>((i * 7 / 3) % kNumShapes)];
+      const bool look = i % kLookEvery == kLookEvery - 1;
+      const std::string wrong = call(layer, look);
+      if (!wrong.empty()) return fmt::format("call {}: {}", i, wrong);
+    }
+    return "";
+  }
+
+ private:
+  std::string call(Layer& layer, bool look) {
+    DispatchArgs args;
+    args.options.stream = {stream_};
+    args.x = layer.x;
+    args.handle = layer.handle;
+    DispatchResult got = buffer_.dispatch(args);
+    CombineArgs back;
+    back.options.stream = {stream_};
+    back.x = got.recv_x;
+    back.handle = layer.handle;
+    const CombineResult sums = buffer_.combine(back);
+    read_late(layer, got);
+    if (!look) return "";
+    const Tensor here = sums.combined_x.to({}, {stream_});
+    std::string wrong = layer.round.check_sums(layer.shape, here.as<float>(), "sums");
+    return wrong.empty() ? check_copy(layer) : wrong;
+  }
+
+  /// On the other stream, behind the dispatch: some slow work, then a copy of the rows, which are
+  /// given up at once.
+  void read_late(Layer& layer, DispatchResult& got) {
+    got.event.current_stream_wait({reader_});
+    for (int i = 0; i < 4; ++i)
+      check(cudaMemsetAsync(ballast_.data, i, ballast_.nbytes(), reader_), "cudaMemsetAsync");
+    if (got.recv_x.nbytes() > 0) {
+      check(cudaMemcpyAsync(layer.copy.data, got.recv_x.data, got.recv_x.nbytes(),
+                            cudaMemcpyDeviceToDevice, reader_),
+            "cudaMemcpyAsync");
+    }
+    got.recv_x.release({reader_});
+  }
+
+  std::string check_copy(const Layer& layer) const {
+    const Tensor rows = layer.copy.to({}, {reader_});
+    const Tensor tokens = layer.handle.recv_src_idx.to({}, {reader_});
+    const Tensor prefix = layer.handle.rank_prefix_matrix.to({}, {reader_});
+    const int ranks = buffer_.num_ranks();
+    const int number = static_cast<int>(&layer - layers_.data());
+    std::int64_t row = 0;
+    for (int source = 0; source < ranks; ++source) {
+      for (; row < prefix.as<std::int32_t>()[source * ranks + buffer_.rank()]; ++row) {
+        for (std::int64_t i = 0; i < layer.shape.hidden; ++i) {
+          const float want = Round::value(number, source, tokens.as<std::int32_t>()[row], i);
+          const float got = rows.as<float>()[row * layer.shape.hidden + i];
+          if (got != want)
+            return fmt::format("the other stream read {} in row {}, column {}, not {}", got, row, i,
+                               want);
+        }
+      }
+    }
+    return "";
+  }
+
+  cudaStream_t stream_;
+  cudaStream_t reader_;
+  Buffer buffer_;
+  Tensor ballast_;
+  std::vector<Layer> layers_{};
+};
+
+std::string play(Worker& worker, const std::string& job) {
+  return Stress(worker, device_of(worker)).run(std::stoi(job));
+}
+
+}  // namespace
+}  // namespace deep_ep::test
+
+int main(int argc, char** argv) {
+  return deep_ep::test::run_on_ranks(3, deep_ep::test::play, argc > 1 ? argv[1] : "1000");
+}
