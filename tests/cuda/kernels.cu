@@ -1,3 +1,4 @@
+#include "backend/cuda/device/sums.cuh"
 #include "device_waiter.cuh"
 #include "kernels.hpp"
 #include "plan/layout.hpp"
@@ -154,6 +155,41 @@ DEEP_EP_HD Carved Carved::at(std::byte* base, const std::int32_t* prefix) {
       .rows_begin = plan::rows_from(prefix, 1, 1, 2).begin};
 }
 
+namespace {
+
+__device__ bool same_number(float a, float b) {
+  return plan::bit_cast<std::uint32_t>(a) == plan::bit_cast<std::uint32_t>(b) || (a != a && b != b);
+}
+
+template <class Pair, class Plan>
+__device__ void compare(std::uint32_t bits, unsigned long long* narrow_wrong,
+                        unsigned long long* widen_wrong) {
+  const float value = plan::bit_cast<float>(bits);
+  Pair pair;
+  cuda::narrow({value, -value}, pair);
+  const auto* got = reinterpret_cast<const std::uint16_t*>(&pair);
+  if (got[0] != plan::from_float<Plan>(value).bits || got[1] != plan::from_float<Plan>(-value).bits)
+    atomicAdd(narrow_wrong, 1ULL);
+  if (bits >> 16 != 0) return;
+  const auto half = static_cast<std::uint16_t>(bits);
+  const std::uint16_t both[2] = {half, half};
+  const float2 wide = cuda::widen(*reinterpret_cast<const Pair*>(both));
+  const float want = plan::to_float(Plan{half});
+  if (!same_number(wide.x, want) || !same_number(wide.y, want)) atomicAdd(widen_wrong, 1ULL);
+}
+
+__global__ void sum_conversions(SumConversions* wrong) {
+  const std::uint64_t step = std::uint64_t{gridDim.x} * blockDim.x;
+  for (std::uint64_t bits = std::uint64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+       bits < std::uint64_t{1} << 32; bits += step) {
+    const auto pattern = static_cast<std::uint32_t>(bits);
+    compare<__nv_bfloat162, plan::Bfloat16>(pattern, &wrong->narrow_bf16, &wrong->widen_bf16);
+    compare<__half2, plan::Float16>(pattern, &wrong->narrow_fp16, &wrong->widen_fp16);
+  }
+}
+
+}  // namespace
+
 Carved carve_on_host(std::byte* base, const std::int32_t* prefix) {
   return Carved::at(base, prefix);
 }
@@ -183,6 +219,10 @@ int launch_fault(protocol::FaultRecord* record, std::uint32_t* claims) {
 int launch_convert(std::uint32_t first, std::uint32_t step, std::uint32_t count, Converted* out) {
   constexpr std::uint32_t kThreads = 256;
   convert<<<(count + kThreads - 1) / kThreads, kThreads>>>(first, step, count, out);
+  return cudaGetLastError();
+}
+int launch_sum_conversions(SumConversions* wrong) {
+  sum_conversions<<<1024, 256>>>(wrong);
   return cudaGetLastError();
 }
 int launch_carve(std::byte* base, const std::int32_t* prefix, Carved* out) {

@@ -108,6 +108,13 @@ struct Converted {
 /// out[i] = Converted::of(first + i * step)
 int launch_convert(std::uint32_t first, std::uint32_t step, std::uint32_t count, Converted* out);
 
+/// How often the hardware's conversions, with which sums are made, differ from plan/numerics: over
+/// all 2^32 floats on the way out, all 2^16 patterns on the way in (a NaN may be any).
+struct SumConversions {
+  unsigned long long narrow_bf16, narrow_fp16, widen_bf16, widen_fp16;
+};
+int launch_sum_conversions(SumConversions* wrong);
+
 /// Sizes and places as the device computes them.
 struct Carved {
   std::int64_t control_bytes;

@@ -180,6 +180,17 @@ void test_numerics() {
   }
 }
 
+void test_sum_conversions() {
+  const auto wrong = Memory<SumConversions>::on_device();
+  check(launch_sum_conversions(wrong.get()), "sum_conversions");
+  finish("sum_conversions");
+  const SumConversions counts = wrong.copy()[0];
+  expect(counts.narrow_bf16 == 0, "every float is rounded to bf16 by the hardware as by plan/");
+  expect(counts.narrow_fp16 == 0, "every float is rounded to fp16 by the hardware as by plan/");
+  expect(counts.widen_bf16 == 0 && counts.widen_fp16 == 0,
+         "every bf16 and fp16 value widens alike");
+}
+
 void test_places() {
   const auto prefix = Memory<std::int32_t>::mapped(4);
   for (int i = 0; i < 4; ++i) prefix.get()[i] = 7 * (i + 1);
@@ -207,6 +218,7 @@ int run() {
   test_waits_end();
   test_faults();
   test_numerics();
+  test_sum_conversions();
   test_places();
   std::printf("%d failed\n", failures);
   return failures == 0 ? 0 : 1;

@@ -1,7 +1,9 @@
+#include <cmath>
+
 #include "identity.hpp"
 
 // Layout, dispatch without counts, combine, cached dispatch and combine in one CUDA graph, replayed
-// over routing and rows that change.
+// over routing and rows that change; then once without one of the ranks.
 namespace deep_ep::test {
 namespace {
 
@@ -43,6 +45,25 @@ class Replay {
       if (!wrong.empty()) return wrong;
     }
     return "";
+  }
+
+  /// A replay that another rank has no part in: ends, gives NaN and not what the memory held, and
+  /// the Error is seen.
+  std::string run_alone() {
+    check(cudaGraphLaunch(graph_, stream_), "cudaGraphLaunch");
+    for (const CombineResult* result : {&first_, &second_}) {
+      const Tensor here = result->combined_x.to({}, {stream_});
+      for (std::int64_t i = 0; i < here.numel(); ++i) {
+        if (!std::isnan(here.as<float>()[i]))
+          return fmt::format("alone: combined_x holds {} at {}", here.as<float>()[i], i);
+      }
+    }
+    try {
+      buffer_.check();
+    } catch (const Error& error) {
+      return error.code() == ErrorCode::kPeerFailed ? "" : error.what();
+    }
+    return "alone: no Error";
   }
 
  private:
@@ -92,7 +113,9 @@ std::string play(Worker& worker, const std::string& job) {
     const std::string wrong = replay.run(round);
     if (!wrong.empty()) return wrong;
   }
-  return "";
+  // The last rank leaves.
+  if (worker.rank() + 1 == worker.num_ranks()) return "";
+  return replay.run_alone();
 }
 
 }  // namespace

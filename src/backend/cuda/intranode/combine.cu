@@ -287,16 +287,32 @@ __device__ void sum_token(const CombineArgs& args, const Shared& shared, int war
   }
 }
 
-/// By a sum warp: its tokens, every stride-th.
+/// By a warp, for a token that cannot be summed: NaN, so that nobody takes it for a result. In a
+/// replayed graph the caller learns of the fault only later.
+__device__ void void_token(const CombineArgs& args, std::int64_t token) {
+  const int lane = threadIdx.x % 32;
+  auto* row = reinterpret_cast<std::uint32_t*>(args.combined_x + token * args.format.x_bytes);
+  for (std::int64_t i = lane; i < args.format.x_bytes / 4; i += 32) row[i] = 0xffffffff;
+  if (args.combined_topk_weights == nullptr) return;
+  const int topk = args.comm.record.num_topk;
+  for (int k = lane; k < topk; k += 32)
+    reinterpret_cast<std::uint32_t*>(args.combined_topk_weights)[token * topk + k] = 0xffffffff;
+}
+
+/// By a sum warp: its tokens, every stride-th; `good` as long as nothing has failed.
 template <class T>
-__device__ void sum_rows(const CombineArgs& args, Shared& shared, std::uint64_t epoch) {
+__device__ void sum_rows(const CombineArgs& args, Shared& shared, std::uint64_t epoch, bool good) {
   const int warp = static_cast<int>(threadIdx.x / 32) - kPushWarps;
   for (std::int64_t token = std::int64_t{warp} * gridDim.x + blockIdx.x;
        token < args.comm.record.num_tokens; token += std::int64_t{gridDim.x} * kSumWarps) {
-    const int count = gather(args, shared, warp, token, epoch);
-    if (count < 0) return;
-    sum_token<T>(args, shared, warp, count, token);
-    __syncwarp();
+    const int count = good ? gather(args, shared, warp, token, epoch) : -1;
+    good = count >= 0;
+    if (good) {
+      sum_token<T>(args, shared, warp, count, token);
+      __syncwarp();
+    } else {
+      void_token(args, token);
+    }
   }
 }
 
@@ -306,16 +322,15 @@ __global__ void __launch_bounds__(kThreads) combine(const __grid_constant__ Comb
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   const Comm& comm = args.comm;
   const std::uint64_t epoch = comm.local->epoch + 1;
-  if (find_others(args, epoch, shared)) {
-    if (threadIdx.x < kPushWarps * 32) {
-      push_rows(args, shared, epoch);
-    } else {
-      sum_rows<T>(args, shared, epoch);
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < comm.num_ranks; i += kThreads) {
-      atomicMax(&comm.local->waited[i], shared.waited[i]);
-    }
+  const bool good = find_others(args, epoch, shared);
+  if (threadIdx.x >= kPushWarps * 32) {
+    sum_rows<T>(args, shared, epoch, good);
+  } else if (good) {
+    push_rows(args, shared, epoch);
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; good && i < comm.num_ranks; i += kThreads) {
+    atomicMax(&comm.local->waited[i], shared.waited[i]);
   }
   if (!is_last_block(comm)) return;
   flush_waits(comm, args.wait_stats);

@@ -275,6 +275,21 @@ __device__ void fill_unused_rows(const DispatchArgs& args, const plan::RecvArray
   }
 }
 
+/// By all threads of `blocks` blocks: results that are not there are not a number, and of no
+/// expert, so that nobody takes what the memory holds for results.
+__device__ void void_results(const DispatchArgs& args, int block, int blocks) {
+  const Comm& comm = args.comm;
+  std::byte* base = segment_base(comm, comm.rank, args.block_segment);
+  auto* words = reinterpret_cast<uint4*>(base + args.block_offset);
+  const std::int64_t count = plan::RecvArrays::bytes(args.format, args.block_rows) / 16;
+  const std::int64_t step = std::int64_t{blocks} * blockDim.x;
+  const std::int64_t begin = block * std::int64_t{blockDim.x} + threadIdx.x;
+  for (std::int64_t i = begin; i < count; i += step)
+    words[i] = {0xffffffff, 0xffffffff, 0xffffffff, 0xffffffff};
+  if (args.cached) return;
+  for (std::int64_t i = begin; i < args.block_rows; i += step) args.recv_src_idx[i] = -1;
+}
+
 // --- by the last block
 // ----------------------------------------------------------------------------
 
@@ -314,9 +329,15 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     } else {
       send_small(args, shared);
     }
+  } else {
+    void_results(args, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
   }
   if (!is_last_block(comm)) return;
-  if (good && exchange_landed(comm, epoch)) flush_waits(comm, args.wait_stats);
+  if (good && exchange_landed(comm, epoch)) {
+    flush_waits(comm, args.wait_stats);
+  } else {
+    void_results(args, 0, 1);  // what other blocks wrote, too
+  }
   end_kernel(comm);
 }
 

@@ -242,6 +242,16 @@ __device__ void exchange_counts(const NotifyArgs& args, std::uint64_t epoch) {
   tell_host(args, mailbox);
 }
 
+/// By one block: without counts no row is anywhere.
+__device__ void void_counts(const NotifyArgs& args) {
+  const int ranks = args.comm.num_ranks;
+  for (int i = threadIdx.x; i < ranks * ranks; i += kThreads) args.rank_prefix_matrix[i] = 0;
+  for (int i = threadIdx.x; i < ranks * args.num_channels; i += kThreads)
+    args.channel_prefix_matrix[i] = 0;
+  const std::int64_t heads = args.comm.record.num_tokens * ranks;
+  for (std::int64_t i = threadIdx.x; i < heads; i += kThreads) args.send_head[i] = -1;
+}
+
 __global__ void __launch_bounds__(kThreads) notify(const __grid_constant__ NotifyArgs args) {
   const std::uint64_t epoch = args.comm.local->epoch + 1;
   if (__syncthreads_and(may_start(args.comm)) != 0) {
@@ -253,7 +263,9 @@ __global__ void __launch_bounds__(kThreads) notify(const __grid_constant__ Notif
     }
     if (blockIdx.x + 1 == gridDim.x) exchange_counts(args, epoch);
   }
-  if (is_last_block(args.comm)) end_kernel(args.comm);
+  if (!is_last_block(args.comm)) return;
+  if (__syncthreads_and(may_start(args.comm)) == 0) void_counts(args);
+  end_kernel(args.comm);
 }
 
 }  // namespace

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Measures what docs/performance.md shows of GPUs, one rank a GPU: sweeps over SMs and tokens, each
+# result checked, as JSON in FOLDER (default: results beside this script).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+folder=${1:-results}
+mkdir -p "$folder"
+ranks=${RANKS:-$(nvidia-smi -L | wc -l)}
+common=(--backend cuda --ranks "$ranks" --iters 7 --warmup 5 --chain 100 --live-results 5)
+
+bench() { # name argument...
+  bin/deepep bench intranode "${common[@]}" "${@:2}" --json "$folder/$1_r$ranks.json"
+}
+
+nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
+bench sms --tokens 4096 --dtype bf16,fp8 --num-sms 1,2,4,8,12,16,20,24,32,64,132
+bench tokens --tokens 1,16,128,512,2048,8192 --dtype bf16,fp8 --num-sms 16,20
+bench small_own_stream --tokens 1,128 --dtype bf16 --num-sms 8,16 --comm-stream

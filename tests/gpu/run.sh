@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# All that only a GPU can show: the contract suite, faults, graphs, stress, random programs, the
+# sanitizers on a small case. Ranks share GPUs when there are fewer. Closes with "N passed, N failed,
+# N skipped"; --full takes ten times as long.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+times=1
+[[ ${1:-} == --full ]] && times=10
+passed=0 failed=0 skipped=0
+
+run() { # command... whose last matching line says "N passed, N failed[, N skipped]"
+  local log line status=0
+  log=$(mktemp)
+  printf '== %s\n' "$*"
+  "$@" >"$log" 2>&1 || status=$?
+  grep -v '^\r' "$log" | tail -n 30
+  line=$(grep -oE '[0-9]+ passed, [0-9]+ failed(, [0-9]+ skipped)?' "$log" | tail -n 1)
+  rm -f "$log"
+  read -r p f s <<<"$(sed -E 's/([0-9]+) passed, ([0-9]+) failed(, ([0-9]+) skipped)?/\1 \2 \4/' <<<"$line")"
+  passed=$((passed + ${p:-0})) failed=$((failed + ${f:-0})) skipped=$((skipped + ${s:-0}))
+  # 77: nothing could run here.
+  if ((status != 0 && status != 77)) && [[ ${f:-0} == 0 ]]; then failed=$((failed + 1)); fi
+}
+
+probe() { # command: counts as one
+  printf '== %s\n' "$*"
+  local status=0
+  "$@" || status=$?
+  case $status in
+  0) passed=$((passed + 1)) ;;
+  77) skipped=$((skipped + 1)) ;;
+  *) failed=$((failed + 1)) ;;
+  esac
+}
+
+probe bin/gpu_owner_death
+probe bin/cuda_shared_headers
+run bin/contract_suite --backend cuda --timeout-ms 20000
+run bin/gpu_faults $times
+run bin/gpu_graph $((100 * times))
+run bin/gpu_stress $((1000 * times))
+run bin/fuzz exchange --backend cuda --count $((1000 * times)) --seconds $((60 * times))
+if command -v compute-sanitizer >/dev/null; then
+  for tool in memcheck racecheck; do
+    run compute-sanitizer --tool $tool --error-exitcode 1 --target-processes all \
+      bin/deepep verify --backend cuda --ranks 2 --tokens 64 --hidden 512
+  done
+else
+  printf '== compute-sanitizer: SKIPPED, it is not installed\n'
+  skipped=$((skipped + 2))
+fi
+printf '\n%d passed, %d failed, %d skipped\n' $passed $failed $skipped
+((failed == 0))
