@@ -14,19 +14,25 @@ using std::chrono_literals::operator""s;
 constexpr Shape kShapes[] = {{200, 4096, 3}, {97, 256, 3}, {1, 64, 1}, {400, 2048, 4}};
 constexpr int kNumShapes = static_cast<int>(std::size(kShapes));
 constexpr int kLookEvery = 100;
+// Rows of a layer differ from call to call, so that a block that was used again shows.
+constexpr int kVariants = 7;
 
 /// One shape's inputs, and its handle.
 struct Layer {
-  Layer(Buffer& buffer, const Shape& given, int number, cudaStream_t stream)
-      : shape(given),
-        round(given, number, buffer.rank(), buffer.num_ranks()),
-        x(Tensor::empty(DType::kFloat32, {given.tokens, given.hidden}, buffer.device())) {
-    copy_in(x, round.x.data(), stream);
+  Layer(Buffer& buffer, const Shape& given, int given_number, cudaStream_t stream)
+      : shape(given), number(given_number) {
+    for (int v = 0; v < kVariants; ++v) {
+      // The routing of the first, the rows of another round.
+      rounds.emplace_back(given, number + v * kNumShapes, buffer.rank(), buffer.num_ranks());
+      rounds.back().copies = rounds.front().copies;
+      xs.push_back(Tensor::empty(DType::kFloat32, {given.tokens, given.hidden}, buffer.device()));
+      copy_in(xs.back(), rounds.back().x.data(), stream);
+    }
     const Tensor ids = Tensor::empty(DType::kInt64, {given.tokens, given.topk}, buffer.device());
-    copy_in(ids, round.ids.data(), stream);
+    copy_in(ids, rounds.front().ids.data(), stream);
     DispatchArgs args;
     args.options.stream = {stream};
-    args.x = x;
+    args.x = xs.front();
     args.topk_idx = ids;
     args.layout = buffer.get_dispatch_layout(ids, 2 * buffer.num_ranks(), args.options);
     const DispatchResult first = buffer.dispatch(args);
@@ -38,8 +44,11 @@ struct Layer {
   }
 
   Shape shape;
-  Round round;
-  Tensor x;
+  int number;
+  int last = 0;  // variant of the last call
+  int read = 0;  // variant that the copy is of
+  std::vector<Round> rounds{};
+  std::vector<Tensor> xs{};
   Tensor copy{};  // what the other stream read of recv_x
   IntranodeHandle handle{};
 };
@@ -55,33 +64,43 @@ class Stress {
   }
 
   std::string run(int calls) {
-    for (Layer& layer : layers_) (void)call(layer, false);  // so that all have copies
-    for (int i = 0; i < calls; ++i) {
+    std::string wrong;
+    for (int i = 0; i < calls && wrong.empty(); ++i) {
       Layer& layer = layers_[static_cast<std::size_t>((i * 7 / 3) % kNumShapes)];
-      const bool look = i % kLookEvery == kLookEvery - 1;
-      const std::string wrong = call(layer, look);
-      if (!wrong.empty()) return fmt::format("call {}: {}", i, wrong);
+      const CombineResult sums = call(layer, true);
+      if (i % kLookEvery < kLookEvery - 1) continue;
+      wrong = look(layer, sums);
+      if (!wrong.empty()) wrong = fmt::format("call {}: {}", i, wrong);
     }
-    return "";
+    return wrong;
   }
 
  private:
-  std::string call(Layer& layer, bool look) {
+  CombineResult call(Layer& layer, bool read) {
+    layer.last = (layer.last + 1) % kVariants;
     DispatchArgs args;
     args.options.stream = {stream_};
-    args.x = layer.x;
+    args.x = layer.xs[static_cast<std::size_t>(layer.last)];
     args.handle = layer.handle;
     DispatchResult got = buffer_.dispatch(args);
     CombineArgs back;
     back.options.stream = {stream_};
     back.x = got.recv_x;
     back.handle = layer.handle;
-    const CombineResult sums = buffer_.combine(back);
-    read_late(layer, got);
-    if (!look) return "";
+    CombineResult sums = buffer_.combine(back);
+    if (read) read_late(layer, got);
+    return sums;
+  }
+
+  /// Sums of the last call, and what the other stream read of the last calls of all layers, while
+  /// more calls, of which it reads nothing, use the memory again.
+  std::string look(Layer& layer, const CombineResult& sums) {
+    for (Layer& one : layers_) (void)call(one, true);
+    const auto variant = static_cast<std::size_t>(layer.last == 0 ? kVariants - 1 : layer.last - 1);
+    for (int i = 0; i < 24; ++i)
+      (void)call(layers_[static_cast<std::size_t>(i % kNumShapes)], false);
     const Tensor here = sums.combined_x.to({}, {stream_});
-    std::string wrong = layer.round.check_sums(layer.shape, here.as<float>(), "sums");
-    // Those of earlier calls too: later ones ran while they were read.
+    std::string wrong = layer.rounds[variant].check_sums(layer.shape, here.as<float>(), "sums");
     for (const Layer& one : layers_) {
       if (wrong.empty()) wrong = check_copy(one);
     }
@@ -100,6 +119,7 @@ class Stress {
             "cudaMemcpyAsync");
     }
     got.recv_x.release({reader_});
+    layer.read = layer.last;
   }
 
   std::string check_copy(const Layer& layer) const {
@@ -107,7 +127,7 @@ class Stress {
     const Tensor tokens = layer.handle.recv_src_idx.to({}, {reader_});
     const Tensor prefix = layer.handle.rank_prefix_matrix.to({}, {reader_});
     const int ranks = buffer_.num_ranks();
-    const int number = static_cast<int>(&layer - layers_.data());
+    const int number = layer.number + layer.read * kNumShapes;
     std::int64_t row = 0;
     for (int source = 0; source < ranks; ++source) {
       for (; row < prefix.as<std::int32_t>()[source * ranks + buffer_.rank()]; ++row) {
