@@ -203,23 +203,29 @@ void Buffer::Impl::reserve(std::int64_t bytes) {
   backend_->wait_mapped(num_segments);
 }
 
-DispatchLayout Buffer::Impl::get_dispatch_layout(const TensorView& topk_idx, int num_experts,
-                                                 const CallOptions& options) {
-  const Usage usage(*this, "get_dispatch_layout");
-  const NvtxRange range("get_dispatch_layout");
-  check_fault("get_dispatch_layout");
-  validate(options);
+internode::LayoutParams Buffer::Impl::allocate_layout(const TensorView& topk_idx, int num_experts,
+                                                      DispatchLayout& layout) {
   const int num_ranks = bootstrap_->size();
   internode::LayoutParams params;
   params.shape = validate_topk_idx(topk_idx, num_experts, num_ranks);
   params.topk_idx = topk_idx;
-  DispatchLayout layout;
   layout.num_tokens_per_rank = backend_->allocate(DType::kInt32, {num_ranks});
   layout.num_tokens_per_expert = backend_->allocate(DType::kInt32, {num_experts});
   layout.is_token_in_rank = backend_->allocate(DType::kBool, {params.shape.num_tokens, num_ranks});
   params.num_tokens_per_rank = layout.num_tokens_per_rank.as<std::int32_t>();
   params.num_tokens_per_expert = layout.num_tokens_per_expert.as<std::int32_t>();
   params.is_token_in_rank = layout.is_token_in_rank.as<bool>();
+  return params;
+}
+
+DispatchLayout Buffer::Impl::get_dispatch_layout(const TensorView& topk_idx, int num_experts,
+                                                 const CallOptions& options) {
+  const Usage usage(*this, "get_dispatch_layout");
+  const NvtxRange range("get_dispatch_layout");
+  check_fault("get_dispatch_layout");
+  validate(options);
+  DispatchLayout layout;
+  const internode::LayoutParams params = allocate_layout(topk_idx, num_experts, layout);
   layout.event = backend_->submit(options, [this, params, keep = layout] {
     internode::get_dispatch_layout(*backend_, params);
   });

@@ -3,6 +3,7 @@
 #include "api/buffer_impl.hpp"
 #include "api/validate.hpp"
 #include "base/error.hpp"
+#include "modes/internode.hpp"
 #include "modes/intranode.hpp"
 #include "plan/layout.hpp"
 #include "plan/recv_arrays.hpp"
@@ -12,7 +13,8 @@ namespace deep_ep {
 /// One dispatch from validation to its event: everything that its stages use, kept alive by them.
 struct Buffer::Impl::DispatchJob {
   DispatchArgs args;
-  std::uint64_t number = 0;  // in the log
+  std::uint64_t number = 0;                       // in the log
+  std::optional<internode::LayoutParams> layout;  // if the call has to find it
   intranode::NotifyDispatchParams notify;
   intranode::DispatchParams dispatch;
   std::vector<std::int64_t> tokens_per_expert;  // received, of the local experts
@@ -30,11 +32,16 @@ int num_channels(const Config& config) { return std::clamp(config.num_sms / 2, 1
 }  // namespace
 
 std::shared_ptr<Buffer::Impl::DispatchJob> Buffer::Impl::prepare_dispatch(
-    const DispatchArgs& args) {
+    const DispatchArgs& given) {
   const int num_ranks = bootstrap_->size();
-  const DispatchShape shape = validate_dispatch(args, num_ranks, options_.device);
   auto job = std::make_shared<DispatchJob>();
-  job->args = args;
+  job->args = given;
+  const DispatchArgs& args = job->args;
+  if (args.num_experts != 0) {
+    validate_num_experts(args);
+    job->layout = allocate_layout(args.topk_idx, args.num_experts, job->args.layout);
+  }
+  const DispatchShape shape = validate_dispatch(args, num_ranks, options_.device);
   Call call = make_call("intranode_dispatch", args.config);
   call.record = shape.record;
   job->number = log_.begin(call.operation, epoch_, call.record);
@@ -107,6 +114,7 @@ void Buffer::Impl::allocate_results(DispatchJob& job, std::int64_t rows) {
 }
 
 void Buffer::Impl::notify(DispatchJob& job) {
+  if (job.layout) internode::get_dispatch_layout(*backend_, *job.layout);
   intranode::notify_dispatch(*backend_, job.notify);
   const std::int64_t rows =
       plan::received_rows(job.notify.rank_prefix_matrix, bootstrap_->rank(), bootstrap_->size());

@@ -87,6 +87,8 @@ class __attribute__((visibility("hidden"))) Buffer::Impl {  // a member of an ex
   void fail(const Error& error) noexcept;
   Call make_call(const char* operation, const Config& config) const;
 
+  internode::LayoutParams allocate_layout(const TensorView& topk_idx, int num_experts,
+                                          DispatchLayout& layout);
   std::shared_ptr<DispatchJob> prepare_dispatch(const DispatchArgs& args);
   void allocate_results(DispatchJob& job, std::int64_t rows);
   void notify(DispatchJob& job);

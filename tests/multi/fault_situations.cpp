@@ -167,6 +167,14 @@ const std::vector<Situation>& refusals() {
        "expert_alignment"},
       {"config", dispatch_with([](const Scene&, DispatchArgs& args) { args.config.num_sms = 0; }),
        "num_sms"},
+      {"experts_and_layout",
+       dispatch_with([](const Scene&, DispatchArgs& args) { args.num_experts = kRanks; }),
+       "num_experts"},
+      {"experts_not_of_ranks", dispatch_with([](const Scene&, DispatchArgs& args) {
+         args.layout = {};
+         args.num_experts = kRanks + 1;
+       }),
+       "num_experts"},
       {"no_layout",
        dispatch_with([](const Scene&, DispatchArgs& args) { args.layout.is_token_in_rank = {}; }),
        "is_token_in_rank"},
