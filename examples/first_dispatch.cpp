@@ -24,7 +24,7 @@ int main() {
   deep_ep::DispatchArgs send;
   send.x = {x.data(), DType::kFloat32, {kTokens, kHidden}};
   send.topk_idx = topk_idx;
-  send.layout = buffer.get_dispatch_layout(topk_idx, num_experts);
+  send.num_experts = num_experts;
   const deep_ep::DispatchResult received = buffer.dispatch(send);
 
   // The experts would work here, on received.recv_x; recv_topk_idx says which row is for which.
@@ -36,7 +36,7 @@ int main() {
   // Nothing was computed, so each value is the number of ranks that its token went to.
   std::printf("rank %d received %lld rows\n", buffer.rank(),
               static_cast<long long>(received.num_recv_tokens));
-  const bool* is_in_rank = send.layout.is_token_in_rank.as<bool>();
+  const bool* is_in_rank = received.handle.is_token_in_rank.as<bool>();
   bool correct = true;
   for (int token = 0; token < kTokens; ++token) {
     int visited = 0;

@@ -40,7 +40,8 @@ struct BufferOptions {
 };
 
 /// Arguments of a dispatch. Either `handle` is given (cached: x and x_scales move as they did
-/// before; nothing else may be given), or `layout`, usually with topk_idx and topk_weights.
+/// before; nothing else may be given), or `layout`, usually with topk_idx and topk_weights, or
+/// `num_experts` with topk_idx.
 struct DispatchArgs {
   /// [N, H] contiguous rows, H * size_of(dtype) a multiple of 16 bytes, in any memory of the
   /// Buffer's device. N may be 0.
@@ -52,6 +53,9 @@ struct DispatchArgs {
   /// From get_dispatch_layout, or the caller's own: num_tokens_per_rank and is_token_in_rank are
   /// required, num_tokens_per_expert is needed for the per-expert counts.
   DispatchLayout layout{};
+  /// Above 0, in place of `layout`: the call finds the layout of topk_idx itself, for so many
+  /// experts. The handle has its is_token_in_rank.
+  int num_experts = 0;
   TensorView topk_idx{};      ///< optional [N, K] int32 or int64: expert ids, -1 for none
   TensorView topk_weights{};  ///< optional [N, K] float32, with topk_idx
   /// num_recv_tokens_per_expert_list is rounded up to a multiple of it.

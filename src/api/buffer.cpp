@@ -203,28 +203,35 @@ void Buffer::Impl::reserve(std::int64_t bytes) {
   backend_->wait_mapped(num_segments);
 }
 
-DispatchLayout Buffer::Impl::get_dispatch_layout(const TensorView& topk_idx, int num_experts,
-                                                 const CallOptions& options) {
-  const Usage usage(*this, "get_dispatch_layout");
-  const NvtxRange range("get_dispatch_layout");
-  check_fault("get_dispatch_layout");
-  validate(options);
+internode::LayoutParams Buffer::Impl::allocate_layout(const TensorView& topk_idx, int num_experts,
+                                                      Stream stream, DispatchLayout& layout) {
   const int num_ranks = bootstrap_->size();
   internode::LayoutParams params;
   params.shape = validate_topk_idx(topk_idx, num_experts, num_ranks);
   params.topk_idx = topk_idx;
-  DispatchLayout layout;
   const std::vector<Tensor> made = backend_->allocate(
       {{nullptr, DType::kInt32, {num_ranks}, options_.device},
        {nullptr, DType::kInt32, {num_experts}, options_.device},
        {nullptr, DType::kBool, {params.shape.num_tokens, num_ranks}, options_.device}},
-      options.stream);
+      stream);
   layout.num_tokens_per_rank = made[0];
   layout.num_tokens_per_expert = made[1];
   layout.is_token_in_rank = made[2];
   params.num_tokens_per_rank = layout.num_tokens_per_rank.as<std::int32_t>();
   params.num_tokens_per_expert = layout.num_tokens_per_expert.as<std::int32_t>();
   params.is_token_in_rank = layout.is_token_in_rank.as<bool>();
+  return params;
+}
+
+DispatchLayout Buffer::Impl::get_dispatch_layout(const TensorView& topk_idx, int num_experts,
+                                                 const CallOptions& options) {
+  const Usage usage(*this, "get_dispatch_layout");
+  const NvtxRange range("get_dispatch_layout");
+  check_fault("get_dispatch_layout");
+  validate(options);
+  DispatchLayout layout;
+  const internode::LayoutParams params =
+      allocate_layout(topk_idx, num_experts, options.stream, layout);
   layout.event = backend_->submit(options, [this, params, keep = layout] {
     internode::get_dispatch_layout(*backend_, params);
   });

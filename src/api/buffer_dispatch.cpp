@@ -3,6 +3,7 @@
 #include "api/buffer_impl.hpp"
 #include "api/validate.hpp"
 #include "base/error.hpp"
+#include "modes/internode.hpp"
 #include "modes/intranode.hpp"
 #include "plan/layout.hpp"
 #include "plan/recv_arrays.hpp"
@@ -12,7 +13,8 @@ namespace deep_ep {
 /// One dispatch from validation to its event: everything that its stages use, kept alive by them.
 struct Buffer::Impl::DispatchJob {
   DispatchArgs args;
-  std::uint64_t number = 0;  // in the log
+  std::uint64_t number = 0;                       // in the log
+  std::optional<internode::LayoutParams> layout;  // if the call has to find it
   intranode::NotifyDispatchParams notify;
   intranode::DispatchParams dispatch;
   std::int64_t num_recv_rows = 0;
@@ -31,11 +33,17 @@ int num_channels(const Config& config) { return std::clamp(config.num_sms / 2, 1
 }  // namespace
 
 std::shared_ptr<Buffer::Impl::DispatchJob> Buffer::Impl::prepare_dispatch(
-    const DispatchArgs& args) {
+    const DispatchArgs& given) {
   const int num_ranks = bootstrap_->size();
-  const DispatchShape shape = validate_dispatch(args, num_ranks, options_.device);
   auto job = std::make_shared<DispatchJob>();
-  job->args = args;
+  job->args = given;
+  const DispatchArgs& args = job->args;
+  if (args.num_experts != 0) {
+    validate_num_experts(args);
+    job->layout =
+        allocate_layout(args.topk_idx, args.num_experts, args.options.stream, job->args.layout);
+  }
+  const DispatchShape shape = validate_dispatch(args, num_ranks, options_.device);
   Call call = make_call("intranode_dispatch", args.config);
   call.record = shape.record;
   job->number = log_.begin(call.operation, epoch_, call.record);
@@ -132,6 +140,11 @@ void Buffer::Impl::allocate_handle(DispatchJob& job, std::int64_t rows) {
   job.dispatch.recv_channel_prefix_matrix = arrays.recv_channel_prefix_matrix;
 }
 
+void Buffer::Impl::notify(DispatchJob& job) {
+  if (job.layout) internode::get_dispatch_layout(*backend_, *job.layout);
+  intranode::notify_dispatch(*backend_, job.notify);
+}
+
 DispatchResult Buffer::Impl::intranode_dispatch(const DispatchArgs& args) {
   return collective("intranode_dispatch", [&] {
     const std::shared_ptr<DispatchJob> job = prepare_dispatch(args);
@@ -141,9 +154,7 @@ DispatchResult Buffer::Impl::intranode_dispatch(const DispatchArgs& args) {
       // The counts are needed here and now: how many rows there will be.
       CallOptions now = args.options;
       now.async_finish = false;
-      backend_->submit(now,
-                       stage(job->number, false,
-                             [this, job] { intranode::notify_dispatch(*backend_, job->notify); }),
+      backend_->submit(now, stage(job->number, false, [this, job] { notify(*job); }),
                        Backend::Part::kBegin);
       result.num_recv_tokens = job->num_recv_rows;
       for (const std::int64_t count : job->tokens_per_expert) {
@@ -160,8 +171,7 @@ DispatchResult Buffer::Impl::intranode_dispatch(const DispatchArgs& args) {
     result.event = backend_->submit(args.options,
                                     stage(job->number, true,
                                           [this, job, counted] {
-                                            if (!counted && !job->dispatch.cached)
-                                              intranode::notify_dispatch(*backend_, job->notify);
+                                            if (!counted && !job->dispatch.cached) notify(*job);
                                             intranode::dispatch(*backend_, job->dispatch);
                                           }),
                                     counted ? Backend::Part::kEnd : Backend::Part::kWhole);

@@ -87,9 +87,12 @@ class __attribute__((visibility("hidden"))) Buffer::Impl {  // a member of an ex
   void fail(const Error& error) noexcept;
   Call make_call(const char* operation, const Config& config) const;
 
+  internode::LayoutParams allocate_layout(const TensorView& topk_idx, int num_experts,
+                                          Stream stream, DispatchLayout& layout);
   std::shared_ptr<DispatchJob> prepare_dispatch(const DispatchArgs& args);
   void allocate_results(DispatchJob& job, std::int64_t rows);
   void allocate_handle(DispatchJob& job, std::int64_t rows);
+  void notify(DispatchJob& job);
 
   std::uint64_t epoch_ = 0;
   std::atomic<bool> in_call_{false};

@@ -158,6 +158,16 @@ void validate(const CallOptions& options) {
           "allocate_on_comm_stream is true, which needs previous_event and async_finish");
 }
 
+void validate_num_experts(const DispatchArgs& args) {
+  require(!args.handle, "num_experts is {}, it must not be given together with handle",
+          args.num_experts);
+  const DispatchLayout& layout = args.layout;
+  require(!layout.num_tokens_per_rank.defined() && !layout.is_token_in_rank.defined() &&
+              !layout.num_tokens_per_expert.defined(),
+          "num_experts is {}, it must not be given together with layout", args.num_experts);
+  require(args.topk_idx.defined(), "num_experts is {}, which needs topk_idx", args.num_experts);
+}
+
 plan::RoutingShape validate_topk_idx(const TensorView& topk_idx, int num_experts, int num_ranks) {
   expect(topk_idx, {"topk_idx", topk_idx.device, {DType::kInt32, DType::kInt64}, {-1, -1}});
   plan::RoutingShape shape;

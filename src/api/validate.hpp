@@ -12,6 +12,8 @@ namespace deep_ep {
 void validate(const BufferOptions& options, int rank, int num_ranks);
 void validate(const CallOptions& options);
 
+/// num_experts, which is given, against what must be given with it and what must not.
+void validate_num_experts(const DispatchArgs& args);
 plan::RoutingShape validate_topk_idx(const TensorView& topk_idx, int num_experts, int num_ranks);
 
 /// A dispatch's shapes: what its rows carry, and the record that the ranks compare.

@@ -6,6 +6,7 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <condition_variable>
 #include <mutex>
 #include <optional>
@@ -63,6 +64,8 @@ namespace {
 
 /// How long close() tries to hand a goodbye to a peer that does not read.
 constexpr milliseconds kGoodbyePatience{200};
+/// How long a rank that saw another one go waits for others to go.
+constexpr milliseconds kCausePatience{200};
 
 /// A Descriptor's file descriptor belongs to its holder.
 struct Described {
@@ -235,6 +238,13 @@ void Fabric::State::await_peers(milliseconds timeout) {
   };
   std::unique_lock lock(mutex);
   changed.wait_until(lock, Deadline(timeout).end(), settled);
+  // It may have left because of another one, whose end shows here a little later.
+  if (!lost.empty()) {
+    changed.wait_until(lock, Deadline(std::min(timeout, kCausePatience)).end(), [&] {
+      settled();
+      return mapping_error || waited_for.empty();
+    });
+  }
   if (mapping_error) throw *mapping_error;
   if (!lost.empty())
     throw Error(ErrorCode::kPeerFailed,

@@ -14,6 +14,7 @@
 #include <cstring>
 #include <fstream>
 #include <map>
+#include <set>
 #include <sstream>
 #include <thread>
 
@@ -25,6 +26,7 @@ namespace {
 
 constexpr const char* kFormat = "deep_ep_fabric_2";
 constexpr std::size_t kSecretBytes = 16;
+constexpr std::chrono::milliseconds kCausePatience{100};
 
 struct Hello {
   static constexpr std::uint32_t kMagic = 0xdee9e902;
@@ -111,9 +113,30 @@ class Mesh {
       if (process) {
         processes_.push_back({peer.rank, std::move(process)});
       } else if (errno == ESRCH) {
-        fail(ErrorCode::kPeerFailed, peer.rank, "has left or died");
+        ended_.insert(peer.rank);
       }
     }
+    if (!ended_.empty()) fail_for_ended(*ended_.begin());
+  }
+
+  /// `peer` has left or died. It may have left because another one died, whose end may show here
+  /// a little later: all that have ended by then are named.
+  [[noreturn]] void fail_for_ended(int peer) {
+    ended_.insert(peer);
+    const Deadline patience(kCausePatience);
+    while (ended_.size() < processes_.size() && !patience.expired()) {
+      for (const Watched& one : processes_) {
+        pollfd polled{one.process.get(), POLLIN, 0};
+        if (poll(&polled, 1, 0) > 0) ended_.insert(one.rank);
+      }
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+    const std::vector<int> ranks(ended_.begin(), ended_.end());
+    throw Error(
+        ErrorCode::kPeerFailed,
+        fmt::format("rank {}: cannot connect to rank {}: it has left or died{}", door_.address.rank,
+                    peer, ranks.size() == 1 ? "" : "; gone are " + name_ranks(ranks)),
+        ranks);
   }
 
   std::vector<int> missing() const {
@@ -130,7 +153,7 @@ class Mesh {
     const socklen_t bytes = abstract_address(peer.socket, address);
     while (connect(fd.get(), reinterpret_cast<const sockaddr*>(&address), bytes) != 0) {
       if (errno == EINTR) continue;
-      if (errno != EAGAIN) fail(ErrorCode::kPeerFailed, peer.rank, "has left or died");
+      if (errno != EAGAIN) fail_for_ended(peer.rank);
       // Its queue of callers is full.
       if (deadline_.expired()) fail(ErrorCode::kTimeout, peer.rank, "does not answer");
       std::this_thread::sleep_for(std::chrono::milliseconds(1));
@@ -141,7 +164,7 @@ class Mesh {
     std::memcpy(hello.cookie, peer.cookie.data(), sizeof(hello.cookie));
     // The first packet of a connection always has room.
     if (send(fd.get(), &hello, sizeof(hello), MSG_NOSIGNAL) != sizeof(hello))
-      fail(ErrorCode::kPeerFailed, peer.rank, "has left or died");
+      fail_for_ended(peer.rank);
     return fd;
   }
 
@@ -159,8 +182,7 @@ class Mesh {
     for (const Watched& one : processes_) polled.push_back({one.process.get(), POLLIN, 0});
     if (poll(polled.data(), polled.size(), deadline_.poll_ms()) <= 0) return;
     for (std::size_t i = 0; i < processes_.size(); ++i) {
-      if (polled[first_process + i].revents != 0)
-        fail(ErrorCode::kPeerFailed, processes_[i].rank, "has left or died");
+      if (polled[first_process + i].revents != 0) fail_for_ended(processes_[i].rank);
     }
     for (std::size_t i = 0; i < callers_.size(); ++i) {
       if (polled[1 + i].revents != 0) admit(callers_[i]);
@@ -196,6 +218,7 @@ class Mesh {
     Fd process;
   };
   std::vector<Watched> processes_;
+  std::set<int> ended_;
 };
 
 }  // namespace

@@ -100,6 +100,22 @@ TEST_F(CallChain, DispatchNotifiesThenDispatches) {
   EXPECT_EQ(take_steps(), expected);
 }
 
+TEST_F(CallChain, DispatchFindsTheLayoutItselfIfToldTheExperts) {
+  const auto buffer = make_buffer();
+  const Inputs inputs;
+  DispatchArgs args = inputs.args(*buffer);
+  args.layout = {};
+  args.num_experts = 2;
+  take_steps();
+  for (const std::int64_t num_worst_tokens : {0, 5}) {
+    args.num_worst_tokens = num_worst_tokens;
+    buffer->dispatch(args);
+    EXPECT_THAT(take_steps(),
+                ElementsAre("Buffer::intranode_dispatch", "internode::get_dispatch_layout",
+                            "intranode::notify_dispatch", "intranode::dispatch"));
+  }
+}
+
 TEST_F(CallChain, ACachedDispatchSkipsTheNotification) {
   const auto buffer = make_buffer();
   const Inputs inputs;

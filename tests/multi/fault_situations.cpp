@@ -126,19 +126,8 @@ std::vector<Situation> other_disagreements() {
        "operation"}};
 }
 
-}  // namespace
-
-const std::vector<Situation>& disagreements() {
-  static const std::vector<Situation> situations = [] {
-    std::vector<Situation> all = dispatch_disagreements();
-    for (const Situation& one : other_disagreements()) all.push_back(one);
-    return all;
-  }();
-  return situations;
-}
-
-const std::vector<Situation>& refusals() {
-  static const std::vector<Situation> situations{
+std::vector<Situation> dispatch_refusals() {
+  return {
       {"expert_id", dispatch_with([](const Scene& scene, DispatchArgs& args) {
          static std::vector<std::int64_t> ids;
          ids = scene.exchange.topk_idx;
@@ -167,9 +156,21 @@ const std::vector<Situation>& refusals() {
        "expert_alignment"},
       {"config", dispatch_with([](const Scene&, DispatchArgs& args) { args.config.num_sms = 0; }),
        "num_sms"},
+      {"experts_and_layout",
+       dispatch_with([](const Scene&, DispatchArgs& args) { args.num_experts = kRanks; }),
+       "num_experts"},
+      {"experts_not_of_ranks", dispatch_with([](const Scene&, DispatchArgs& args) {
+         args.layout = {};
+         args.num_experts = kRanks + 1;
+       }),
+       "num_experts"},
       {"no_layout",
        dispatch_with([](const Scene&, DispatchArgs& args) { args.layout.is_token_in_rank = {}; }),
-       "is_token_in_rank"},
+       "is_token_in_rank"}};
+}
+
+std::vector<Situation> other_refusals() {
+  return {
       {"handle_and_topk",
        [](const Scene& scene) {
          DispatchArgs args = Exchange::cached_args(scene.exchange, scene.dispatched);
@@ -193,6 +194,23 @@ const std::vector<Situation>& refusals() {
          args.options.allocate_on_comm_stream = true;
        }),
        "allocate_on_comm_stream"}};
+}
+
+std::vector<Situation> join(std::vector<Situation> first, const std::vector<Situation>& second) {
+  first.insert(first.end(), second.begin(), second.end());
+  return first;
+}
+
+}  // namespace
+
+const std::vector<Situation>& disagreements() {
+  static const std::vector<Situation> situations =
+      join(dispatch_disagreements(), other_disagreements());
+  return situations;
+}
+
+const std::vector<Situation>& refusals() {
+  static const std::vector<Situation> situations = join(dispatch_refusals(), other_refusals());
   return situations;
 }
 
