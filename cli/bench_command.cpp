@@ -134,6 +134,7 @@ int run_sweep(const std::shared_ptr<Bootstrap>& bootstrap, const Options& option
     json["command"] = "bench intranode";
     json["args"] = args_json(options, bootstrap->size());
     json["environment"] = environment_json();
+    if (options.backend == "cuda") json["gpus"] = describe_devices(DeviceType::kCuda);
     json["transport"] = buffer.transport();
     json["mapped_bytes"] = buffer.mapped_bytes();
     json["results"] = results;

@@ -12,6 +12,7 @@
 #include "base/env.hpp"
 #include "base/error.hpp"
 #include "commands.hpp"
+#include "deep_ep/types.hpp"
 #include "deep_ep/version.hpp"
 #include "fabric/memory.hpp"
 #include "fabric/process_memory.hpp"
@@ -71,14 +72,14 @@ Part probe_process_memory() {
 }
 
 std::vector<Part> backends() {
+  const bool gpus = num_devices(DeviceType::kCuda) > 0;
   return {{"host", true, "CPU threads over shared memory"},
-          {"cuda", false, "this build has no CUDA backend"}};
+          {"cuda", gpus, describe_devices(DeviceType::kCuda).front()}};
 }
 
 std::vector<Part> transports() {
   return {probe_shared_memory(),
           probe_process_memory(),
-          {"CUDA IPC", false, "needs the cuda backend"},
           {"NVSHMEM", false, "this build has no internode mode"},
           {"UCX", false, "this build has no internode mode"}};
 }
@@ -100,6 +101,7 @@ void print_json(bool with_variables) {
   json["host_id"] = read_machine().host_id;
   json["backends"] = to_json(backends());
   json["transports"] = to_json(transports());
+  json["gpus"] = describe_devices(DeviceType::kCuda);
   if (with_variables) {
     json["variables"] = nlohmann::ordered_json::array();
     for (const env::Variable& variable : env::variables())
@@ -135,6 +137,10 @@ void print_text(bool with_variables) {
   fmt::print("  host id         {}\n", machine.host_id);
   print_parts("backends", backends());
   print_parts("transports", transports());
+  if (num_devices(DeviceType::kCuda) > 0) {
+    fmt::print("gpus\n");
+    for (const std::string& line : describe_devices(DeviceType::kCuda)) fmt::print("  {}\n", line);
+  }
   if (with_variables) print_variables();
 }
 

@@ -2,6 +2,8 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
+#include <vector>
 
 #include "deep_ep/export.hpp"
 
@@ -41,6 +43,10 @@ DEEP_EP_API const char* to_string(DeviceType type);
 /// Devices of a type that this process can use: 1 for the host, the GPUs it sees for CUDA, 0
 /// without the CUDA parts of this library or without a driver. Never throws.
 DEEP_EP_API int num_devices(DeviceType type) noexcept;
+
+/// For people: a line for each device, and one for each pair of GPUs that says whether their ranks
+/// can exchange, and if not why; or one line that says why there are none. Never throws.
+DEEP_EP_API std::vector<std::string> describe_devices(DeviceType type) noexcept;
 
 /// A caller's execution stream. `native` is a cudaStream_t on CUDA devices, passed verbatim.
 /// On the host the stream is the calling thread and `native` is ignored.

@@ -61,23 +61,31 @@ std::shared_ptr<Buffer::Impl::DispatchJob> Buffer::Impl::prepare_dispatch(
     return job;
   }
 
+  prepare_notify(*job);
+  return job;
+}
+
+/// What a dispatch has to find out that has no handle.
+void Buffer::Impl::prepare_notify(DispatchJob& job) {
+  const DispatchArgs& args = job.args;
+  const int num_ranks = bootstrap_->size();
   const int channels = num_channels(args.config);
   const auto matrix = [&](std::int64_t rows, std::int64_t columns) {
     return TensorView(nullptr, DType::kInt32, {rows, columns}, options_.device);
   };
   const std::vector<Tensor> made =
       backend_->allocate({matrix(num_ranks, num_ranks), matrix(num_ranks, channels),
-                          matrix(shape.record.num_tokens, num_ranks)},
+                          matrix(job.dispatch.call.record.num_tokens, num_ranks)},
                          args.options.stream);
-  IntranodeHandle& handle = job->result.handle;
+  IntranodeHandle& handle = job.result.handle;
   handle.rank_prefix_matrix = made[0];
   handle.channel_prefix_matrix = made[1];
   handle.is_token_in_rank = args.layout.is_token_in_rank;
   handle.send_head = made[2];
-  job->tokens_per_expert.resize(shape.record.num_experts / num_ranks);
+  job.tokens_per_expert.resize(job.dispatch.call.record.num_experts / num_ranks);
 
-  intranode::NotifyDispatchParams& notify = job->notify;
-  notify.call = call;
+  intranode::NotifyDispatchParams& notify = job.notify;
+  notify.call = job.dispatch.call;
   notify.num_tokens_per_rank = args.layout.num_tokens_per_rank.as<const std::int32_t>();
   notify.num_tokens_per_expert = args.layout.num_tokens_per_expert.as<const std::int32_t>();
   notify.is_token_in_rank = args.layout.is_token_in_rank.as<const bool>();
@@ -88,14 +96,14 @@ std::shared_ptr<Buffer::Impl::DispatchJob> Buffer::Impl::prepare_dispatch(
   notify.send_head = handle.send_head.as<std::int32_t>();
   notify.max_rows = args.num_worst_tokens;
   if (args.num_worst_tokens == 0) {
-    notify.num_recv_rows = &job->num_recv_rows;
-    notify.recv_tokens_per_expert = job->tokens_per_expert.data();
+    notify.num_recv_rows = &job.num_recv_rows;
+    notify.recv_tokens_per_expert = job.tokens_per_expert.data();
   }
 
+  intranode::DispatchParams& dispatch = job.dispatch;
   dispatch.rank_prefix_matrix = notify.rank_prefix_matrix;
   dispatch.send_head = notify.send_head;
   dispatch.num_channels = channels;
-  return job;
 }
 
 void Buffer::Impl::allocate_results(DispatchJob& job, std::int64_t rows) {

@@ -90,6 +90,7 @@ class __attribute__((visibility("hidden"))) Buffer::Impl {  // a member of an ex
   internode::LayoutParams allocate_layout(const TensorView& topk_idx, int num_experts,
                                           Stream stream, DispatchLayout& layout);
   std::shared_ptr<DispatchJob> prepare_dispatch(const DispatchArgs& args);
+  void prepare_notify(DispatchJob& job);
   void allocate_results(DispatchJob& job, std::int64_t rows);
   void allocate_handle(DispatchJob& job, std::int64_t rows);
   void notify(DispatchJob& job);

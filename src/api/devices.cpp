@@ -15,4 +15,13 @@ int num_devices(DeviceType type) noexcept {
   }
 }
 
+std::vector<std::string> describe_devices(DeviceType type) noexcept {
+  if (type == DeviceType::kHost) return {"host: the CPU"};
+  try {
+    return cuda_parts().describe();
+  } catch (const std::exception& error) {
+    return {error.what()};
+  }
+}
+
 }  // namespace deep_ep

@@ -2,6 +2,8 @@
 
 #include <cstdint>
 #include <memory>
+#include <string>
+#include <vector>
 
 #include "backend/backend.hpp"
 #include "base/event_state.hpp"
@@ -20,6 +22,8 @@ class CudaParts {
   virtual void copy(void* to, const void* from, std::int64_t bytes, Stream stream) = 0;
   virtual std::shared_ptr<EventState> record(Stream stream) = 0;
   virtual int num_devices() = 0;
+  /// A line for each GPU and for each pair of them.
+  virtual std::vector<std::string> describe() = 0;
 };
 
 /// Loads the library at the first call. Throws Error(kUnsupported) saying what is missing.

@@ -1,4 +1,4 @@
-"""What the compiler says of the kernels: their names, which profilers' searches go by, and what they take.
+"""What the compiler says of the kernels: names, which profilers' searches go by, and resources.
 
 usage: kernels_test.py NVCC SOURCE_DIR INCLUDE_DIR..."""
 
@@ -12,8 +12,8 @@ from pathlib import Path
 NVCC, SOURCE, *INCLUDES = sys.argv[1:]
 KERNELS = Path(SOURCE) / "src/backend/cuda"
 
-# Registers a thread and static shared memory a block, at most; raise them knowingly. 65536 registers
-# an SM, so the largest block may have 65536 / its threads.
+# Registers a thread and static shared memory a block, at most; raise them knowingly. An SM has
+# registers, so a thread may have 65536 / the threads of the block.
 BUDGETS = {
     "layout": (64, 512),
     "barrier": (64, 512),
@@ -27,7 +27,8 @@ BUDGETS = {
 class Kernel:
     def __init__(self, name, report):
         self.name = name  # demangled, parameter types included
-        self.short = re.search(r"(\w+)(<[^()]*>)?\(", name.replace("(anonymous namespace)", "x")).group(1)
+        plain = name.replace("(anonymous namespace)", "x")
+        self.short = re.search(r"(\w+)(<[^()]*>)?\(", plain).group(1)
         numbers = {
             "registers": r"Used (\d+) registers",
             "shared": r"(\d+) bytes smem",
@@ -39,16 +40,18 @@ class Kernel:
 
 
 def demangle(name):
-    return subprocess.run(["c++filt", name], check=True, capture_output=True, text=True).stdout.strip()
+    run = subprocess.run(["c++filt", name], check=True, capture_output=True, text=True)
+    return run.stdout.strip()
 
 
 def compile_kernels():
     kernels = []
     for source in sorted(KERNELS.glob("*/*.cu")):
         with tempfile.TemporaryDirectory() as folder:
-            command = [NVCC, "-std=c++20", "-O3", "-arch=sm_90", "--fmad=false", "-DDEEP_EP_HAS_LIBCUDACXX",
-                       "-cubin", "-Xptxas", "-v", "-o", f"{folder}/out.cubin", str(source)]
-            command += [f"-I{SOURCE}/src", f"-I{SOURCE}/include", *(f"-I{path}" for path in INCLUDES)]
+            command = [NVCC, "-std=c++20", "-O3", "-arch=sm_90", "--fmad=false", "-cubin",
+                       "-DDEEP_EP_HAS_LIBCUDACXX", "-Xptxas", "-v", "-o", f"{folder}/out.cubin"]
+            command += [f"-I{path}" for path in (f"{SOURCE}/src", f"{SOURCE}/include", *INCLUDES)]
+            command.append(str(source))
             report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
         parts = re.split(r"Compiling entry function '(\w+)'", report)[1:]
         kernels += [Kernel(demangle(name), text) for name, text in zip(parts[::2], parts[1::2])]
@@ -67,13 +70,13 @@ class Kernels(unittest.TestCase):
         for kernel in self.kernels:
             with self.subTest(kernel.name):
                 registers, shared = BUDGETS[kernel.short]
-                self.assertEqual(kernel.numbers["stores"] + kernel.numbers["loads"], 0, "bytes spilled")
+                self.assertEqual(kernel.numbers["stores"] + kernel.numbers["loads"], 0, "spilled")
                 self.assertGreater(kernel.numbers["registers"], 0)
                 self.assertLessEqual(kernel.numbers["registers"], registers)
                 self.assertLessEqual(kernel.numbers["shared"], shared)
 
     def test_each_name_says_one_thing(self):
-        """Searches for dispatch, combine and notify go over the whole name and must not meet each other."""
+        """Searches for these words go over the whole name, and each must find its own kernel."""
         words = ("dispatch", "combine", "notify")
         for kernel in self.kernels:
             with self.subTest(kernel.name):

@@ -1,6 +1,6 @@
 // What becomes of a kernel that writes to another process's memory when that process is killed, and
 // whether memory can be mapped while a kernel runs. The answers decide which kind of memory is the
-// default: docs/adr/0006-gpu-memory-outlives-its-owner.md. Prints them; fails only if the default
+// default: docs/adr/0007-gpu-memory-outlives-its-owner.md. Prints them; fails only if the default
 // kind does not behave as the library relies on.
 #include <signal.h>
 #include <sys/socket.h>

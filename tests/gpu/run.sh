@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All that only a GPU can show: the contract suite, faults, graphs, stress, random programs, the
-# sanitizers on a small case. Ranks share GPUs when there are fewer. Closes with "N passed, N failed,
-# N skipped"; --full takes ten times as long.
+# sanitizers on a small case. Ranks share GPUs when there are fewer. Closes with a line "N passed, N
+# failed, N skipped"; --full takes ten times as long.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 times=1
@@ -16,7 +16,7 @@ run() { # command... whose last matching line says "N passed, N failed[, N skipp
   grep -v '^\r' "$log" | tail -n 30
   line=$(grep -oE '[0-9]+ passed, [0-9]+ failed(, [0-9]+ skipped)?' "$log" | tail -n 1)
   rm -f "$log"
-  read -r p f s <<<"$(sed -E 's/([0-9]+) passed, ([0-9]+) failed(, ([0-9]+) skipped)?/\1 \2 \4/' <<<"$line")"
+  read -r p f s <<<"$(tr -cd '0-9 ' <<<"$line")"
   passed=$((passed + ${p:-0})) failed=$((failed + ${f:-0})) skipped=$((skipped + ${s:-0}))
   # 77: nothing could run here.
   if ((status != 0 && status != 77)) && [[ ${f:-0} == 0 ]]; then failed=$((failed + 1)); fi

@@ -6,6 +6,7 @@
 #include "backend/cuda/device_heap.hpp"
 #include "backend/cuda/intranode/steps.hpp"
 #include "backend/cuda/make_backend.hpp"
+#include "backend/cuda/memory/memory.hpp"
 #include "base/log.hpp"
 
 namespace deep_ep::cuda {
@@ -46,6 +47,11 @@ class CudaBackend final : public Backend {
 
   void open_handles(const std::vector<std::string>& exported) override {
     context_.open_handles(exported);
+  }
+
+  std::string transport() const override {
+    return has_vmm(context_.device()) ? "GPU memory mapped by file descriptor, rows pushed by SMs"
+                                      : "GPU memory mapped by CUDA IPC, rows pushed by SMs";
   }
 
   Results allocate_results(std::int64_t bytes, Stream stream) override {

@@ -1,11 +1,26 @@
 #include "backend/cuda/check.hpp"
 #include "backend/cuda/event.hpp"
 #include "backend/cuda/make_backend.hpp"
+#include "backend/cuda/memory/memory.hpp"
 #include "backend/plugin.hpp"
 
 namespace deep_ep {
 
 namespace {
+
+std::string describe_pair(int from, int to) {
+  int access = 0;
+  int back = 0;
+  int atomics = 0;
+  cuda::check(cudaDeviceCanAccessPeer(&access, from, to), "cudaDeviceCanAccessPeer");
+  cuda::check(cudaDeviceCanAccessPeer(&back, to, from), "cudaDeviceCanAccessPeer");
+  cuda::check(cudaDeviceGetP2PAttribute(&atomics, cudaDevP2PAttrNativeAtomicSupported, from, to),
+              "cudaDeviceGetP2PAttribute");
+  const char* verdict = access == 0 || back == 0 ? "no access to each other's memory"
+                        : atomics == 0           ? "access, but no native atomics: PCIe, not NVLink"
+                                                 : "access with native atomics";
+  return fmt::format("GPUs {} and {}: {}", from, to, verdict);
+}
 
 class Parts final : public CudaParts {
  public:
@@ -47,6 +62,26 @@ class Parts final : public CudaParts {
     cuda::check(cudaEventRecord(event, static_cast<cudaStream_t>(stream.native)),
                 "cudaEventRecord");
     return std::make_shared<cuda::CudaEvent>(std::move(owner), stream.device.index, nullptr);
+  }
+
+  std::vector<std::string> describe() override {
+    const int count = num_devices();
+    std::vector<std::string> lines;
+    for (int i = 0; i < count; ++i) {
+      cudaDeviceProp properties{};
+      cuda::check(cudaGetDeviceProperties(&properties, i), "cudaGetDeviceProperties");
+      lines.push_back(
+          fmt::format("GPU {}: {}, {} SMs, {:.0f} GiB, {}{}", i, properties.name,
+                      properties.multiProcessorCount,
+                      static_cast<double>(properties.totalGlobalMem) / (1 << 30),
+                      cuda::has_vmm(i) ? "segments by file descriptor" : "segments by CUDA IPC",
+                      properties.major < 9 ? "; too old: compute capability 9.0 is needed" : ""));
+    }
+    for (int from = 0; from < count; ++from) {
+      for (int to = from + 1; to < count; ++to) lines.push_back(describe_pair(from, to));
+    }
+    if (lines.empty()) lines.emplace_back("no GPU, or no driver for it");
+    return lines;
   }
 
   int num_devices() override {

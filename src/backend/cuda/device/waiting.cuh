@@ -150,7 +150,7 @@ __device__ inline bool is_last_block(const Comm& comm) {
   __syncthreads();
   if (threadIdx.x == 0) {
     // acq_rel: each block's pairs with the last one's. Of this GPU only: what goes to peers is
-    // released to them by the last block.
+    // released to them by the last block (I12).
     ::cuda::atomic_ref<std::uint32_t, ::cuda::thread_scope_device> done(comm.local->blocks_done);
     last = done.fetch_add(1, ::cuda::std::memory_order_acq_rel) + 1 == gridDim.x;
   }

@@ -78,7 +78,8 @@ __device__ bool find_other(const CombineArgs& args, std::uint64_t epoch,
   const std::int64_t here = inbox_begin(args, comm.rank, i);
   if (!check_rows_fit(comm, comm.rank, push.begin, other.push_rows, args.num_rows)) return false;
   if (i == comm.rank) return true;
-  // A source that gets no rows from here may be in its next call already, and its place another.
+  // A source that gets no rows from here may be in its next call already, and its place another
+  // (I13).
   if (other.push_rows > 0 && !check_rows_fit(comm, i, there, other.push_rows, room)) return false;
   if (!check_rows_fit(comm, comm.rank, here, other.count, args.inbox_rows)) return false;
   Carver to(theirs);

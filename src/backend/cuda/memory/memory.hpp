@@ -7,7 +7,7 @@
 namespace deep_ep::cuda {
 
 // Memory of a GPU that other processes of the node can map. What becomes of a writer when the
-// owner dies decides between the two: docs/adr/0006-gpu-memory-outlives-its-owner.md.
+// owner dies decides between the two: docs/adr/0007-gpu-memory-outlives-its-owner.md.
 
 /// cuMemCreate, handed on as a file descriptor: lives until the last process that maps it lets go.
 std::unique_ptr<fabric::Memory> make_vmm_memory(int device);
