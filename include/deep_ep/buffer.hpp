@@ -91,7 +91,8 @@ struct DispatchResult {
 struct CombineArgs {
   /// [Nr, H] bfloat16, float16 or float32, contiguous: one row per received row, already weighted
   /// and summed over this rank's experts. H * size_of(dtype) a multiple of 16 bytes. Longer than Nr
-  /// is allowed (num_worst_tokens). Peers read it while the call runs. If the call throws, ranks
+  /// is allowed (num_worst_tokens). Peers read it while the call runs; fastest
+  /// where it lies in a result of dispatch of this Buffer. If the call throws, ranks
   /// that are threads of the same process may still read it until their own call has ended.
   TensorView x{};
   IntranodeHandle handle{};

@@ -169,6 +169,17 @@ int Fabric::num_own_segments() const {
   return static_cast<int>(state_->own.size());
 }
 
+Fabric::Spot Fabric::locate(const void* memory, std::int64_t bytes) const {
+  const auto at = reinterpret_cast<std::uintptr_t>(memory);
+  const std::lock_guard lock(state_->mutex);
+  for (int i = 0; i < static_cast<int>(state_->own.size()); ++i) {
+    const auto begin = reinterpret_cast<std::uintptr_t>(state_->own[i]->base());
+    const std::uintptr_t end = begin + state_->own[i]->bytes();
+    if (at >= begin && at + bytes <= end) return {i, static_cast<std::int64_t>(at - begin)};
+  }
+  return {};
+}
+
 std::int64_t Fabric::own_bytes() const {
   const std::lock_guard lock(state_->mutex);
   std::int64_t sum = 0;

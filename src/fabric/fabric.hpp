@@ -49,6 +49,12 @@ class Fabric {
   /// Keeps an own segment mapped beyond this object's life.
   std::shared_ptr<Mapping> own_segment(int segment) const;
   int num_own_segments() const;
+  /// Where `bytes` bytes of this process's memory lie in an own segment; segment -1: in none.
+  struct Spot {
+    int segment = -1;
+    std::int64_t offset = 0;
+  };
+  Spot locate(const void* memory, std::int64_t bytes) const;
   std::int64_t own_bytes() const;
 
   int rank() const { return rank_; }

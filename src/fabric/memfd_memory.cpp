@@ -12,6 +12,7 @@
 
 #include "base/error.hpp"
 #include "fabric/available_memory.hpp"
+#include "fabric/huge_pages.hpp"
 #include "fabric/memory.hpp"
 #include "fabric/socket.hpp"
 
@@ -45,12 +46,9 @@ struct Registry {
 class MemfdMapping final : public Mapping {
  public:
   MemfdMapping(std::string id, int fd, std::int64_t bytes) : id_(std::move(id)), bytes_(bytes) {
-    void* base =
-        mmap(nullptr, static_cast<std::size_t>(bytes), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-    if (base == MAP_FAILED) throw_errno(fmt::format("mmap of {} bytes of shared memory", bytes));
-    base_ = static_cast<std::byte*>(base);
-    // Best effort: whether shared memory may have huge pages is the machine's setting.
-    madvise(base, static_cast<std::size_t>(bytes), MADV_HUGEPAGE);
+    base_ = map_aligned(bytes, MAP_SHARED, fd);
+    if (base_ == nullptr) throw_errno(fmt::format("mmap of {} bytes of shared memory", bytes));
+    use_huge_pages(base_, bytes);
   }
   ~MemfdMapping() override {
     munmap(base_, static_cast<std::size_t>(bytes_));

@@ -6,12 +6,11 @@
 
 #include "base/error.hpp"
 #include "fabric/available_memory.hpp"
+#include "fabric/huge_pages.hpp"
 #include "fabric/memory.hpp"
 
 namespace deep_ep::fabric {
 namespace {
-
-constexpr std::int64_t kHugePage = 2 << 20;
 
 class PrivateMapping final : public Mapping {
  public:
@@ -27,19 +26,6 @@ class PrivateMapping final : public Mapping {
   std::byte* base_;
   std::int64_t bytes_;
 };
-
-/// Address space that begins at a huge page.
-std::byte* map_aligned(std::int64_t bytes) {
-  void* mapped = mmap(nullptr, static_cast<std::size_t>(bytes + kHugePage), PROT_READ | PROT_WRITE,
-                      MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (mapped == MAP_FAILED) throw_shortage(bytes, std::generic_category().message(errno));
-  auto* begin = static_cast<std::byte*>(mapped);
-  const auto before =
-      static_cast<std::size_t>(-reinterpret_cast<std::intptr_t>(mapped) & (kHugePage - 1));
-  if (before > 0) munmap(begin, before);
-  munmap(begin + before + bytes, static_cast<std::size_t>(kHugePage) - before);
-  return begin + before;
-}
 
 /// A shortage is an Error here, not the end of the process when it writes.
 void populate(std::byte* base, std::int64_t bytes) {
@@ -57,7 +43,9 @@ std::shared_ptr<Mapping> allocate_private(std::int64_t bytes) {
   require(bytes > 0, "bytes: {} is not allowed, must be positive", bytes);
   bytes = (bytes + kHugePage - 1) / kHugePage * kHugePage;
   require_available(bytes, bytes);
-  auto mapping = std::make_shared<PrivateMapping>(map_aligned(bytes), bytes);
+  std::byte* base = map_aligned(bytes, MAP_PRIVATE | MAP_ANONYMOUS, -1);
+  if (base == nullptr) throw_shortage(bytes, std::generic_category().message(errno));
+  auto mapping = std::make_shared<PrivateMapping>(base, bytes);
   // Best effort: the machine may forbid it.
   madvise(mapping->base(), static_cast<std::size_t>(bytes), MADV_HUGEPAGE);
   populate(mapping->base(), bytes);

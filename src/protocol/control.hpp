@@ -76,9 +76,14 @@ struct InboxPlace {
 
 /// Where an expert's rank has the rows of a combine, for ranks that read them there.
 struct OutputsPlace {
-  const std::byte* x;         // in its own address space
-  const float* topk_weights;  // likewise
-  bool staged;                // they were copied to its rings, which nobody uses then
+  struct Array {
+    const std::byte* address;  // in its own address space
+    std::int32_t segment;      // of the rank, if the array lies in one, else -1
+    std::int64_t offset;       // bytes from the beginning of the segment
+  };
+  Array x;
+  Array topk_weights;
+  bool staged;  // they were copied to its rings, which nobody uses then
 };
 
 /// One rank's words of a call, at one peer. Two of them alternate by epoch: see invariant I3 in

@@ -79,6 +79,12 @@ TEST(CombinePath, RanksThatCannotReadEachOtherUseTheInbox) {
   });
 }
 
+TEST(CombinePath, OutputsInTheResultsOfADispatchAreReadWhereTheyAre) {
+  setenv("DEEP_EP_INBOX_BYTES", "128", 1);  // too small to hold the rows
+  in_buffers(3, [](Buffer& buffer) { expect_round_trip(buffer); });
+  unsetenv("DEEP_EP_INBOX_BYTES");
+}
+
 TEST(CombinePath, PullWhereItIsImpossibleIsRefusedOnAllRanks) {
   setenv("DEEP_EP_COMBINE", "pull", 1);
   in_ranks(2, [](Bootstrap& bootstrap) {

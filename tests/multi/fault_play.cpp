@@ -18,6 +18,7 @@ const char* to_string(Op op) {
     case Op::kCachedDispatch:
       return "dispatch";
     case Op::kCombine:
+    case Op::kCombineOwn:
       return "combine";
   }
   return "";
@@ -71,6 +72,14 @@ void Exchange::run(Buffer& buffer, Op op, const DispatchResult& dispatched) cons
     case Op::kCombine:
       buffer.combine(combine_args(dispatched));
       break;
+    case Op::kCombineOwn: {
+      CombineArgs args = combine_args(dispatched);
+      const auto* rows = dispatched.recv_x.as<float>();
+      outputs.assign(rows, rows + dispatched.recv_x.numel());
+      args.x.data = outputs.data();
+      buffer.combine(args);
+      break;
+    }
   }
 }
 

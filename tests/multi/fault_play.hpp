@@ -14,7 +14,8 @@
 // What the ranks of the fault tests have in common.
 namespace deep_ep::test {
 
-enum class Op { kBarrier, kDispatch, kCachedDispatch, kCombine };
+/// kCombineOwn: from memory of the caller; kCombine: from the results of the dispatch.
+enum class Op { kBarrier, kDispatch, kCachedDispatch, kCombine, kCombineOwn };
 /// The name under which an Error must speak of the operation.
 const char* to_string(Op op);
 
@@ -38,6 +39,7 @@ class Exchange {
   std::vector<float> x;
   std::vector<std::int64_t> topk_idx;
   std::vector<float> topk_weights;
+  mutable std::vector<float> outputs;  // of the last kCombineOwn
 };
 
 /// An Error that a call threw, and after how long.

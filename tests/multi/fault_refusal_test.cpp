@@ -48,6 +48,7 @@ std::string play_situation(Worker& worker, std::size_t number) {
   const Exchange exchange(worker.rank(), worker.num_ranks());
   const DispatchResult dispatched = buffer.dispatch(exchange.dispatch_args(buffer));
   buffer.barrier();
+  worker.bootstrap()->barrier();  // nobody is in that one any more when the victim acts
   const Scene scene{buffer, exchange, dispatched, worker.rank() == kVictim};
   auto thrown = thrown_by([&] { it.call(scene); });
   // Whoever had all it needed before it was told learns of it in the next call.

@@ -41,6 +41,20 @@ bool stage_outputs(Context& context, const CombineParams& params) {
   return true;
 }
 
+/// Outputs that were computed in results of a dispatch lie in memory that all map.
+protocol::OutputsPlace place_outputs(Context& context, const CombineParams& params, bool staged) {
+  const Pieces pieces(params, 64);
+  const std::int64_t rows =
+      plan::received_rows(params.rank_prefix_matrix, context.rank(), context.num_ranks());
+  const auto place = [&](const void* array, std::int64_t row_bytes) {
+    const fabric::Fabric::Spot spot = context.fabric().locate(array, rows * row_bytes);
+    return protocol::OutputsPlace::Array{static_cast<const std::byte*>(array), spot.segment,
+                                         spot.offset};
+  };
+  return {place(params.x, pieces.x_bytes), place(params.topk_weights, pieces.weights_bytes),
+          staged};
+}
+
 }  // namespace
 
 StagedOutputs staged_outputs(Context& context, const CombineParams& params, const Pieces& pieces,
@@ -59,9 +73,9 @@ void cached_notify_combine(Context& context, const CombineParams& params) {
   const bool staged = stage_outputs(context, params);
   // The caller may have written x past the caches.
   finish_stores();
+  const protocol::OutputsPlace place = place_outputs(context, params, staged);
   for (int i = 0; i < context.num_ranks(); ++i) {
-    context.mailbox_of(i, params.call).outputs[context.rank()] = {params.x, params.topk_weights,
-                                                                  staged};
+    context.mailbox_of(i, params.call).outputs[context.rank()] = place;
   }
   context.post(params.call);
 }

@@ -36,17 +36,20 @@ class Share {
         peers_(context.num_ranks()) {
     for (int rank = 0; rank < context.num_ranks(); ++rank) {
       Peer& peer = peers_[rank];
-      // Behind wait_posted().
-      peer.outputs = context.mailbox_of(context.rank(), params.call).outputs[rank];
       peer.first_row =
           plan::rows_from(params.rank_prefix_matrix, context.rank(), rank, context.num_ranks())
               .begin;
-      peer.direct =
-          rank == context.rank() || peer.outputs.staged || context.memory_of(rank).is_own();
-      if (rank == context.rank() || !peer.outputs.staged) continue;
-      const StagedOutputs staged = staged_outputs(context, params, pieces_, rank);
-      peer.outputs.x = staged.x;
-      peer.outputs.topk_weights = staged.topk_weights;
+      // Behind wait_posted().
+      const protocol::OutputsPlace& place =
+          context.mailbox_of(context.rank(), params.call).outputs[rank];
+      if (rank != context.rank() && place.staged) {
+        const StagedOutputs staged = staged_outputs(context, params, pieces_, rank);
+        peer.x = {staged.x, true};
+        peer.weights = {reinterpret_cast<const std::byte*>(staged.topk_weights), true};
+      } else {
+        peer.x = find(rank, place.x);
+        peer.weights = find(rank, place.topk_weights);
+      }
     }
   }
 
@@ -66,14 +69,34 @@ class Share {
   }
 
  private:
+  struct Array {
+    const std::byte* rows;
+    bool direct;  // `rows` is an address of this process
+  };
   struct Peer {
-    protocol::OutputsPlace outputs;
+    Array x;
+    Array weights;
     std::int64_t first_row;     // of this rank's tokens
-    bool direct;                // its addresses can be used as they are
     std::int64_t head = 0;      // of the chunk's first row
     std::int64_t num_rows = 0;  // in the chunk
     const std::byte* fetched = nullptr;
   };
+
+  Array find(int rank, const protocol::OutputsPlace::Array& place) {
+    const bool own = rank == context_.rank();
+    if (!own && place.segment >= 0) {
+      // Null: mapped a moment later.
+      const std::byte* base = context_.fabric().base(rank, place.segment);
+      if (base != nullptr) return {base + place.offset, true};
+    }
+    return {place.address, own || context_.memory_of(rank).is_own()};
+  }
+  const Array& array_of(const Peer& peer, const Pieces::Piece& piece) const {
+    return piece.is_weights ? peer.weights : peer.x;
+  }
+  bool is_direct(const Peer& peer) const {
+    return peer.x.direct && (pieces_.weights_bytes == 0 || peer.weights.direct);
+  }
 
   std::int64_t num_tokens() const { return params_.call.record.num_tokens; }
   std::int32_t head(std::int64_t token, int rank) const {
@@ -94,7 +117,7 @@ class Share {
     for (std::int64_t t = token; t < end_; ++t) {
       std::int64_t needed = 0;
       for (int rank = 0; rank < context_.num_ranks(); ++rank) {
-        if (!peers_[rank].direct && head(t, rank) >= 0) needed += row_bytes;
+        if (!is_direct(peers_[rank]) && head(t, rank) >= 0) needed += row_bytes;
       }
       if (t > token && (needed > room || !whole_rows)) return t;
       room -= needed;
@@ -111,11 +134,11 @@ class Share {
     for (int i = 0; i + 1 < context_.num_ranks(); ++i) {
       const int rank = context_.peer_in_turn(i);
       Peer& peer = peers_[rank];
-      if (peer.direct || peer.num_rows == 0) continue;
+      const Array& array = array_of(peer, piece);
+      if (array.direct || peer.num_rows == 0) continue;
       protocol::schedule_point(protocol::Point::kCopy);
       const std::int64_t bytes = peer.num_rows * piece.bytes;
-      const std::byte* from =
-          pieces_.at(peer.outputs.x, peer.outputs.topk_weights, peer.first_row + peer.head, piece);
+      const std::byte* from = pieces_.at(array.rows, peer.first_row + peer.head, piece);
       const int error = context_.memory_of(rank).read(to, from, bytes);
       if (error != 0) {
         context_.throw_unreadable(params_.call, rank, std::generic_category().message(error));
@@ -133,9 +156,9 @@ class Share {
       const std::int32_t row = head(token, rank);
       if (row < 0) continue;
       const Peer& peer = peers_[rank];
-      if (peer.direct) {
-        sources_.push_back(
-            pieces_.at(peer.outputs.x, peer.outputs.topk_weights, peer.first_row + row, piece));
+      const Array& array = array_of(peer, piece);
+      if (array.direct) {
+        sources_.push_back(pieces_.at(array.rows, peer.first_row + row, piece));
       } else {
         sources_.push_back(peer.fetched + (row - peer.head) * piece.bytes);
       }

@@ -170,7 +170,9 @@ class Lane {
   }
 
   const std::byte* row_piece(std::int64_t row, const Pieces::Piece& piece) const {
-    return pieces_.at(params_.x, params_.topk_weights, row, piece);
+    const std::byte* rows =
+        piece.is_weights ? reinterpret_cast<const std::byte*>(params_.topk_weights) : params_.x;
+    return pieces_.at(rows, row, piece);
   }
 
   /// Sums the pieces of token_ whose contributions are all here; true when the token is complete.

@@ -47,11 +47,9 @@ struct Pieces {
   std::int64_t row_bytes(const Piece& piece) const {
     return piece.is_weights ? weights_bytes : x_bytes;
   }
-  /// Where a piece of row `row` lies if the rows' arrays begin there.
-  const std::byte* at(const std::byte* x, const float* weights, std::int64_t row,
-                      const Piece& piece) const {
-    return (piece.is_weights ? reinterpret_cast<const std::byte*>(weights) : x) +
-           row * row_bytes(piece) + piece.offset;
+  /// Where a piece of row `row` lies if the rows of its array begin at `rows`.
+  const std::byte* at(const std::byte* rows, std::int64_t row, const Piece& piece) const {
+    return rows + row * row_bytes(piece) + piece.offset;
   }
 };
 
