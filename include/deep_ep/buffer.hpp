@@ -44,7 +44,7 @@ struct BufferOptions {
 /// `num_experts` with topk_idx.
 struct DispatchArgs {
   /// [N, H] contiguous rows, H * size_of(dtype) a multiple of 16 bytes, in any memory of the
-  /// Buffer's device. N may be 0.
+  /// Buffer's device, on GPUs from a multiple of 16 bytes on. N may be 0.
   TensorView x{};
   /// Optional [N, S], float32 or int32 (packed), any strides: scales of x.
   TensorView x_scales{};
@@ -85,7 +85,7 @@ struct DispatchResult {
   /// handle's recv_src_idx if cached.
   std::int64_t num_recv_tokens = 0;
   IntranodeHandle handle;  ///< undefined tensors if cached
-  EventHandle event;       ///< complete unless async_finish
+  EventHandle event;       ///< of the end of the call; see Buffer on who has waited for it
 };
 
 struct CombineArgs {
@@ -107,7 +107,7 @@ struct CombineResult {
   Tensor combined_x;  ///< [N, H], dtype of x: fp32 sum over the token's ranks in ascending order,
                       ///< rounded once
   Tensor combined_topk_weights;  ///< [N, K] float32, if topk_weights was given
-  EventHandle event;             ///< complete unless async_finish
+  EventHandle event;             ///< as in DispatchResult
 };
 
 /// One rank's end of the exchange: memory that its peers map, and the calls that move tokens
@@ -116,6 +116,14 @@ struct CombineResult {
 /// Construction is collective; so are dispatch, combine and barrier, which every rank calls in the
 /// same order. Calls on one Buffer come one at a time (any thread); an overlap is refused with
 /// Error(kUsage). Several Buffers are independent of each other.
+///
+/// On the host a call has happened when it returns, unless async_finish. On GPUs it is queued on
+/// the Buffer's communication stream when it returns, and unless async_finish the caller's stream
+/// (CallOptions::stream, a stream of the Buffer's device) waits for it; only a dispatch that has
+/// neither a handle nor num_worst_tokens, and barrier, wait on the host. What a kernel finds wrong
+/// is thrown by the next call, by check() and by waiting for the event on the host. Results go back
+/// to the Buffer behind the work that the call's stream, and any that Tensor::release named, have
+/// then.
 ///
 /// After an Error of a collective call other than kUsage the Buffer is faulted on every rank:
 /// further calls throw the same Error, destroy works and is local. Results obtained earlier stay
@@ -138,7 +146,8 @@ class DEEP_EP_API Buffer {
 
   /// Which tokens of topk_idx ([N, K] int32 or int64, -1 for none) go where. Local. Throws
   /// Error(kInvalidArgument) if num_experts is not a positive multiple of the number of ranks or an
-  /// id is outside [-1, num_experts).
+  /// id is outside [-1, num_experts); on GPUs a kernel looks at the ids, and a bad one is a fault
+  /// of the Buffer on every rank.
   DispatchLayout get_dispatch_layout(const TensorView& topk_idx, int num_experts,
                                      const CallOptions& options = {});
 

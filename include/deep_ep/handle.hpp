@@ -20,7 +20,7 @@ struct DispatchLayout {
   Tensor num_tokens_per_rdma_rank;  ///< int32 [nodes], undefined while all ranks are of one node
   Tensor num_tokens_per_expert;     ///< int32 [E]: entries of topk_idx that name the expert
   Tensor is_token_in_rank;          ///< bool [N, R]
-  EventHandle event;                ///< complete unless the call was async
+  EventHandle event;                ///< of the end of the call
 };
 
 /// All that a cached dispatch and a combine need, as data: copies and clones work as well as the

@@ -23,6 +23,13 @@ intranode::Ids ids_of(const TensorView& topk_idx) {
   return {topk_idx.defined() ? topk_idx.data : nullptr, topk_idx.dtype == DType::kInt64};
 }
 
+/// Bulk copies and wide loads need it, and a GPU does not survive a pointer that is not.
+void require_aligned(const void* data, const char* name) {
+  constexpr std::uintptr_t kAlignment = 16;
+  require(reinterpret_cast<std::uintptr_t>(data) % kAlignment == 0,
+          "{} begins at {}, on GPUs it must be a multiple of {} bytes", name, data, kAlignment);
+}
+
 class CudaBackend final : public Backend {
  public:
   explicit CudaBackend(const BackendOptions& options)
@@ -253,6 +260,7 @@ void CudaBackend::await_counts(const deep_ep::intranode::NotifyDispatchParams& p
 }
 
 void CudaBackend::dispatch(const deep_ep::intranode::DispatchParams& params) {
+  require_aligned(params.source.x, "x");
   intranode::DispatchArgs args;
   args.comm = context_.comm(params.call);
   args.cached = params.cached;
@@ -278,6 +286,8 @@ void CudaBackend::dispatch(const deep_ep::intranode::DispatchParams& params) {
 }
 
 void CudaBackend::combine(const deep_ep::intranode::CombineParams& params) {
+  require_aligned(params.x, "x");
+  for (const std::byte* bias : params.bias) require_aligned(bias, "bias");
   intranode::CombineArgs args;
   args.comm = context_.comm(params.call);
   const protocol::CallRecord& record = params.call.record;

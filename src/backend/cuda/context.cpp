@@ -123,15 +123,24 @@ std::string Context::export_handles(std::int64_t heap_bytes) {
 }
 
 void Context::open_handles(const std::vector<std::string>& exported) {
-  fabric_.open_handles(
-      exported, timeout_,
-      {.peer_gone =
-           [this](int rank, bool orderly) {
-             protocol::store_release(&faults_->status().gone[rank],
-                                     orderly ? kGoneOrderly : kGoneDead);
-           },
-       .segment_mapped = [this](int rank, int segment,
-                                std::byte* base) { set_base(rank, segment, base); }});
+  fabric_.open_handles(exported, timeout_,
+                       {.peer_gone =
+                            [this](int rank, bool orderly) {
+                              protocol::store_release(&faults_->status().gone[rank],
+                                                      orderly ? kGoneOrderly : kGoneDead);
+                            },
+                        .segment_mapped =
+                            [this](int rank, int segment, std::byte* base) {
+                              try {
+                                set_base(rank, segment, base);
+                              } catch (const Error& error) {
+                                // Of the helper thread: whoever waits for the segment says so when
+                                // its time is up.
+                                log::warn(
+                                    "rank {}: segment {} of rank {} stays unknown to the GPU: {}",
+                                    rank_, segment, rank, error.what());
+                              }
+                            }});
 }
 
 Comm Context::comm(const Call& call) const {

@@ -1,6 +1,7 @@
 #include "backend/cuda/device/places.cuh"
 #include "backend/cuda/device/pump.cuh"
 #include "backend/cuda/device/sums.cuh"
+#include "backend/cuda/intranode/launch.cuh"
 #include "backend/cuda/intranode/steps.hpp"
 #include "plan/layout.hpp"
 
@@ -115,8 +116,7 @@ __device__ bool find_others(const CombineArgs& args, std::uint64_t epoch, Shared
   return __syncthreads_and(good) != 0;
 }
 
-// --- pushing
-// --------------------------------------------------------------------------------------
+// --- pushing ---------------------------------------------------------------------------
 
 /// By a warp: rows [begin, begin + rows) of those for `source`, then the word that they are there.
 __device__ void push_chunk(const CombineArgs& args, RowPump& pump, const Other& other, int source,
@@ -171,8 +171,7 @@ __device__ void push_rows(const CombineArgs& args, Shared& shared, std::uint64_t
   }
 }
 
-// --- summing
-// --------------------------------------------------------------------------------------
+// --- summing ---------------------------------------------------------------------------
 
 /// By one thread: the rows of `rank` around position `head` are here.
 __device__ bool wait_chunk(const CombineArgs& args, Shared& shared, int rank, std::int32_t head,
@@ -341,9 +340,8 @@ __global__ void __launch_bounds__(kThreads) combine(const __grid_constant__ Comb
 template <class T>
 cudaError_t launch(const CombineArgs& args, int num_sms, cudaStream_t stream) {
   constexpr int kShared = sizeof(Shared);
-  static const cudaError_t prepared =
-      cudaFuncSetAttribute(combine<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
-  if (prepared != cudaSuccess) return prepared;
+  const cudaError_t allowed = allow_shared<combine<T>>(kShared);
+  if (allowed != cudaSuccess) return allowed;
   combine<T><<<num_sms, kThreads, kShared, stream>>>(args);
   return cudaGetLastError();
 }

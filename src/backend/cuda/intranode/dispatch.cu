@@ -1,5 +1,6 @@
 #include "backend/cuda/device/places.cuh"
 #include "backend/cuda/device/pump.cuh"
+#include "backend/cuda/intranode/launch.cuh"
 #include "backend/cuda/intranode/steps.hpp"
 #include "plan/layout.hpp"
 
@@ -93,8 +94,7 @@ __device__ std::int32_t slot_of(const DispatchArgs& args, const Shared& shared, 
   return -1;
 }
 
-// --- x
-// --------------------------------------------------------------------------------------------
+// --- x ---------------------------------------------------------------------------------
 
 /// By a warp: its tokens, every stride-th. Only this rank writes these slots, behind the acquire in
 /// wait_place() (I5).
@@ -139,8 +139,7 @@ __device__ void send_rows(const DispatchArgs& args, Shared& shared) {
   pump.finish();
 }
 
-// --- the rest of a row
-// ------------------------------------------------------------------------------
+// --- the rest of a row -----------------------------------------------------------------
 
 /// One entry of a token's topk at each receiver: ids become local ones; entries for experts of
 /// other ranks become -1 with weight 0. Entry 0 also says which token it is.
@@ -290,8 +289,7 @@ __device__ void void_results(const DispatchArgs& args, int block, int blocks) {
   for (std::int64_t i = begin; i < args.block_rows; i += step) args.recv_src_idx[i] = -1;
 }
 
-// --- by the last block
-// ----------------------------------------------------------------------------
+// --- by the last block -----------------------------------------------------------------
 
 /// Tells each receiver that all rows of this rank are there, and waits for all that come here; true
 /// in every thread if they came.
@@ -345,9 +343,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 
 cudaError_t launch_dispatch(const DispatchArgs& args, int num_sms, cudaStream_t stream) {
   constexpr int kShared = sizeof(Shared);
-  static const cudaError_t prepared =
-      cudaFuncSetAttribute(dispatch, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
-  if (prepared != cudaSuccess) return prepared;
+  const cudaError_t allowed = allow_shared<dispatch>(kShared);
+  if (allowed != cudaSuccess) return allowed;
   const bool small = !args.cached || args.scales.data != nullptr;
   const int threads = small ? kMaxThreads : kRowWarps * 32;
   dispatch<<<num_sms, threads, kShared, stream>>>(args);

@@ -11,7 +11,7 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kMaxLocalExperts = protocol::ControlBlock::kMaxLocalExperts;
 constexpr int kGroups = kTokensPerCount / 32;  // of 32 tokens, whose bits a word holds
 
-// --- positions: which of the rows for a rank each token is ---------------------------------------
+// --- positions: which of the rows for a rank each token is -----------------------------
 
 /// A count and the kernel that it is of, in one word that is read and written whole.
 __device__ std::uint64_t tagged(std::uint64_t epoch, std::uint32_t count) {
@@ -110,7 +110,7 @@ __device__ void place_tokens(const NotifyArgs& args, std::uint64_t epoch, int bl
   }
 }
 
-// --- checks --------------------------------------------------------------------------------------
+// --- checks ----------------------------------------------------------------------------
 
 __device__ __noinline__ void raise_bad_id(const NotifyArgs& args, std::int64_t entry,
                                           std::int64_t id) {
@@ -161,8 +161,7 @@ __device__ void check_ids(const NotifyArgs& args, int blocks) {
   }
 }
 
-// --- counts, by one block
-// -------------------------------------------------------------------------
+// --- counts, by one block --------------------------------------------------------------
 
 __device__ void write_counts(const NotifyArgs& args, std::uint64_t epoch) {
   const Comm& comm = args.comm;

@@ -1,0 +1,25 @@
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <atomic>
+#include <cstdint>
+
+namespace deep_ep::cuda::intranode {
+
+/// Lets kKernel have `bytes` of dynamic shared memory on the current device, which has to be said
+/// once a device.
+template <auto kKernel>
+cudaError_t allow_shared(int bytes) {
+  static std::atomic<std::uint64_t> done{0};  // a bit a device
+  int device = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status != cudaSuccess) return status;
+  const std::uint64_t bit = std::uint64_t{1} << device % 64;
+  if (device < 64 && (done.load(std::memory_order_relaxed) & bit) != 0) return cudaSuccess;
+  status = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (status == cudaSuccess) done.fetch_or(bit, std::memory_order_relaxed);
+  return status;
+}
+
+}  // namespace deep_ep::cuda::intranode
