@@ -1,6 +1,6 @@
 # Turns CUDA on when nvcc is new enough. Sets DEEP_EP_CUDA_ON and the target deep_ep_cuda_headers,
 # which is empty without CUDA.
-set(DEEP_EP_NVCC_MIN 12.3)
+set(DEEP_EP_NVCC_MIN 12.5)
 set(DEEP_EP_CUDA_ON OFF)
 add_library(deep_ep_cuda_headers INTERFACE)
 

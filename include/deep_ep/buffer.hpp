@@ -120,10 +120,10 @@ struct CombineResult {
 /// On the host a call has happened when it returns, unless async_finish. On GPUs it is queued on
 /// the Buffer's communication stream when it returns, and unless async_finish the caller's stream
 /// (CallOptions::stream, a stream of the Buffer's device) waits for it; only a dispatch that has
-/// neither a handle nor num_worst_tokens, and barrier, wait on the host. What a kernel finds wrong
-/// is thrown by the next call, by check() and by waiting for the event on the host. Results go back
-/// to the Buffer behind the work that the call's stream, and any that Tensor::release named, have
-/// then.
+/// neither a handle nor num_worst_tokens, and barrier, wait on the host. What a kernel finds wrong,
+/// or is told by another rank, is thrown by calls that come when it has ended, by check() and by
+/// waiting for its event on the host. Results go back to the Buffer behind the work that the call's
+/// stream, and any that Tensor::release named, have then.
 ///
 /// After an Error of a collective call other than kUsage the Buffer is faulted on every rank:
 /// further calls throw the same Error, destroy works and is local. Results obtained earlier stay

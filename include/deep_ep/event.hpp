@@ -24,9 +24,10 @@ class DEEP_EP_API EventHandle {
   /// Moves this handle to the present end of `stream`.
   void record(Stream stream = {});
   /// Work queued on `stream` from now on waits for the event. On the host this blocks the calling
-  /// thread. Throws the Error of the call that the event stands for, if that failed.
+  /// thread, and throws the Error of the call that the event stands for, if that failed.
   void current_stream_wait(Stream stream = {}) const;
-  /// Blocks the calling thread until the event has happened; throws like current_stream_wait.
+  /// Blocks the calling thread until the event has happened. Throws the Error of the call that it
+  /// stands for, on GPUs any fault of its Buffer that is known by then.
   void host_wait() const;
   /// True once the event has happened, failed calls included. Never blocks.
   bool query() const;

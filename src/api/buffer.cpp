@@ -207,7 +207,7 @@ internode::LayoutParams Buffer::Impl::allocate_layout(const TensorView& topk_idx
                                                       Stream stream, DispatchLayout& layout) {
   const int num_ranks = bootstrap_->size();
   internode::LayoutParams params;
-  params.shape = validate_topk_idx(topk_idx, num_experts, num_ranks);
+  params.shape = validate_topk_idx(topk_idx, num_experts, num_ranks, options_.device);
   params.topk_idx = topk_idx;
   const std::vector<Tensor> made = backend_->allocate(
       {{nullptr, DType::kInt32, {num_ranks}, options_.device},

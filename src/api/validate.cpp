@@ -129,6 +129,8 @@ void add_routing(const DispatchArgs& args, int num_ranks, Device device, Dispatc
   const std::int64_t topk = args.topk_idx.shape[1];
   require(topk >= 1 && topk <= INT32_MAX, "topk_idx is {}, it needs at least one column",
           args.topk_idx.describe());
+  require(tokens <= INT32_MAX / topk, "topk_idx is {}; it may have {} entries at most",
+          args.topk_idx.describe(), INT32_MAX);
   shape.record.num_topk = static_cast<std::int32_t>(topk);
   shape.record.topk_dtype = static_cast<std::int32_t>(args.topk_idx.dtype);
   shape.format.topk_idx_bytes = topk * static_cast<std::int64_t>(size_of(args.topk_idx.dtype));
@@ -168,8 +170,9 @@ void validate_num_experts(const DispatchArgs& args) {
   require(args.topk_idx.defined(), "num_experts is {}, which needs topk_idx", args.num_experts);
 }
 
-plan::RoutingShape validate_topk_idx(const TensorView& topk_idx, int num_experts, int num_ranks) {
-  expect(topk_idx, {"topk_idx", topk_idx.device, {DType::kInt32, DType::kInt64}, {-1, -1}});
+plan::RoutingShape validate_topk_idx(const TensorView& topk_idx, int num_experts, int num_ranks,
+                                     Device device) {
+  expect(topk_idx, {"topk_idx", device, {DType::kInt32, DType::kInt64}, {-1, -1}});
   plan::RoutingShape shape;
   shape.num_tokens = topk_idx.shape[0];
   require(topk_idx.shape[1] >= 1 && topk_idx.shape[1] <= INT32_MAX,

@@ -14,7 +14,8 @@ void validate(const CallOptions& options);
 
 /// num_experts, which is given, against what must be given with it and what must not.
 void validate_num_experts(const DispatchArgs& args);
-plan::RoutingShape validate_topk_idx(const TensorView& topk_idx, int num_experts, int num_ranks);
+plan::RoutingShape validate_topk_idx(const TensorView& topk_idx, int num_experts, int num_ranks,
+                                     Device device);
 
 /// A dispatch's shapes: what its rows carry, and the record that the ranks compare.
 struct DispatchShape {

@@ -123,10 +123,7 @@ class CudaBackend final : public Backend {
 
   Stream comm_stream() const override { return {context_.comm_stream(), options_.device}; }
 
-  void synchronize() override {
-    const DeviceGuard guard(context_.device());
-    (void)cudaStreamSynchronize(context_.comm_stream());
-  }
+  void synchronize() override { context_.synchronize(); }
 
   void raise_fault(const Error& error) noexcept override { context_.raise_fault(error); }
   std::optional<Error> fault(const char* operation) const override {

@@ -19,13 +19,20 @@ constexpr int kTokensPerCount = 256;
 /// The beginning of every rank's segment 0.
 struct DeviceControl {
   protocol::ControlBlock block;  // without rings
-  std::uint64_t* chunks;         // [R, kMaxChunks] epoch of the combine whose rows are here
+  // [2, R] by parity of the epoch and receiver of this rank's rows: a late block of a kernel may
+  // look while the receiver is in its next kernel already (I3, as for the mailboxes).
+  protocol::InboxPlace* places;
+  std::uint64_t* chunks;  // [R, kMaxChunks] epoch of the combine whose rows are here
 
   DEEP_EP_HD static DeviceControl carve(Carver& carver, int num_ranks) {
     DeviceControl control;
     control.block = protocol::ControlBlock::carve(carver, {num_ranks, 0, 0});
+    control.places = carver.take<protocol::InboxPlace>(std::int64_t{2} * num_ranks);
     control.chunks = carver.take<std::uint64_t>(std::int64_t{num_ranks} * kMaxChunks);
     return control;
+  }
+  DEEP_EP_HD protocol::InboxPlace& place(std::uint64_t epoch, int rank, int num_ranks) const {
+    return places[static_cast<std::int64_t>(epoch % 2) * num_ranks + rank];
   }
   static std::int64_t bytes(int num_ranks) {
     Carver carver(nullptr);

@@ -6,6 +6,7 @@
 #include "backend/cuda/check.hpp"
 #include "backend/cuda/intranode/steps.hpp"
 #include "backend/cuda/memory/memory.hpp"
+#include "backend/cuda/memory/zero.hpp"
 #include "base/log.hpp"
 #include "fabric/segment_table.hpp"
 
@@ -37,12 +38,11 @@ std::unique_ptr<fabric::Memory> make_memory(int device) {
   return has_vmm(device) ? make_vmm_memory(device) : make_ipc_memory(device);
 }
 
-/// For whatever comes behind on `stream`.
 template <class T>
-T* allocate_zeroed(std::size_t count, cudaStream_t stream) {
+T* allocate_zeroed(std::size_t count) {
   void* memory = nullptr;
   check(cudaMalloc(&memory, count * sizeof(T)), "cudaMalloc");
-  check(cudaMemsetAsync(memory, 0, count * sizeof(T), stream), "cudaMemsetAsync");
+  zero(memory, count * sizeof(T));
   return static_cast<T*>(memory);
 }
 
@@ -52,11 +52,12 @@ ZeroedWords::~ZeroedWords() {
   for (void* piece : pieces_) (void)cudaFree(piece);
 }
 
-void* ZeroedWords::get(std::int64_t bytes, cudaStream_t stream) {
+void* ZeroedWords::get(std::int64_t bytes) {
   if (bytes > bytes_) {
     const RelaxedCapture relaxed;
-    bytes_ = std::max(bytes, 2 * bytes_);
-    pieces_.push_back(allocate_zeroed<std::byte>(static_cast<std::size_t>(bytes_), stream));
+    const std::int64_t more = std::max(bytes, 2 * bytes_);
+    pieces_.push_back(allocate_zeroed<std::byte>(static_cast<std::size_t>(more)));
+    bytes_ = more;
   }
   return pieces_.back();
 }
@@ -86,14 +87,15 @@ Context::Context(const BackendOptions& options)
   faults_ = std::make_shared<Faults>(rank_);
   check(cudaStreamCreateWithPriority(&table_stream_, cudaStreamNonBlocking, greatest),
         "cudaStreamCreate");
-  segments_ = allocate_zeroed<std::byte*>(static_cast<std::size_t>(num_ranks_) * kMaxSegments,
-                                          table_stream_);
-  local_ = allocate_zeroed<LocalState>(1, comm_stream_);
+  segments_ = allocate_zeroed<std::byte*>(static_cast<std::size_t>(num_ranks_) * kMaxSegments);
+  // Loading a kernel later could wait for those that run, which may wait for it.
+  check(intranode::load_kernels(), "loading of the kernels");
+  local_ = allocate_zeroed<LocalState>(1);
 }
 
 Context::~Context() {
   fabric_.close();
-  const DeviceGuard guard(device_);
+  const DeviceGuard guard(device_, std::nothrow);
   (void)cudaStreamDestroy(comm_stream_);
   (void)cudaStreamDestroy(fault_stream_);
   (void)cudaStreamDestroy(table_stream_);
@@ -155,6 +157,12 @@ Comm Context::comm(const Call& call) const {
   comm.timeout_ns = std::chrono::nanoseconds(call.timeout).count();
   comm.record = call.record;
   return comm;
+}
+
+void Context::synchronize() noexcept {
+  const DeviceGuard guard(device_, std::nothrow);
+  (void)cudaStreamSynchronize(comm_stream_);
+  (void)cudaStreamSynchronize(fault_stream_);
 }
 
 void Context::raise_fault(const Error& error) noexcept {

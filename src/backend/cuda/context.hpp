@@ -25,8 +25,8 @@ class ZeroedWords {
   ~ZeroedWords();
   ZeroedWords(const ZeroedWords&) = delete;
   ZeroedWords& operator=(const ZeroedWords&) = delete;
-  /// At least so many bytes, for whatever comes behind on `stream`.
-  void* get(std::int64_t bytes, cudaStream_t stream);
+  /// At least so many bytes.
+  void* get(std::int64_t bytes);
 
  private:
   std::vector<void*> pieces_;  // the last is in use
@@ -59,13 +59,15 @@ class Context {
   Comm comm(const Call& call) const;
   /// For notify's parts: words of earlier kernels, tagged with their epoch.
   std::uint64_t* count_words(std::int64_t count) {
-    return static_cast<std::uint64_t*>(count_words_.get(count * 8, comm_stream_));
+    return static_cast<std::uint64_t*>(count_words_.get(count * 8));
   }
   /// For layout's sums, which leaves zeros behind.
   std::int32_t* sum_words(std::int64_t count) {
-    return static_cast<std::int32_t*>(sum_words_.get(count * 4, comm_stream_));
+    return static_cast<std::int32_t*>(sum_words_.get(count * 4));
   }
 
+  /// Waits for the calls and for what was told of faults.
+  void synchronize() noexcept;
   /// Tells all ranks, from a stream of its own, beside whatever runs.
   void raise_fault(const Error& error) noexcept;
 

@@ -34,14 +34,14 @@ __device__ inline std::uint64_t warp_hash(const std::int32_t* matrix, int num_ra
 
 /// By the threads of one block: this rank's place and record, to all. Nobody reads the block that
 /// the place names (it comes from the heap, behind its last readers), and no sender reads the place
-/// of an earlier kernel any more (I4).
+/// of two kernels ago any more (I3).
 __device__ inline void publish_place(const Comm& comm, std::uint64_t epoch,
                                      const protocol::CallRecord& record, const Place& own) {
   for (int i = threadIdx.x; i < comm.num_ranks; i += blockDim.x) {
     const int source = (comm.rank + 1 + i) % comm.num_ranks;
-    const protocol::ControlBlock there = comm.control(source).block;
-    there.mailbox_of(epoch).record[comm.rank] = record;
-    protocol::InboxPlace& place = there.inbox[comm.rank];
+    const DeviceControl there = comm.control(source);
+    there.block.mailbox_of(epoch).record[comm.rank] = record;
+    protocol::InboxPlace& place = there.place(epoch, comm.rank, comm.num_ranks);
     place.segment = own.segment;
     place.offset = own.offset;
     place.rows = own.rows;
@@ -65,8 +65,8 @@ __device__ inline std::byte* segment_base(const Comm& comm, int rank, int segmen
 /// Returns the base of the block, or null if the wait failed or the ranks disagree.
 __device__ inline std::byte* wait_place(const Comm& comm, std::uint64_t epoch,
                                         const protocol::CallRecord& record, int rank) {
-  const protocol::ControlBlock own = comm.control(comm.rank).block;
-  const protocol::InboxPlace& place = own.inbox[rank];
+  const DeviceControl own = comm.control(comm.rank);
+  const protocol::InboxPlace& place = own.place(epoch, rank, comm.num_ranks);
   std::byte* base = nullptr;
   const bool ready = wait_for(
       comm, rank, Wait::kPlace, epoch,
@@ -78,7 +78,8 @@ __device__ inline std::byte* wait_place(const Comm& comm, std::uint64_t epoch,
                                    segment_base(comm, rank, place.handle_segment) != nullptr);
       },
       [&] { return place.ready.seen(); });
-  if (!ready || !agrees(comm, record, own.mailbox_of(epoch).record[rank], rank)) return nullptr;
+  if (!ready || !agrees(comm, record, own.block.mailbox_of(epoch).record[rank], rank))
+    return nullptr;
   return base + place.offset;
 }
 

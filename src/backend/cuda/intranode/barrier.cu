@@ -1,5 +1,6 @@
 #include "backend/cuda/device/waiting.cuh"
 #include "backend/cuda/intranode/exchange.cuh"
+#include "backend/cuda/intranode/launch.cuh"
 #include "backend/cuda/intranode/steps.hpp"
 
 namespace deep_ep::cuda::intranode {
@@ -32,6 +33,11 @@ __global__ void fault(const __grid_constant__ FaultArgs args) {
 }
 
 }  // namespace
+
+cudaError_t load_barrier_and_fault() {
+  const cudaError_t status = load<barrier>();
+  return status == cudaSuccess ? load<fault>() : status;
+}
 
 cudaError_t launch_barrier(const BarrierArgs& args, cudaStream_t stream) {
   barrier<<<1, kThreads, 0, stream>>>(args);

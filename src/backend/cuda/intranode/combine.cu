@@ -69,7 +69,7 @@ __device__ bool find_other(const CombineArgs& args, std::uint64_t epoch,
   const Comm& comm = args.comm;
   std::byte* theirs = wait_place(comm, epoch, record, i);
   if (theirs == nullptr) return false;
-  const std::int64_t room = comm.control(comm.rank).block.inbox[i].rows;
+  const std::int64_t room = comm.control(comm.rank).place(epoch, i, comm.num_ranks).rows;
   const plan::RowRange push = rows_of(args, i, comm.rank);
   const plan::RowRange come = rows_of(args, comm.rank, i);
   other.x_row = push.begin;
@@ -79,10 +79,9 @@ __device__ bool find_other(const CombineArgs& args, std::uint64_t epoch,
   const std::int64_t here = inbox_begin(args, comm.rank, i);
   if (!check_rows_fit(comm, comm.rank, push.begin, other.push_rows, args.num_rows)) return false;
   if (i == comm.rank) return true;
-  // A source that gets no rows from here may be in its next call already, and its place another
-  // (I13).
-  if (other.push_rows > 0 && !check_rows_fit(comm, i, there, other.push_rows, room)) return false;
-  if (!check_rows_fit(comm, comm.rank, here, other.count, args.inbox_rows)) return false;
+  if (!check_rows_fit(comm, i, there, other.push_rows, room) ||
+      !check_rows_fit(comm, comm.rank, here, other.count, args.inbox_rows))
+    return false;
   Carver to(theirs);
   const auto inbox = plan::RecvArrays::carve(to, args.format, room);
   other.to_x = inbox.x + there * args.format.x_bytes;
@@ -347,6 +346,12 @@ cudaError_t launch(const CombineArgs& args, int num_sms, cudaStream_t stream) {
 }
 
 }  // namespace
+
+cudaError_t load_combine() {
+  cudaError_t status = load<combine<__nv_bfloat162>>();
+  if (status == cudaSuccess) status = load<combine<__half2>>();
+  return status == cudaSuccess ? load<combine<float>>() : status;
+}
 
 cudaError_t launch_combine(const CombineArgs& args, SumType type, int num_sms,
                            cudaStream_t stream) {

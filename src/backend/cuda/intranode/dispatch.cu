@@ -46,7 +46,7 @@ __device__ bool find_target(const DispatchArgs& args, std::uint64_t epoch,
   const Comm& comm = args.comm;
   std::byte* base = wait_place(comm, epoch, record, i);
   if (base == nullptr) return false;
-  const protocol::InboxPlace& place = comm.control(comm.rank).block.inbox[i];
+  const protocol::InboxPlace& place = comm.control(comm.rank).place(epoch, i, comm.num_ranks);
   const auto rows = plan::rows_from(args.rank_prefix_matrix, comm.rank, i, comm.num_ranks);
   Carver carver(base);
   target.arrays = plan::RecvArrays::carve(carver, args.format, place.rows);
@@ -331,7 +331,11 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     void_results(args, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
   }
   if (!is_last_block(comm)) return;
-  if (good && exchange_landed(comm, epoch)) {
+  // A block that left, and a row that was not sent, have left a fault behind: then nothing has
+  // landed.
+  bool complete = __syncthreads_and(good && may_start(comm)) != 0 && exchange_landed(comm, epoch);
+  complete = __syncthreads_and(complete && may_start(comm)) != 0;
+  if (complete) {
     flush_waits(comm, args.wait_stats);
   } else {
     void_results(args, 0, 1);  // what other blocks wrote, too
@@ -340,6 +344,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 }
 
 }  // namespace
+
+cudaError_t load_dispatch() { return load<dispatch>(); }
 
 cudaError_t launch_dispatch(const DispatchArgs& args, int num_sms, cudaStream_t stream) {
   constexpr int kShared = sizeof(Shared);

@@ -22,4 +22,10 @@ cudaError_t allow_shared(int bytes) {
   return status;
 }
 
+template <auto kKernel>
+cudaError_t load() {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, kKernel);
+}
+
 }  // namespace deep_ep::cuda::intranode

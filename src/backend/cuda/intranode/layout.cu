@@ -1,4 +1,5 @@
 #include "backend/cuda/device/waiting.cuh"
+#include "backend/cuda/intranode/launch.cuh"
 #include "backend/cuda/intranode/steps.hpp"
 
 namespace deep_ep::cuda::intranode {
@@ -94,6 +95,8 @@ __global__ void __launch_bounds__(kThreads) layout(const __grid_constant__ Layou
 }
 
 }  // namespace
+
+cudaError_t load_layout() { return load<layout>(); }
 
 cudaError_t launch_layout(const LayoutArgs& args, cudaStream_t stream) {
   constexpr std::int64_t kMostBlocks = 32;

@@ -1,4 +1,5 @@
 #include "backend/cuda/intranode/exchange.cuh"
+#include "backend/cuda/intranode/launch.cuh"
 #include "backend/cuda/intranode/steps.hpp"
 #include "plan/layout.hpp"
 
@@ -135,7 +136,7 @@ __device__ void check_ids(const NotifyArgs& args, int blocks) {
   const std::uint32_t experts = record.num_experts;
   const std::uint32_t local_experts = experts / args.comm.num_ranks;
   const std::uint32_t topk = record.num_topk;
-  // Below 2^31: checked by the layout's validation.
+  // Below 2^31: validated with the call.
   const auto count = static_cast<std::uint32_t>(record.num_tokens * topk);
   const std::uint32_t step = blocks * kThreads;
   for (std::uint32_t base = blockIdx.x * kThreads + threadIdx.x; base < count;
@@ -237,8 +238,8 @@ __device__ void exchange_counts(const NotifyArgs& args, std::uint64_t epoch) {
   if (!wait_posted(args.comm, epoch)) return;
   const protocol::Mailbox mailbox = args.comm.control(args.comm.rank).block.mailbox_of(epoch);
   read_counts(args, mailbox);
-  __syncthreads();
-  tell_host(args, mailbox);
+  // Counts that are a fault are not told: the host finds the kernel ended without them.
+  if (__syncthreads_and(may_start(args.comm)) != 0) tell_host(args, mailbox);
 }
 
 /// By one block: without counts no row is anywhere.
@@ -252,22 +253,26 @@ __device__ void void_counts(const NotifyArgs& args) {
 }
 
 __global__ void __launch_bounds__(kThreads) notify(const __grid_constant__ NotifyArgs args) {
-  const std::uint64_t epoch = args.comm.local->epoch + 1;
-  if (__syncthreads_and(may_start(args.comm)) != 0) {
-    // The last block exchanges, if there are others to do the rest.
-    const int blocks = gridDim.x == 1 ? 1 : static_cast<int>(gridDim.x) - 1;
-    if (blockIdx.x < blocks) {
-      place_tokens(args, epoch, blocks);
-      check_ids(args, blocks);
-    }
-    if (blockIdx.x + 1 == gridDim.x) exchange_counts(args, epoch);
+  const Comm& comm = args.comm;
+  const std::uint64_t epoch = comm.local->epoch + 1;
+  // The last block exchanges, if there are others to do the rest.
+  const int blocks = gridDim.x == 1 ? 1 : static_cast<int>(gridDim.x) - 1;
+  // Tokens are placed whatever has failed: warps of several blocks wait for each other's counts,
+  // and each block would see a fault at another time.
+  if (blockIdx.x < blocks) {
+    place_tokens(args, epoch, blocks);
+    check_ids(args, blocks);
   }
-  if (!is_last_block(args.comm)) return;
-  if (__syncthreads_and(may_start(args.comm)) == 0) void_counts(args);
-  end_kernel(args.comm);
+  if (blockIdx.x + 1 == gridDim.x && __syncthreads_and(may_start(comm)) != 0)
+    exchange_counts(args, epoch);
+  if (!is_last_block(comm)) return;
+  if (__syncthreads_and(may_start(comm)) == 0) void_counts(args);
+  end_kernel(comm);
 }
 
 }  // namespace
+
+cudaError_t load_notify() { return load<notify>(); }
 
 cudaError_t launch_notify(const NotifyArgs& args, int num_sms, cudaStream_t stream) {
   // A few ids for each thread, and the block that exchanges.

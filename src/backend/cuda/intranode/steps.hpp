@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 
 #include "backend/cuda/comm.hpp"
 #include "plan/recv_arrays.hpp"
@@ -85,7 +86,7 @@ struct DispatchArgs {
   int handle_segment = 0;
   std::int64_t handle_offset = 0;
   std::int32_t* recv_src_idx = nullptr;  // in it
-  std::int64_t* wait_stats = nullptr;                  // += [R] or null
+  std::int64_t* wait_stats = nullptr;    // += [R] or null
 };
 cudaError_t launch_dispatch(const DispatchArgs& args, int num_sms, cudaStream_t stream);
 
@@ -112,6 +113,21 @@ struct CombineArgs {
   std::int64_t* wait_stats = nullptr;      // += [R] or null
 };
 cudaError_t launch_combine(const CombineArgs& args, SumType type, int num_sms, cudaStream_t stream);
+
+// Each loads its kernels on the current device, which CUDA otherwise does at their first launch.
+cudaError_t load_layout();
+cudaError_t load_notify();
+cudaError_t load_dispatch();
+cudaError_t load_combine();
+cudaError_t load_barrier_and_fault();
+inline cudaError_t load_kernels() {
+  for (const auto load :
+       {load_layout, load_notify, load_dispatch, load_combine, load_barrier_and_fault}) {
+    const cudaError_t status = load();
+    if (status != cudaSuccess) return status;
+  }
+  return cudaSuccess;
+}
 
 /// Claims and fills every rank's fault record that has none, with the text of an Error of the host.
 struct FaultArgs {

@@ -26,15 +26,25 @@ class IpcMapping final : public fabric::Mapping {
   IpcMapping(void* base, std::int64_t bytes, Origin origin, int device, std::string id)
       : base_(base), bytes_(bytes), origin_(origin), device_(device), id_(std::move(id)) {}
   ~IpcMapping() override {
-    int before = 0;
-    (void)cudaGetDevice(&before);
-    (void)cudaSetDevice(device_);
+    const DeviceGuard guard(device_, std::nothrow);
+    // Work that still uses it ends first.
+    (void)cudaDeviceSynchronize();
     (void)(origin_ == Origin::kOpened ? cudaIpcCloseMemHandle(base_) : cudaFree(base_));
-    (void)cudaSetDevice(before);
   }
   std::byte* base() const override { return static_cast<std::byte*>(base_); }
   std::int64_t bytes() const override { return bytes_; }
   const std::string& id() const { return id_; }
+  /// For a rank that is another thread of this process.
+  void allow_access_from(int device) const {
+    if (device == device_) return;
+    const DeviceGuard guard(device);
+    const cudaError_t status = cudaDeviceEnablePeerAccess(device_, 0);
+    if (status == cudaErrorPeerAccessAlreadyEnabled) {
+      (void)cudaGetLastError();
+      return;
+    }
+    check(status, "cudaDeviceEnablePeerAccess");
+  }
 
  private:
   void* base_;
@@ -69,7 +79,7 @@ class IpcMemory final : public fabric::Memory {
     check(cudaMalloc(&base, static_cast<std::size_t>(bytes)), "cudaMalloc of a segment");
     auto mapping = std::make_shared<IpcMapping>(base, bytes, IpcMapping::Origin::kAllocated,
                                                 device_, fabric::random_bytes(sizeof(Handle::id)));
-    zero(*mapping);
+    zero(mapping->base(), static_cast<std::size_t>(bytes));
     Registry& registry = Registry::instance();
     const std::lock_guard lock(registry.mutex);
     std::erase_if(registry.mappings, [](const auto& entry) { return entry.second.expired(); });
@@ -99,7 +109,10 @@ class IpcMemory final : public fabric::Memory {
       const std::lock_guard lock(registry.mutex);
       const auto entry = registry.mappings.find(id);
       if (entry != registry.mappings.end()) {
-        if (auto own = entry->second.lock()) return own;
+        if (auto own = entry->second.lock()) {
+          own->allow_access_from(device_);
+          return own;
+        }
       }
     }
     const DeviceGuard guard(device_);

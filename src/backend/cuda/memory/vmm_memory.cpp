@@ -104,11 +104,8 @@ class VmmMapping final : public fabric::Mapping {
   void let_go() {
     const Driver& driver = Driver::instance();
     if (mapped_) {
-      int before = 0;
-      (void)cudaGetDevice(&before);
-      (void)cudaSetDevice(device_);
+      const DeviceGuard guard(device_, std::nothrow);
       (void)cudaDeviceSynchronize();
-      (void)cudaSetDevice(before);
       (void)driver.unmap(address_, size());
     }
     if (address_ != 0) (void)driver.unreserve(address_, size());
@@ -144,7 +141,7 @@ class VmmMemory final : public fabric::Memory {
     if (status == CUDA_ERROR_OUT_OF_MEMORY) throw_shortage(bytes);
     check_driver(status, "cuMemCreate");
     auto mapping = std::make_shared<VmmMapping>(handle, bytes, device_);
-    zero(*mapping);
+    zero(mapping->base(), static_cast<std::size_t>(bytes));
     return mapping;
   }
 
