@@ -215,9 +215,7 @@ void CudaBackend::notify_dispatch(const deep_ep::intranode::NotifyDispatchParams
   args.max_rows = params.max_rows;
   const bool counted = params.num_recv_rows != nullptr;
   if (counted) {
-    cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-    check(cudaStreamIsCapturing(context_.comm_stream(), &capture), "cudaStreamIsCapturing");
-    if (capture != cudaStreamCaptureStatusNone) {
+    if (is_capturing(context_.comm_stream())) {
       throw Error(ErrorCode::kUsage,
                   "intranode_dispatch waits for counts on the host, which a stream that is being "
                   "captured cannot: pass num_worst_tokens or a handle");

@@ -8,18 +8,6 @@
 
 namespace deep_ep::cuda {
 
-namespace {
-
-bool is_capturing(cudaStream_t stream) {
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  // The legacy stream cannot be captured, and asking about it disturbs other captures.
-  if (stream == nullptr) return false;
-  check(cudaStreamIsCapturing(stream, &status), "cudaStreamIsCapturing");
-  return status != cudaStreamCaptureStatusNone;
-}
-
-}  // namespace
-
 /// One block in somebody's hands.
 class DeviceHeap::Lease final : public ReleaseHook::Target {
  public:

@@ -83,31 +83,11 @@ __device__ inline std::byte* wait_place(const Comm& comm, std::uint64_t epoch,
   return base + place.offset;
 }
 
-/// A position of a handle that its matrix does not know.
-__device__ __noinline__ inline void raise_bad_position(const Comm& comm, std::int64_t token,
-                                                       int rank, std::int32_t head,
-                                                       std::int64_t rows) {
-  Report report;
-  report.finding = Finding::kBadPosition;
-  report.code = kInvalidArgumentCode;
-  report.values[0] = token;
-  report.values[1] = rank;
-  report.values[2] = head;
-  report.values[3] = rows;
-  raise(comm, report);
-}
-
 /// False, and reported, unless rows [first, first + count) of `rank` lie in its block.
-__device__ __noinline__ inline bool check_rows_fit(const Comm& comm, int rank, std::int64_t first,
-                                                   std::int64_t count, std::int64_t room) {
+__device__ inline bool check_rows_fit(const Comm& comm, int rank, std::int64_t first,
+                                      std::int64_t count, std::int64_t room) {
   if (first >= 0 && count >= 0 && first + count <= room) return true;
-  Report report;
-  report.finding = Finding::kBadMatrix;
-  report.code = kInvalidArgumentCode;
-  report.values[0] = rank;
-  report.values[1] = first + count;
-  report.values[2] = room;
-  raise(comm, report);
+  raise_invalid(comm, Finding::kBadMatrix, rank, first + count, room);
   return false;
 }
 

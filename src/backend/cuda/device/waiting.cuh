@@ -76,6 +76,20 @@ constexpr std::uint32_t kTimeoutCode = 3;
 constexpr std::uint32_t kPeerFailedCode = 4;
 constexpr std::uint32_t kCapacityCode = 6;
 
+/// Reports a value that is not allowed, with the numbers of its Finding.
+__device__ __noinline__ inline void raise_invalid(const Comm& comm, Finding finding, std::int64_t a,
+                                                  std::int64_t b = 0, std::int64_t c = 0,
+                                                  std::int64_t d = 0) {
+  Report report;
+  report.finding = finding;
+  report.code = kInvalidArgumentCode;
+  report.values[0] = a;
+  report.values[1] = b;
+  report.values[2] = c;
+  report.values[3] = d;
+  raise(comm, report);
+}
+
 /// What a wait for `rank` that did not end well has to tell.
 __device__ __noinline__ inline void raise_missing(const Comm& comm, int rank, bool gone, Wait what,
                                                   std::uint64_t expected, std::uint64_t seen) {

@@ -203,7 +203,7 @@ __device__ int gather(const CombineArgs& args, Shared& shared, int warp, std::in
     if (head != -1) {
       const Other& other = shared.others[rank];
       good = head >= 0 && head < other.count;
-      if (!good) raise_bad_position(comm, token, rank, head, other.count);
+      if (!good) raise_invalid(comm, Finding::kBadPosition, token, rank, head, other.count);
       if (good && rank != comm.rank) good = wait_chunk(args, shared, rank, head, epoch);
     }
     if (!__all_sync(0xffffffff, good)) return -1;

@@ -90,7 +90,7 @@ __device__ std::int32_t slot_of(const DispatchArgs& args, const Shared& shared, 
   if (head == -1) return -1;
   const Target& target = shared.targets[rank];
   if (head >= 0 && head < target.num_rows) return target.first_slot + head;
-  raise_bad_position(args.comm, token, rank, head, target.num_rows);
+  raise_invalid(args.comm, Finding::kBadPosition, token, rank, head, target.num_rows);
   return -1;
 }
 

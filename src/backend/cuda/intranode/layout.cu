@@ -23,18 +23,6 @@ struct RankSet {
   __device__ bool has(int rank) const { return (words[rank / 64] >> rank % 64 & 1) != 0; }
 };
 
-__device__ void report_bad_expert(const LayoutArgs& args, std::int64_t token, int k,
-                                  std::int64_t id) {
-  Report report;
-  report.finding = Finding::kBadExpert;
-  report.code = kInvalidArgumentCode;
-  report.values[0] = token;
-  report.values[1] = k;
-  report.values[2] = id;
-  report.values[3] = args.num_experts;
-  raise(args.comm, report);
-}
-
 /// Counts one token; `experts` lies in shared or global memory.
 __device__ void count_token(const LayoutArgs& args, std::int64_t token, std::int32_t* ranks,
                             std::int32_t* experts) {
@@ -44,7 +32,7 @@ __device__ void count_token(const LayoutArgs& args, std::int64_t token, std::int
     const std::int64_t id = args.topk_idx[token * args.num_topk + k];
     if (id == -1) continue;
     if (id < 0 || id >= args.num_experts) {
-      report_bad_expert(args, token, k, id);
+      raise_invalid(args.comm, Finding::kBadExpert, token, k, id, args.num_experts);
       continue;
     }
     atomicAdd(experts + id, 1);

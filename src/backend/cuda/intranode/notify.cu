@@ -90,13 +90,7 @@ __device__ void place_part(const NotifyArgs& args, std::int64_t part, int rank,
   }
   write_channels(args, rank, begin, end, before, bits);
   if (end == tokens && at != args.num_tokens_per_rank[rank] && lane == 0) {
-    Report report;
-    report.finding = Finding::kCounts;
-    report.code = kInvalidArgumentCode;
-    report.values[0] = rank;
-    report.values[1] = args.num_tokens_per_rank[rank];
-    report.values[2] = at;
-    raise(args.comm, report);
+    raise_invalid(args.comm, Finding::kCounts, rank, args.num_tokens_per_rank[rank], at);
   }
 }
 
@@ -117,15 +111,10 @@ __device__ __noinline__ void raise_bad_id(const NotifyArgs& args, std::int64_t e
                                           std::int64_t id) {
   const protocol::CallRecord& record = args.comm.record;
   const bool known = id >= 0 && id < record.num_experts;
-  Report report;
-  report.finding = known ? Finding::kNotInRank : Finding::kBadExpert;
-  report.code = kInvalidArgumentCode;
-  report.values[0] = entry / record.num_topk;
-  report.values[1] = entry % record.num_topk;
-  report.values[2] = id;
-  report.values[3] =
-      known ? id / (record.num_experts / args.comm.num_ranks) : std::int64_t{record.num_experts};
-  raise(args.comm, report);
+  raise_invalid(
+      args.comm, known ? Finding::kNotInRank : Finding::kBadExpert, entry / record.num_topk,
+      entry % record.num_topk, id,
+      known ? id / (record.num_experts / args.comm.num_ranks) : std::int64_t{record.num_experts});
 }
 
 /// By all threads but those of the block that exchanges: ids in range, and in is_token_in_rank.
@@ -193,19 +182,17 @@ __device__ void read_counts(const NotifyArgs& args, const protocol::Mailbox& mai
       good = good && count >= 0 && sum <= INT32_MAX;
       args.rank_prefix_matrix[from * ranks + to] = static_cast<std::int32_t>(sum);
     }
-    Report report;
-    report.code = kInvalidArgumentCode;
-    report.finding = Finding::kTooManyRows;
-    report.values[0] = to;
-    if (good && (to != args.comm.rank || args.max_rows == 0 || sum <= args.max_rows)) continue;
-    if (good) {
-      report.code = kCapacityCode;
+    if (!good) {
+      raise_invalid(args.comm, Finding::kTooManyRows, to);
+    } else if (to == args.comm.rank && args.max_rows != 0 && sum > args.max_rows) {
+      Report report;
       report.finding = Finding::kCapacity;
+      report.code = kCapacityCode;
       report.rank = to;
       report.values[0] = sum;
       report.values[1] = args.max_rows;
+      raise(args.comm, report);
     }
-    raise(args.comm, report);
   }
 }
 
