@@ -24,7 +24,7 @@ constexpr auto kVariables = std::to_array<Variable>({
      "How the host's combine fetches rows: pull (reads them from the experts' ranks, which takes "
      "the rights of ptrace), ring (through the inbox) or auto (pull where all ranks can)."},
     {"DEEP_EP_FIRST_TICKET", "1",
-     "Number of a Buffer's first low-latency call of each kind, the same on all ranks. For tests of "
+     "Number of a Buffer's first low-latency calls, the same on all ranks. For tests of "
      "what happens where numbers wrap."},
     {"DEEP_EP_LOG_LEVEL", "warn", "trace, debug, info, warn, error or off."},
     {"DEEP_EP_LOG_FILE", "",
