@@ -12,16 +12,32 @@
 
 namespace deep_ep::verify {
 
-const char* to_string(LowLatencyPayload payload) {
-  constexpr std::array kNames{"bf16", "fp8",   "fp8-rounded", "fp8-ue8m0",    "fp16",
-                              "fp32", "bytes", "scaled-fp8",  "scaled-packed"};
-  return kNames[static_cast<std::size_t>(payload)];
+namespace {
+
+constexpr std::array kPayloads{"bf16", "fp8",   "fp8-rounded", "fp8-ue8m0",    "fp16",
+                               "fp32", "bytes", "scaled-fp8",  "scaled-packed"};
+constexpr std::array kHooks{"none",         "each",        "two-in-order",
+                            "two-reversed", "two-by-rank", "crossed"};
+
+template <class Names>
+std::size_t index_of(const Names& names, std::string_view what, std::string_view name) {
+  const auto at = std::find(names.begin(), names.end(), name);
+  require(at != names.end(), "{} '{}' is unknown; allowed: {}", what, name, fmt::join(names, ", "));
+  return static_cast<std::size_t>(at - names.begin());
 }
 
-const char* to_string(Hooks hooks) {
-  constexpr std::array kNames{"none",         "each",        "two-in-order",
-                              "two-reversed", "two-by-rank", "crossed"};
-  return kNames[static_cast<std::size_t>(hooks)];
+}  // namespace
+
+const char* to_string(LowLatencyPayload payload) {
+  return kPayloads[static_cast<std::size_t>(payload)];
+}
+LowLatencyPayload low_latency_payload_from(std::string_view name) {
+  return static_cast<LowLatencyPayload>(index_of(kPayloads, "payload", name));
+}
+
+const char* to_string(Hooks hooks) { return kHooks[static_cast<std::size_t>(hooks)]; }
+Hooks hooks_from(std::string_view name) {
+  return static_cast<Hooks>(index_of(kHooks, "hooks", name));
 }
 
 std::int64_t LowLatencyCase::capacity() const {

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "deep_ep/deep_ep.hpp"
@@ -24,6 +25,8 @@ enum class LowLatencyPayload {
   kScaledPacked,  ///< e4m3 with packed scales, column by column
 };
 const char* to_string(LowLatencyPayload payload);
+/// Throws Error(kInvalidArgument) listing the names.
+LowLatencyPayload low_latency_payload_from(std::string_view name);
 
 /// Which calls have a recv_hook, and when it runs.
 enum class Hooks {
@@ -36,6 +39,7 @@ enum class Hooks {
              ///< an order that differs between ranks
 };
 const char* to_string(Hooks hooks);
+Hooks hooks_from(std::string_view name);
 
 struct LowLatencyCase {
   static constexpr int kNobody = -1;
