@@ -45,6 +45,7 @@ class Dispatch {
       check_handle({params_.rank_prefix_matrix, params_.send_head, num_tokens()}, context_.rank(),
                    context_.num_ranks());
       check_prepared_routing(params_, context_.num_ranks());
+      check_room();
     }
     publish_inbox();
     if (params_.cached) {
@@ -67,6 +68,15 @@ class Dispatch {
   };
 
   std::int64_t num_tokens() const { return params_.call.record.num_tokens; }
+
+  void check_room() const {
+    const std::int64_t rows =
+        plan::received_rows(params_.rank_prefix_matrix, context_.rank(), context_.num_ranks());
+    require(rows <= params_.block_rows,
+            "there is room for {} rows by the handle or prepared.num_recv_tokens, but {} are "
+            "received by rank_prefix_matrix",
+            params_.block_rows, rows);
+  }
 
   /// Tells every sender where this rank's results lie. Nobody reads the block (I6), and no sender
   /// reads the place of an earlier call any more (I4).
