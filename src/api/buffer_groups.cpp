@@ -75,7 +75,12 @@ void Buffer::Impl::allocate_groups(DispatchJob& job, std::int64_t rows) {
   }
   const std::vector<Tensor> memory = backend_->allocate(std::move(views), args.options.stream);
   for (std::size_t i = 0; i < made.size(); ++i) *made[i] = memory[i];
+  set_arrays(job);
+}
 
+void Buffer::Impl::set_arrays(DispatchJob& job) {
+  intranode::GroupParams& group = job.group;
+  const DispatchResult& result = job.result;
   group.call = job.dispatch.call;
   group.rank_prefix_matrix = job.dispatch.rank_prefix_matrix;
   group.recv_topk_idx = result.recv_topk_idx;

@@ -97,6 +97,7 @@ class __attribute__((visibility("hidden"))) Buffer::Impl {  // a member of an ex
   void wait_counts(const std::shared_ptr<DispatchJob>& job, Backend::Part part);
   void allocate_results(DispatchJob& job, std::int64_t rows);
   void allocate_groups(DispatchJob& job, std::int64_t rows);
+  static void set_arrays(DispatchJob& job);
   std::int64_t choose_grouped_rows(const DispatchJob& job) const;
   void allocate_handle(DispatchJob& job, std::int64_t rows);
   void notify(DispatchJob& job);

@@ -27,7 +27,10 @@ const char* operation_of(std::uint32_t kind) {
       return "barrier";
     case OpKind::kDispatch:
     case OpKind::kCachedDispatch:
+    case OpKind::kPreparedDispatch:
       return "intranode_dispatch";
+    case OpKind::kPrepareDispatch:
+      return "prepare_dispatch";
     case OpKind::kCombine:
       return "intranode_combine";
     default:
@@ -95,6 +98,16 @@ std::string describe(const FaultRecord& record) {
           "handle.rank_prefix_matrix names {} rows of rank {}, which has room for "
           "{}",
           v[1], v[0], v[2]);
+    case Finding::kGroupCapacity:
+      return fmt::format("rank {} has {} grouped rows, grouped_x has room for {}", rank, v[0],
+                         v[1]);
+    case Finding::kBadGroup:
+      return fmt::format("groups.grouped_rows[{}, {}] is {}, allowed are -1 and 0 to {}", v[0],
+                         v[1], v[2], v[3] - 1);
+    case Finding::kBadOffsets:
+      return fmt::format(
+          "groups.group_offsets[{}] is {}, must be in [0, {}], the length of groups.recv_rows",
+          v[0], v[1], v[2]);
   }
   return "an unknown finding";
 }
