@@ -33,8 +33,7 @@ class DeviceHeap::Lease final : public ReleaseHook::Target {
   bool kept_ = false;
 };
 
-Backend::Results DeviceHeap::allocate(std::int64_t bytes, cudaStream_t stream,
-                                      fabric::Fabric& fabric) {
+Backend::Results DeviceHeap::allocate(std::int64_t bytes, cudaStream_t stream) {
   const bool capturing = is_capturing(stream);
   std::optional<fabric::Block> block = heap_.try_allocate(bytes);
   if (!block) {
@@ -47,7 +46,7 @@ Backend::Results DeviceHeap::allocate(std::int64_t bytes, cudaStream_t stream,
   }
   Backend::Results results;
   results.block = block ? *block : heap_.allocate(bytes);
-  const auto mapping = fabric.own_segment(results.block.segment);
+  const auto mapping = segment_(results.block.segment);
   results.data = mapping->base() + results.block.offset;
   auto lease = std::make_shared<Lease>(shared_from_this(), mapping, results.block);
   lease->add_stream({stream});
