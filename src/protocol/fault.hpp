@@ -22,10 +22,13 @@ enum class Finding : std::uint32_t {
   kGroupCapacity,  // values: grouped rows, how many there may be
   kBadGroup,       // values: received row, k, grouped row, how many there are
   kBadOffsets,     // values: local experts, rows of all groups, how many there are
+  kOtherRouting,   // values: token of a source, its expert here, row, what src_info says; rank:
+                   // source
+  kThirdLive,      // value: ticket that has not been received
 };
 
 /// What a wait waits for.
-enum class Wait : std::uint32_t { kCall, kPlace, kRows };
+enum class Wait : std::uint32_t { kCall, kPlace, kRows, kConsumed };
 
 /// Why a rank's Buffer no longer works, in that rank's control block. Anyone may write it, once:
 /// the first writer wins, and everything that waits reads it at each turn. claim() needs memory

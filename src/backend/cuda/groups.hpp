@@ -1,5 +1,6 @@
 #pragma once
 
+#include "backend/cuda/arrays.hpp"
 #include "backend/cuda/context.hpp"
 #include "backend/cuda/intranode/steps.hpp"
 #include "backend/params.hpp"
@@ -14,7 +15,7 @@ inline int sms_of(const Context& context, const Call& call) {
 /// Bulk copies and wide loads need it, and a GPU does not survive a pointer that is not.
 void require_aligned(const void* data, const char* name);
 
-inline intranode::Ids ids_of(const TensorView& topk_idx) {
+inline Ids ids_of(const TensorView& topk_idx) {
   return {topk_idx.defined() ? topk_idx.data : nullptr, topk_idx.dtype == DType::kInt64};
 }
 
