@@ -163,7 +163,7 @@ __device__ void send_entry(const DispatchArgs& args, const Shared& shared, std::
     const std::int64_t local = id - std::int64_t{rank} * local_experts;
     const bool here = id >= 0 && local >= 0 && local < local_experts;
     if (slot < 0) {
-      if (here) raise_invalid(args.comm, Finding::kNotInRank, token, k, id, rank);
+      if (here && args.cached) raise_invalid(args.comm, Finding::kNotInRank, token, k, id, rank);
       continue;
     }
     const Target& to = shared.targets[rank];

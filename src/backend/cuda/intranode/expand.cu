@@ -45,13 +45,13 @@ __device__ void expand_x(const GroupArgs& args, Shared& shared, std::int64_t row
   const std::int64_t mine = first < rows ? (rows - first + stride - 1) / stride : 0;
   const auto pieces =
       static_cast<int>((args.x_bytes + RowPump::kStageBytes - 1) / RowPump::kStageBytes);
-  const auto row_of = [&](std::int64_t i) { return first + i / pieces * stride; };
+  const auto row_of = [&](std::int64_t i) { return first + static_cast<int>(i) / pieces * stride; };
   RowPump pump(shared.rows[warp]);
   pump.run(
       mine * pieces,
       [&](std::int64_t i) {
         return piece_of<RowPump::kStageBytes>(args.x + row_of(i) * args.x_bytes, args.x_bytes,
-                                              i % pieces);
+                                              static_cast<int>(i) % pieces);
       },
       [&](std::int64_t i) {
         const std::int32_t at = grouped_row(args, row_of(i), lane());
@@ -60,7 +60,7 @@ __device__ void expand_x(const GroupArgs& args, Shared& shared, std::int64_t row
         return Copy{__ffs(same) - 1 == lane() ? at : -1};
       },
       [&](std::int64_t i, const std::byte* from, std::uint32_t bytes, const Copy& copy) {
-        const std::int64_t offset = i % pieces * RowPump::kStageBytes;
+        const std::int64_t offset = static_cast<int>(i) % pieces * RowPump::kStageBytes;
         if (copy.to >= 0) bulk_store(args.grouped_x + copy.to * args.x_bytes + offset, from, bytes);
         for (std::int64_t k = 32 + lane(); k < args.shape.num_topk; k += 32) {
           const std::int32_t at = grouped_row(args, row_of(i), k);
