@@ -43,6 +43,8 @@ class Backend {
     std::shared_ptr<void> owner;
   };
   virtual Results allocate_results(std::int64_t bytes, Stream stream) = 0;
+  /// Where `bytes` bytes of memory lie in what peers map of this rank; segment -1: they do not.
+  virtual fabric::Block locate(const void* memory, std::int64_t bytes) const = 0;
   /// Memory of the device for what no peer writes: the views with data, in one block if that costs
   /// less.
   virtual std::vector<Tensor> allocate(std::vector<TensorView> views, Stream stream) = 0;
@@ -89,6 +91,8 @@ class Backend {
   virtual void barrier(const intranode::BarrierParams& params) = 0;
   virtual void notify_dispatch(const intranode::NotifyDispatchParams& params) = 0;
   virtual void dispatch(const intranode::DispatchParams& params) = 0;
+  virtual void group_rows(const intranode::GroupParams& params) = 0;
+  virtual void reduce_rows(const intranode::ReduceParams& params) = 0;
   virtual void cached_notify_combine(const intranode::CombineParams& params) = 0;
   virtual void combine(const intranode::CombineParams& params) = 0;
   virtual void dispatch(const internode_ll::DispatchParams& params) = 0;

@@ -82,6 +82,11 @@ class HostBackend final : public Backend {
     return results;
   }
 
+  fabric::Block locate(const void* memory, std::int64_t bytes) const override {
+    const fabric::Fabric::Spot spot = context_.fabric().locate(memory, bytes);
+    return {spot.segment, spot.offset, bytes};
+  }
+
   std::vector<Tensor> allocate(std::vector<TensorView> views, Stream stream) override {
     return allocate_private(std::move(views), stream);
   }
@@ -171,6 +176,12 @@ class HostBackend final : public Backend {
   }
   void dispatch(const intranode::DispatchParams& params) override {
     host::intranode::dispatch(context_, params.cached ? hashed(params) : params);
+  }
+  void group_rows(const intranode::GroupParams& params) override {
+    host::intranode::group_rows(context_, params);
+  }
+  void reduce_rows(const intranode::ReduceParams& params) override {
+    host::intranode::reduce_rows(context_, params);
   }
   void cached_notify_combine(const intranode::CombineParams& params) override {
     host::intranode::cached_notify_combine(context_, hashed(params));
