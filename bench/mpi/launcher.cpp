@@ -172,11 +172,12 @@ void print_low_latency(const Json& result) {
   for (const char* times : {"times_us", "t1_times_us"}) {
     fmt::print(
         "  {:<8} dispatch {:.1f} us (MPI {:.1f}), combine {:.1f} ({:.1f}), pair {:.1f} ({:.1f}): "
-        "{:.2f} times as fast\n",
+        "{:.2f} times as fast; MPI with a message an expert: {:.1f}, {:.2f} times\n",
         std::string_view(times) == "times_us" ? "batch" : "T=1", us(times, "dispatch"),
         us(times, "mpi_dispatch"), us(times, "combine"), us(times, "mpi_combine"),
         us(times, "pair"), us(times, "mpi_pair"),
-        result[std::string(times) + "_pair_vs_mpi"].get<double>());
+        result[std::string(times) + "_pair_vs_mpi"].get<double>(), us(times, "mpi_per_expert_pair"),
+        result[std::string(times) + "_pair_vs_mpi_per_expert"].get<double>());
   }
 }
 

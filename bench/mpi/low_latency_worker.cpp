@@ -1,6 +1,8 @@
 #include <fmt/format.h>
 #include <mpi.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <functional>
 #include <memory>
@@ -9,8 +11,10 @@
 
 #include "deep_ep/buffer.hpp"
 #include "mpi/mpi_low_latency.hpp"
+#include "mpi/mpi_per_expert.hpp"
 #include "mpi/worker.hpp"
 #include "mpi/world.hpp"
+#include "plan/numerics.hpp"
 #include "stats.hpp"
 #include "verify/low_latency_checks.hpp"
 #include "verify/low_latency_inputs.hpp"
@@ -34,7 +38,7 @@ verify::LowLatencyCase make_case(const Settings& settings, int ranks, std::int64
 class Contest {
  public:
   Contest(Buffer& buffer, const verify::LowLatencyCase& c)
-      : buffer_(buffer), c_(c), mpi_(c, buffer.rank()) {
+      : buffer_(buffer), c_(c), mpi_(c, buffer.rank()), per_expert_(c, buffer.rank()) {
     load(0);
   }
 
@@ -73,6 +77,14 @@ class Contest {
                  weights_.as<const float>());
   }
 
+  void per_expert_dispatch() {
+    per_expert_.dispatch(x_.as<const std::byte>(), ids_.as<const std::int64_t>());
+  }
+  void per_expert_combine() {
+    per_expert_.combine(y_.as<const std::byte>(), ids_.as<const std::int64_t>(),
+                        weights_.as<const float>());
+  }
+
   std::int64_t count_wrong() const {
     verify::LowLatencyChecks checks(c_, buffer_.rank());
     checks.stage("ours");
@@ -81,15 +93,34 @@ class Contest {
     checks.stage("MPI's");
     checks.dispatched(mpi_.received(), *expected_);
     checks.combined(mpi_.combined(), *expected_, round());
+    checks.stage("MPI's, per expert");
+    checks.dispatched(per_expert_.received(), *expected_);
+    checks.expect(sums_are_near(per_expert_.combined()), "sums are as near as one rounding");
     if (!checks.result().passed())
       fmt::print(stderr, "rank {}: {}\n", buffer_.rank(), checks.result().first_mismatch);
     return checks.result().wrong_elements;
   }
 
  private:
+  /// Of rows that are not rounded in between: other bits than ours, within the bound of
+  /// docs/numerics.md.
+  bool sums_are_near(const Tensor& sums) const {
+    const auto value = [](const Tensor& tensor, std::int64_t i) {
+      return static_cast<double>(plan::to_float(plan::Bfloat16{tensor.as<std::uint16_t>()[i]}));
+    };
+    double difference = 0;
+    double magnitude = 0;
+    for (std::int64_t i = 0; i < sums.numel(); ++i) {
+      difference = std::max(difference, std::abs(value(sums, i) - value(combined_, i)));
+      magnitude = std::max(magnitude, std::abs(value(combined_, i)));
+    }
+    return magnitude > 0 && difference <= magnitude * c_.topk / 64;
+  }
+
   Buffer& buffer_;
   const verify::LowLatencyCase c_;
   MpiLowLatency mpi_;
+  MpiPerExpert per_expert_;
   std::unique_ptr<verify::LowLatencyExpected> expected_;
   Tensor x_, ids_, weights_, y_;
   LowLatencyDispatchResult received_;
@@ -163,9 +194,11 @@ int run_low_latency_worker(const Settings& settings) {
   Contest contest(buffer, small);
   json["t1_times_us"] = measure(contest, settings, kSmallChain, wrong);
   MPI_Allreduce(MPI_IN_PLACE, &wrong, 1, MPI_LONG_LONG, MPI_SUM, MPI_COMM_WORLD);
-  for (const char* times : {"times_us", "t1_times_us"})
-    json[std::string(times) + "_pair_vs_mpi"] = json[times]["mpi_pair"]["median"].get<double>() /
-                                                json[times]["pair"]["median"].get<double>();
+  for (const std::string times : {"times_us", "t1_times_us"}) {
+    const auto median = [&](const char* name) { return json[times][name]["median"].get<double>(); };
+    json[times + "_pair_vs_mpi"] = median("mpi_pair") / median("pair");
+    json[times + "_pair_vs_mpi_per_expert"] = median("mpi_per_expert_pair") / median("pair");
+  }
   json["wrong_elements"] = wrong;
   json["our_transport"] = buffer.transport();
   if (mpi.rank == 0) print_result(json);

@@ -7,6 +7,7 @@
 #include "backend/host/quantize.hpp"
 #include "backend/host/rows.hpp"
 #include "base/error.hpp"
+#include "mpi/mpi_per_expert.hpp"
 #include "plan/numerics.hpp"
 
 namespace deep_ep::bench {
@@ -38,17 +39,7 @@ MpiLowLatency::MpiLowLatency(const verify::LowLatencyCase& c, int rank)
       in_(rows_of_expert_ * message_bytes_),
       home_out_(rows_of_expert_ * home_bytes_),
       home_in_(rows_of_expert_ * home_bytes_) {
-  const std::int64_t scales = c.hidden / plan::kFp8Group;
-  received_.recv_x = Tensor::empty(DType::kFloat8E4m3, {local_experts_, rows_of_expert_, c.hidden});
-  received_.recv_x_scales =
-      Tensor::empty(DType::kFloat32, {local_experts_, rows_of_expert_, scales});
-  received_.recv_x_scales.strides = {scales * rows_of_expert_, 1, rows_of_expert_};
-  received_.recv_count = Tensor::empty(DType::kInt32, {local_experts_});
-  received_.handle.src_info = Tensor::empty(DType::kInt32, {local_experts_, rows_of_expert_});
-  received_.handle.layout_range = Tensor::empty(DType::kInt64, {local_experts_, c.ranks});
-  received_.handle.num_max_dispatch_tokens_per_rank = static_cast<int>(c.capacity());
-  received_.handle.hidden = c.hidden;
-  received_.handle.num_experts = c.experts;
+  received_ = make_low_latency_result(c);
   combined_ = Tensor::empty(DType::kBfloat16, {c.tokens_of(rank), c.hidden});
 }
 
