@@ -145,9 +145,14 @@ nlohmann::ordered_json measure(Contest& contest, const Settings& settings, int c
                                         }},
                                        {"mpi_dispatch", [&] { contest.mpi_dispatch(); }},
                                        {"mpi_combine", [&] { contest.mpi_combine(); }},
-                                       {"mpi_pair", [&] {
+                                       {"mpi_pair",
+                                        [&] {
                                           contest.mpi_dispatch();
                                           contest.mpi_combine();
+                                        }},
+                                       {"mpi_per_expert_pair", [&] {
+                                          contest.per_expert_dispatch();
+                                          contest.per_expert_combine();
                                         }}};
   for (int i = -1; i < settings.repeats; ++i) {
     if (i + 1 == settings.repeats) {
