@@ -49,6 +49,9 @@ class Send {
       if (!state_.masked(rank)) exchange_.publish_call(rank, routing_.num_messages[rank]);
     }
     if (!params_.rank_major) exchange_.wait_calls();
+    std::int64_t rows = 0;
+    for (int i = 0; i < state_.num_ranks(); ++i) rows += num_messages(i);
+    stores_ = choose_stores(rows * params_.shape.row_bytes);
     for (int i = 0; i < state_.num_ranks(); ++i) {
       const int source = state_.context().peer_in_turn(i);
       if (state_.masked(source)) continue;
@@ -93,9 +96,12 @@ class Send {
     }
   }
 
+  std::int64_t num_messages(int source) const {
+    return params_.rank_major ? rows_of(source).count : exchange_.call_of(source).num_messages;
+  }
+
   void send_home(int source) {
-    const std::int64_t messages =
-        params_.rank_major ? rows_of(source).count : exchange_.call_of(source).num_messages;
+    const std::int64_t messages = num_messages(source);
     const std::int64_t read_bytes = 2 * messages * params_.shape.row_bytes;  // two experts, or more
     share(state_.context(), params_.call, {messages, read_bytes},
           [&](int, std::int64_t begin, std::int64_t end) {
@@ -106,6 +112,7 @@ class Send {
               std::byte* to = area.plain_row(state_.rank(), j);
               const std::uint32_t token =
                   params_.rank_major ? copy(source, j, to) : reduce(source, j, scratch, to);
+              finish_stores();
               put(*area.head(state_.rank(), j), exchange_.tag(), ThreeWords{{token, 0, 0}});
             }
           });
@@ -123,7 +130,7 @@ class Send {
 
   std::uint32_t copy(int source, std::int64_t message, std::byte* to) const {
     const std::int64_t row = rows_of(source).begin + message;
-    std::memcpy(to, params_.x + row * params_.shape.row_bytes, params_.shape.row_bytes);
+    copy_row(to, params_.x + row * params_.shape.row_bytes, params_.shape.row_bytes, stores_);
     return static_cast<std::uint32_t>(params_.src_info[row]);
   }
 
@@ -151,7 +158,7 @@ class Send {
     piece.num_sources = count;
     piece.weights = scratch.weights.data();
     piece.out = to;
-    sum_piece(piece, Stores::kCached);
+    sum_piece(piece, stores_);
     return token;
   }
 
@@ -173,6 +180,7 @@ class Send {
   const CombineParams& params_;
   Exchange& exchange_;
   const Routing& routing_;
+  Stores stores_ = Stores::kCached;
 };
 
 /// The part at home.
