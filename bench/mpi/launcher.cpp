@@ -73,6 +73,7 @@ std::vector<std::string> worker_command(const Settings& settings, int ranks,
         fmt::format("--topk={}", settings.topk), fmt::format("--experts={}", settings.experts),
         fmt::format("--repeats={}", settings.repeats), fmt::format("--seed={}", settings.seed)})
     command.push_back(word);
+  if (settings.low_latency) command.emplace_back("--low-latency");
   return command;
 }
 
@@ -162,6 +163,23 @@ void print_ratios(const Json& result) {
       ratio("t1_pair_us"), result["our_transport"].get<std::string>());
 }
 
+void print_low_latency(const Json& result) {
+  const auto us = [&](const char* times, const char* name) {
+    return result[times][name]["median"].get<double>();
+  };
+  fmt::print("R={} low latency: {} wrong elements\n", result["ranks"].get<int>(),
+             result["wrong_elements"].get<std::int64_t>());
+  for (const char* times : {"times_us", "t1_times_us"}) {
+    fmt::print(
+        "  {:<8} dispatch {:.1f} us (MPI {:.1f}), combine {:.1f} ({:.1f}), pair {:.1f} ({:.1f}): "
+        "{:.2f} times as fast\n",
+        std::string_view(times) == "times_us" ? "batch" : "T=1", us(times, "dispatch"),
+        us(times, "mpi_dispatch"), us(times, "combine"), us(times, "mpi_combine"),
+        us(times, "pair"), us(times, "mpi_pair"),
+        result[std::string(times) + "_pair_vs_mpi"].get<double>());
+  }
+}
+
 void write_results(const Settings& settings, const std::vector<Json>& results) {
   if (settings.json.empty()) return;
   Json json;
@@ -172,10 +190,12 @@ void write_results(const Settings& settings, const std::vector<Json>& results) {
                   {"experts", settings.experts},
                   {"repeats", settings.repeats},
                   {"seed", settings.seed},
-                  {"dtype", "bf16"},
+                  {"dtype", settings.low_latency ? "fp8" : "bf16"},
+                  {"low_latency", settings.low_latency},
                   {"ranks", settings.ranks}};
   json["environment"] = cli::environment_json();
   json["results"] = results;
+  if (settings.low_latency) return cli::write_json(settings.json, json);
   for (const char* key : {"dispatch_vs_mpi", "combine_vs_mpi", "memcpy_ratio", "t1_pair_us"})
     for (const Json& result : results)
       json[key][std::to_string(result["ranks"].get<int>())] = result[key];
@@ -193,14 +213,20 @@ int launch(const Settings& settings) {
   fmt::print("# deepep {} bench mpi on {} ({}, {} cores), {}\n", version(), machine.host,
              machine.cpu, machine.cores, cli::now());
   fmt::print(
-      "# BF16, tokens {}, hidden {}, top-{} of {}; medians of {}, interleaved, of the slowest "
+      "# {}, tokens {}, hidden {}, top-{} of {}; medians of {}, interleaved, of the slowest "
       "rank\n",
-      settings.tokens, settings.hidden, settings.topk, settings.experts, settings.repeats);
+      settings.low_latency ? "low latency, FP8" : "BF16", settings.tokens, settings.hidden,
+      settings.topk, settings.experts, settings.repeats);
   std::vector<Json> results;
   bool passed = true;
   for (const int ranks : settings.ranks) {
     results.push_back(run_ranks(settings, ranks));
     passed &= results.back()["status"] == 0;
+  }
+  if (settings.low_latency) {
+    for (const Json& result : results) print_low_latency(result);
+    write_results(settings, results);
+    return passed ? 0 : 1;
   }
   fmt::print("{:>2} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9} {:>7}\n", "R", "dispatch",
              "mpi", "own past", "combine", "mpi", "own past", "memcpy", "T=1 pair", "wrong");

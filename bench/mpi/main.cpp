@@ -25,11 +25,14 @@ int main(int argc, char** argv) {
                  "Shared-memory transport of MPI; without it all are measured and the fastest is "
                  "taken");
   app.add_option("--json", settings.json, "File for the results");
+  app.add_flag("--low-latency", settings.low_latency,
+               "Low latency instead: FP8 rows packed per expert, weighted sums back; also at T=1");
   app.add_flag("--worker", worker, "This process was started by mpirun");
   app.add_flag("--probe", probe, "With --worker: only time MPI's exchange");
   CLI11_PARSE(app, argc, argv);
   try {
     if (!worker) return deep_ep::bench::launch(settings);
+    if (!probe && settings.low_latency) return deep_ep::bench::run_low_latency_worker(settings);
     return probe ? deep_ep::bench::run_probe(settings) : deep_ep::bench::run_worker(settings);
   } catch (const std::exception& error) {
     fmt::print(stderr, "error: {}\n", error.what());

@@ -14,6 +14,7 @@ struct Settings {
   int repeats = 11;
   std::uint64_t seed = 1;
   std::vector<int> ranks{2, 4};
+  bool low_latency = false;
   std::string transport{};  ///< empty: measure all and take the fastest
   std::string json{};
 };

@@ -3,7 +3,6 @@
 #include <fmt/format.h>
 #include <mpi.h>
 
-#include <chrono>
 #include <cstdio>
 #include <cstring>
 #include <functional>
@@ -13,42 +12,14 @@
 
 #include "deep_ep/buffer.hpp"
 #include "mpi/mpi_exchange.hpp"
+#include "mpi/world.hpp"
 #include "stats.hpp"
 #include "verify/checks.hpp"
 
 namespace deep_ep::bench {
 namespace {
 
-using Clock = std::chrono::steady_clock;
 using OwnRows = MpiExchange::OwnRows;
-
-struct Mpi {
-  int rank = 0;
-  int size = 1;
-  Mpi() {
-    MPI_Init(nullptr, nullptr);
-    MPI_Comm_rank(MPI_COMM_WORLD, &rank);
-    MPI_Comm_size(MPI_COMM_WORLD, &size);
-  }
-  ~Mpi() { MPI_Finalize(); }
-  Mpi(const Mpi&) = delete;
-  Mpi& operator=(const Mpi&) = delete;
-};
-
-std::vector<std::string> all_gather(int size, std::string_view bytes) {
-  const int own = static_cast<int>(bytes.size());
-  std::vector<int> counts(static_cast<std::size_t>(size)), offsets(counts.size(), 0);
-  MPI_Allgather(&own, 1, MPI_INT, counts.data(), 1, MPI_INT, MPI_COMM_WORLD);
-  for (std::size_t i = 1; i < counts.size(); ++i) offsets[i] = offsets[i - 1] + counts[i - 1];
-  std::string all(static_cast<std::size_t>(offsets.back() + counts.back()), '\0');
-  MPI_Allgatherv(bytes.data(), own, MPI_BYTE, all.data(), counts.data(), offsets.data(), MPI_BYTE,
-                 MPI_COMM_WORLD);
-  std::vector<std::string> parts;
-  for (std::size_t i = 0; i < counts.size(); ++i)
-    parts.push_back(
-        all.substr(static_cast<std::size_t>(offsets[i]), static_cast<std::size_t>(counts[i])));
-  return parts;
-}
 
 verify::Case make_case(const Settings& settings, int ranks) {
   verify::Case c;
@@ -61,21 +32,6 @@ verify::Case make_case(const Settings& settings, int ranks) {
   c.weights = false;
   verify::validate(c);
   return c;
-}
-
-double run_timed(const std::function<void()>& call) {
-  MPI_Barrier(MPI_COMM_WORLD);
-  const auto start = Clock::now();
-  call();
-  return std::chrono::duration<double, std::micro>(Clock::now() - start).count();
-}
-
-/// Element-wise maximum over the ranks.
-std::vector<double> slowest_rank(const std::vector<double>& times) {
-  std::vector<double> slowest(times.size());
-  MPI_Allreduce(times.data(), slowest.data(), static_cast<int>(times.size()), MPI_DOUBLE, MPI_MAX,
-                MPI_COMM_WORLD);
-  return slowest;
 }
 
 /// One shape's inputs in ordinary memory, and the rows that must come of them.
@@ -266,10 +222,6 @@ nlohmann::ordered_json to_json(const std::vector<Operation>& operations, const P
   json["combine_vs_mpi_own_direct"] = median("mpi_combine_own_direct") / median("combine");
   json["memcpy_ratio"] = median_pair(operations) / median("memcpy");
   return json;
-}
-
-void print_result(const nlohmann::ordered_json& json) {
-  fmt::print("{}{}\n", kResultPrefix, json.dump());
 }
 
 }  // namespace

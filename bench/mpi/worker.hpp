@@ -11,5 +11,7 @@ inline constexpr const char* kResultPrefix = "bench_mpi result: ";
 int run_probe(const Settings& settings);
 /// Under mpirun: everything.
 int run_worker(const Settings& settings);
+/// The same for low latency.
+int run_low_latency_worker(const Settings& settings);
 
 }  // namespace deep_ep::bench

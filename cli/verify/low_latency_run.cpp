@@ -167,6 +167,7 @@ class LowLatencyRun {
   }
 
   Tensor zero_copy_input(const Tensor& rows, const LowLatencyHandle& handle) {
+    event_.host_wait();  // of the combine before the last, which read the same memory
     const Tensor view = buffer_.get_next_low_latency_combine_buffer(handle);
     checks_.expect(view.numel() == rows.numel() && view.dtype == rows.dtype,
                    "the combine buffer has the shape of the experts' outputs");

@@ -25,6 +25,7 @@ struct Buffer::Impl::LowLatencyCombineJob {
   internode_ll::CombineParams params;
   std::uint64_t number = 0;
   Tensor ticket;
+  Tensor zero_copy;  // x, which the Buffer may replace by a larger one
   LowLatencyCombineResult result;
 };
 
@@ -184,6 +185,7 @@ LowLatencyCombineResult Buffer::Impl::low_latency_combine(const LowLatencyCombin
             "zero_copy is true, but x begins at {}, not where "
             "get_next_low_latency_combine_buffer says, {}",
             args.x.data, own.data);
+    if (args.zero_copy) job->zero_copy = own;
     internode_ll::CombineParams& params = job->params;
     params.call = low_latency_call(kOperation, calls, shape.record);
     job->number = log_.begin(kOperation, calls.sent, shape.record);

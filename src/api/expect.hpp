@@ -1,10 +1,21 @@
 #pragma once
 
+#include <fmt/format.h>
+
 #include <cstdint>
 #include <initializer_list>
+#include <string>
 #include <string_view>
 
 #include "deep_ep/tensor.hpp"
+
+/// As describe() does it, but only when a text is made: calls check their arguments every time.
+template <>
+struct fmt::formatter<deep_ep::TensorView> : fmt::formatter<std::string> {
+  auto format(const deep_ep::TensorView& tensor, fmt::format_context& context) const {
+    return fmt::formatter<std::string>::format(tensor.describe(), context);
+  }
+};
 
 // What the checks of all calls' arguments have in common. They throw Error(kInvalidArgument).
 namespace deep_ep {

@@ -57,8 +57,7 @@ void add_scales(const TensorView& scales, std::int64_t num_tokens, Device device
 
 void refuse_with_handle(const DispatchArgs& args) {
   const auto refuse = [](const TensorView& tensor, const char* name) {
-    require(!tensor.defined(), "{} is {}, it must not be given together with handle", name,
-            tensor.describe());
+    require(!tensor.defined(), "{} is {}, it must not be given together with handle", name, tensor);
   };
   refuse(args.topk_idx, "topk_idx");
   refuse(args.topk_weights, "topk_weights");
@@ -121,9 +120,9 @@ void add_topk(const DispatchArgs& args, Device device, DispatchShape& shape) {
   expect(args.topk_idx, {"topk_idx", device, {DType::kInt32, DType::kInt64}, {tokens, -1}});
   const std::int64_t topk = args.topk_idx.shape[1];
   require(topk >= 1 && topk <= INT32_MAX, "topk_idx is {}, it needs at least one column",
-          args.topk_idx.describe());
+          args.topk_idx);
   require(tokens <= INT32_MAX / topk, "topk_idx is {}; it may have {} entries at most",
-          args.topk_idx.describe(), INT32_MAX);
+          args.topk_idx, INT32_MAX);
   shape.record.num_topk = static_cast<std::int32_t>(topk);
   shape.record.topk_dtype = static_cast<std::int32_t>(args.topk_idx.dtype);
   shape.format.topk_idx_bytes = topk * static_cast<std::int64_t>(size_of(args.topk_idx.dtype));
@@ -184,7 +183,7 @@ plan::RoutingShape validate_topk_idx(const TensorView& topk_idx, int num_experts
   plan::RoutingShape shape;
   shape.num_tokens = topk_idx.shape[0];
   require(topk_idx.shape[1] >= 1 && topk_idx.shape[1] <= INT32_MAX,
-          "topk_idx is {}, it needs at least one column", topk_idx.describe());
+          "topk_idx is {}, it needs at least one column", topk_idx);
   shape.num_topk = static_cast<int>(topk_idx.shape[1]);
   shape.num_experts = num_experts;
   shape.num_ranks = num_ranks;
@@ -276,7 +275,7 @@ protocol::CallRecord validate_combine(const CombineArgs& args, int num_ranks, De
   if (args.topk_weights.defined()) {
     expect(args.topk_weights, {"topk_weights", device, {DType::kFloat32}, {rows, -1}});
     require(args.topk_weights.shape[1] >= 1 && args.topk_weights.shape[1] <= INT32_MAX,
-            "topk_weights is {}, it needs at least one column", args.topk_weights.describe());
+            "topk_weights is {}, it needs at least one column", args.topk_weights);
     record.has_topk_weights = 1;
     record.num_topk = static_cast<std::int32_t>(args.topk_weights.shape[1]);
   }

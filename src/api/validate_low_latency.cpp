@@ -32,7 +32,7 @@ plan::LowLatencyShape check_routing(const TensorView& topk_idx, std::int64_t max
   require(routing.num_tokens <= max_tokens,
           "topk_idx is {}, num_max_dispatch_tokens_per_rank is {}: a rank may have so many tokens "
           "at most",
-          topk_idx.describe(), max_tokens);
+          topk_idx, max_tokens);
   record.scale_dtype = -1;
   record.num_topk = routing.num_topk;
   record.topk_dtype = static_cast<std::int32_t>(topk_idx.dtype);
@@ -57,7 +57,7 @@ void choose_quantization(const LowLatencyDispatchArgs& args, LowLatencyDispatchS
   shape.row_dtype = args.x.dtype;
   if (args.x_scales.defined()) {
     require(args.x.dtype == DType::kFloat8E4m3 || args.x.dtype == DType::kUint8,
-            "x is {}: scales go with float8_e4m3 or bytes", args.x.describe());
+            "x is {}: scales go with float8_e4m3 or bytes", args.x);
     expect(args.x_scales, {"x_scales",
                            args.x.device,
                            {DType::kFloat32, DType::kInt32},
@@ -69,7 +69,7 @@ void choose_quantization(const LowLatencyDispatchArgs& args, LowLatencyDispatchS
   if (args.x.dtype != DType::kBfloat16 || !args.use_fp8) return;
   const std::int64_t hidden = args.x.shape[1];
   require(hidden % plan::kFp8Group == 0, "x is {}: with use_fp8 hidden must be a multiple of {}",
-          args.x.describe(), plan::kFp8Group);
+          args.x, plan::kFp8Group);
   require(!args.use_ue8m0 || args.round_scale, "use_ue8m0 is true, which needs round_scale");
   shape.row_dtype = DType::kFloat8E4m3;
   shape.num_scales = static_cast<int>(hidden / plan::kFp8Group);
@@ -103,8 +103,7 @@ LowLatencyDispatchShape validate_dispatch(const LowLatencyDispatchArgs& args, in
   shape.shape = check_routing(args.topk_idx, args.num_max_dispatch_tokens_per_rank,
                               args.num_experts, num_ranks, device, shape.record);
   const std::int64_t tokens = args.topk_idx.shape[0];
-  require(args.x.shape[0] == tokens, "x is {}, but topk_idx is {}", args.x.describe(),
-          args.topk_idx.describe());
+  require(args.x.shape[0] == tokens, "x is {}, but topk_idx is {}", args.x, args.topk_idx);
   choose_quantization(args, shape);
   shape.shape.row_bytes = args.x.shape[1] * static_cast<std::int64_t>(size_of(shape.row_dtype)) +
                           std::int64_t{4} * shape.num_scales;

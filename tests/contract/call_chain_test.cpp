@@ -37,6 +37,7 @@ class CallChain : public testing::Test {
   static std::unique_ptr<Buffer> make_buffer() {
     BufferOptions options;
     options.num_threads = 1;
+    options.num_rdma_bytes = Buffer::get_low_latency_rdma_size_hint(4, 8, 1, 2);
     return std::make_unique<Buffer>(bootstrap_threads(1)[0], options);
   }
 
@@ -167,6 +168,37 @@ TEST_F(CallChain, RowsAreGroupedBehindADispatchAndReducedBeforeACombine) {
   buffer->combine(back);
   EXPECT_THAT(take_steps(), ElementsAre("Buffer::intranode_combine", "intranode::reduce_rows",
                                         "intranode::cached_notify_combine", "intranode::combine"));
+}
+
+TEST_F(CallChain, LowLatencyCallsTakeOneStep) {
+  const auto buffer = make_buffer();
+  const std::vector<std::uint16_t> x(3 * 8, 0x4000);
+  const std::vector<float> weights(3 * 2, 1.0F);
+  const Inputs inputs;
+  LowLatencyDispatchArgs args;
+  args.x = {x.data(), DType::kBfloat16, {3, 8}};
+  args.topk_idx = {inputs.topk_idx.data(), DType::kInt64, {3, 2}};
+  args.num_max_dispatch_tokens_per_rank = 4;
+  args.num_experts = 2;
+  args.use_fp8 = false;
+  take_steps();
+  const LowLatencyDispatchResult dispatched = buffer->low_latency_dispatch(args);
+  EXPECT_THAT(take_steps(), ElementsAre("Buffer::low_latency_dispatch", "internode_ll::dispatch"));
+  LowLatencyCombineArgs combine;
+  combine.x = dispatched.recv_x;
+  combine.topk_idx = args.topk_idx;
+  combine.topk_weights = {weights.data(), DType::kFloat32, {3, 2}};
+  combine.handle = dispatched.handle;
+  buffer->low_latency_combine(combine);
+  EXPECT_THAT(take_steps(), ElementsAre("Buffer::low_latency_combine", "internode_ll::combine"));
+  buffer->clean_low_latency_buffer(4, 8, 2);
+  EXPECT_THAT(take_steps(), ElementsAre("Buffer::clean_low_latency_buffer",
+                                        "internode_ll::clean_low_latency_buffer"));
+  // With a hook the step runs twice.
+  args.return_recv_hook = true;
+  buffer->low_latency_dispatch(args).recv_hook();
+  EXPECT_THAT(take_steps(), ElementsAre("Buffer::low_latency_dispatch", "internode_ll::dispatch",
+                                        "internode_ll::dispatch"));
 }
 
 TEST_F(CallChain, TheBarrierIsTheModes) {

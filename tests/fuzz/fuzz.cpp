@@ -11,7 +11,8 @@
 #include "contract/suite.hpp"
 #include "fuzz/arguments.hpp"
 
-// Random programs, resumable by seed: `fuzz exchange` runs random exchanges on a pool of ranks,
+// Random programs, resumable by seed: `fuzz exchange` and `fuzz low-latency` run random exchanges
+// on a pool of ranks,
 // `fuzz arguments` calls with random wrong arguments.
 
 namespace deep_ep::test {
@@ -25,24 +26,30 @@ struct Range {
 
 class RandomPrograms final : public ProgramSource {
  public:
-  explicit RandomPrograms(const Limits& limits) : limits_(limits) {}
+  RandomPrograms(bool low_latency, const Limits& limits)
+      : low_latency_(low_latency), limits_(limits) {}
   std::int64_t size() const override { return INT64_MAX; }
   Program at(std::int64_t i) const override {
-    return random_program(static_cast<std::uint64_t>(i), limits_);
+    const auto seed = static_cast<std::uint64_t>(i);
+    return low_latency_ ? random_low_latency_program(seed, limits_) : random_program(seed, limits_);
   }
 
  private:
+  bool low_latency_;
   Limits limits_;
 };
 
-int fuzz_exchanges(const Range& range, const Limits& limits, const Target& target,
-                   const std::string& command) {
+int fuzz_exchanges(bool low_latency, const Range& range, const Limits& limits,
+                   const Target& target) {
   SuiteOptions options;
   options.from = range.from;
   options.count = range.count;
   options.max_seconds = range.seconds;
-  options.replay = command;
-  return run_suite(RandomPrograms(limits), target, options);
+  options.replay = fmt::format("fuzz {} --backend {} --mebibytes {} --max-ranks {}",
+                               low_latency ? "low-latency" : "exchange",
+                               target.device.type == DeviceType::kCuda ? "cuda" : "host",
+                               limits.bytes >> 20, limits.max_ranks);
+  return run_suite(RandomPrograms(low_latency, limits), target, options);
 }
 
 /// Jobs "first last": one seed after the other in one process.
@@ -104,14 +111,17 @@ int main(int argc, char** argv) {
   Limits limits;
   std::int64_t mebibytes = 64;
   CLI::App* exchange = app.add_subcommand("exchange", "random exchanges against the reference");
+  CLI::App* low_latency = app.add_subcommand("low-latency", "the same with low latency");
   std::string backend = "host";
-  exchange->add_option("--backend", backend)
-      ->check(CLI::IsMember({"host", "cuda"}))
-      ->capture_default_str();
-  exchange->add_option("--mebibytes", mebibytes, "memory of a program")->capture_default_str();
-  exchange->add_option("--max-ranks", limits.max_ranks)->capture_default_str();
+  for (CLI::App* one : {exchange, low_latency}) {
+    one->add_option("--backend", backend)
+        ->check(CLI::IsMember({"host", "cuda"}))
+        ->capture_default_str();
+    one->add_option("--mebibytes", mebibytes, "memory of a program")->capture_default_str();
+    one->add_option("--max-ranks", limits.max_ranks)->capture_default_str();
+  }
   CLI::App* arguments = app.add_subcommand("arguments", "random wrong arguments");
-  for (CLI::App* one : {exchange, arguments}) {
+  for (CLI::App* one : {exchange, low_latency, arguments}) {
     one->add_option("--from", range.from, "first seed")->capture_default_str();
     one->add_option("--count", range.count, "seeds at most")->capture_default_str();
     one->add_option("--seconds", range.seconds, "time at most")->capture_default_str();
@@ -121,7 +131,5 @@ int main(int argc, char** argv) {
   if (arguments->parsed()) return fuzz_arguments(range, fmt::format("{} arguments", argv[0]));
   Target target;
   if (backend == "cuda") target.device.type = deep_ep::DeviceType::kCuda;
-  const std::string command = fmt::format("{} exchange --backend {} --mebibytes {} --max-ranks {}",
-                                          argv[0], backend, mebibytes, limits.max_ranks);
-  return fuzz_exchanges(range, limits, target, command);
+  return fuzz_exchanges(low_latency->parsed(), range, limits, target);
 }

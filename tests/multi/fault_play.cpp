@@ -20,6 +20,8 @@ const char* to_string(Op op) {
     case Op::kCombine:
     case Op::kCombineOwn:
       return "combine";
+    case Op::kLowLatency:
+      return "low_latency_";
   }
   return "";
 }
@@ -58,6 +60,28 @@ DispatchArgs Exchange::cached_args(const Exchange& exchange, const DispatchResul
   return args;
 }
 
+std::int64_t Exchange::rdma_bytes(int num_ranks) {
+  return Buffer::get_low_latency_rdma_size_hint(static_cast<int>(kTokens), 2 * kHidden, num_ranks,
+                                                num_ranks);
+}
+
+// The rows as twice as many bfloat16.
+void Exchange::run_low_latency(Buffer& buffer) const {
+  LowLatencyDispatchArgs dispatch;
+  dispatch.x = {x.data(), DType::kBfloat16, {kTokens, 2 * kHidden}};
+  dispatch.topk_idx = {topk_idx.data(), DType::kInt64, {kTokens, num_ranks}};
+  dispatch.num_max_dispatch_tokens_per_rank = static_cast<int>(kTokens);
+  dispatch.num_experts = num_ranks;
+  dispatch.use_fp8 = false;
+  const LowLatencyDispatchResult dispatched = buffer.low_latency_dispatch(dispatch);
+  LowLatencyCombineArgs combine;
+  combine.x = dispatched.recv_x;
+  combine.topk_idx = dispatch.topk_idx;
+  combine.topk_weights = {topk_weights.data(), DType::kFloat32, {kTokens, num_ranks}};
+  combine.handle = dispatched.handle;
+  buffer.low_latency_combine(combine);
+}
+
 void Exchange::run(Buffer& buffer, Op op, const DispatchResult& dispatched) const {
   switch (op) {
     case Op::kBarrier:
@@ -71,6 +95,9 @@ void Exchange::run(Buffer& buffer, Op op, const DispatchResult& dispatched) cons
       break;
     case Op::kCombine:
       buffer.combine(combine_args(dispatched));
+      break;
+    case Op::kLowLatency:
+      run_low_latency(buffer);
       break;
     case Op::kCombineOwn: {
       CombineArgs args = combine_args(dispatched);

@@ -14,8 +14,9 @@
 // What the ranks of the fault tests have in common.
 namespace deep_ep::test {
 
-/// kCombineOwn: from memory of the caller; kCombine: from the results of the dispatch.
-enum class Op { kBarrier, kDispatch, kCachedDispatch, kCombine, kCombineOwn };
+/// kCombineOwn: from memory of the caller; kCombine: from the results of the dispatch. kLowLatency:
+/// a dispatch and its combine.
+enum class Op { kBarrier, kDispatch, kCachedDispatch, kCombine, kCombineOwn, kLowLatency };
 /// The name under which an Error must speak of the operation.
 const char* to_string(Op op);
 
@@ -27,6 +28,9 @@ class Exchange {
 
   Exchange(int rank, int num_ranks);
 
+  /// num_rdma_bytes of a Buffer for kLowLatency.
+  static std::int64_t rdma_bytes(int num_ranks);
+
   DispatchArgs dispatch_args(Buffer& buffer) const;
   /// `dispatched` must outlive the call.
   static CombineArgs combine_args(const DispatchResult& dispatched);
@@ -34,6 +38,8 @@ class Exchange {
 
   /// One call; `dispatched` is an earlier dispatch of this exchange.
   void run(Buffer& buffer, Op op, const DispatchResult& dispatched) const;
+
+  void run_low_latency(Buffer& buffer) const;
 
   int num_ranks;
   std::vector<float> x;

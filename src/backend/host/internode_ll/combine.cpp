@@ -251,6 +251,9 @@ class Receive {
       if (messages[rank] < 0 || num_here_[rank] != routing_.num_messages[rank] ||
           state_.masked(rank))
         continue;
+      // Rank-major, only this tells that the ranks number the messages differently.
+      if (read<ThreeWords>(*returns_.head(rank, messages[rank])).words[0] != token)
+        throw_wrong_handle(params_, state_.rank(), state_.rank());
       rows[count++] = returns_.plain_row(rank, messages[rank]);
     }
     SumPiece piece;

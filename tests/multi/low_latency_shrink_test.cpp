@@ -1,0 +1,94 @@
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <csignal>
+#include <vector>
+
+#include "deep_ep/deep_ep.hpp"
+#include "in_ranks.hpp"
+
+// With enable_shrink, ranks that go or do not come are left out, and the others go on.
+namespace deep_ep {
+namespace {
+
+using std::chrono_literals::operator""ms;
+
+constexpr int kRanks = 4;
+constexpr int kLost = 2;
+constexpr std::int64_t kTokens = 5;
+constexpr std::int64_t kHidden = 64;
+constexpr int kCallsBefore = 3;
+constexpr int kCallsAfter = 6;
+
+struct Input {
+  std::vector<std::uint16_t> x = std::vector<std::uint16_t>(kTokens * kHidden, 0x3f80);  // 1
+  std::vector<float> weights = std::vector<float>(kTokens * kRanks, 1.0f);
+  std::vector<std::int64_t> ids;
+  Input() {
+    for (std::int64_t token = 0; token < kTokens; ++token)
+      for (int rank = 0; rank < kRanks; ++rank) ids.push_back(rank);
+  }
+};
+
+/// Every rank adds 1 to every token.
+void exchange(Buffer& buffer, const Input& input, int ranks_here) {
+  LowLatencyDispatchArgs dispatch;
+  dispatch.x = {input.x.data(), DType::kBfloat16, {kTokens, kHidden}};
+  dispatch.topk_idx = {input.ids.data(), DType::kInt64, {kTokens, kRanks}};
+  dispatch.num_max_dispatch_tokens_per_rank = static_cast<int>(kTokens);
+  dispatch.num_experts = kRanks;
+  dispatch.use_fp8 = false;
+  const LowLatencyDispatchResult got = buffer.low_latency_dispatch(dispatch);
+  EXPECT_EQ(got.recv_count.as<std::int32_t>()[0], ranks_here * kTokens);
+  for (int source = 0; source < kRanks; ++source) {
+    const std::int64_t range = got.handle.layout_range.as<std::int64_t>()[source];
+    const bool here = ranks_here == kRanks || source != kLost;
+    EXPECT_EQ(range & 0xffffffff, here ? kTokens : 0) << "source " << source;
+  }
+  LowLatencyCombineArgs combine;
+  combine.x = got.recv_x;
+  combine.topk_idx = dispatch.topk_idx;
+  combine.topk_weights = {input.weights.data(), DType::kFloat32, {kTokens, kRanks}};
+  combine.handle = got.handle;
+  const Tensor sums = buffer.low_latency_combine(combine).combined_x;
+  const std::uint16_t expected = ranks_here == kRanks ? 0x4080 : 0x4040;
+  for (std::int64_t i = 0; i < sums.numel(); ++i)
+    ASSERT_EQ(sums.as<std::uint16_t>()[i], expected) << i;
+}
+
+void play(Bootstrap& bootstrap, const std::shared_ptr<Bootstrap>& shared, bool dies) {
+  BufferOptions options;
+  options.enable_shrink = true;
+  options.num_threads = 1;
+  options.timeout = dies ? 20'000ms : 2000ms;
+  options.num_rdma_bytes =
+      Buffer::get_low_latency_rdma_size_hint(static_cast<int>(kTokens), kHidden, kRanks, kRanks);
+  Buffer buffer(shared, options);
+  const Input input;
+  for (int i = 0; i < kCallsBefore; ++i) exchange(buffer, input, kRanks);
+  if (bootstrap.rank() == kLost) {
+    if (dies) kill(getpid(), SIGKILL);
+    usleep(5'000'000);
+    _exit(0);
+  }
+  for (int i = 0; i < kCallsAfter; ++i) exchange(buffer, input, kRanks - 1);
+  std::vector<std::int32_t> masks(kRanks, 7);
+  buffer.low_latency_query_mask_buffer({masks.data(), DType::kInt32, {kRanks}});
+  EXPECT_EQ(masks, (std::vector<std::int32_t>{0, 0, 1, 0}));
+  buffer.check();  // no fault
+}
+
+void play_all(bool dies) {
+  const auto exits = run_forked(kRanks, [dies](const std::shared_ptr<Bootstrap>& bootstrap) {
+    play(*bootstrap, bootstrap, dies);
+    return testing::Test::HasFailure() ? 1 : 0;
+  });
+  for (const RankExit& exit : exits)
+    EXPECT_EQ(exit.status, exit.rank == kLost && dies ? 128 + SIGKILL : 0) << "rank " << exit.rank;
+}
+
+TEST(LowLatencyShrink, TheOthersGoOnWithoutARankThatDied) { play_all(true); }
+TEST(LowLatencyShrink, TheOthersGoOnWithoutARankThatDoesNotCome) { play_all(false); }
+
+}  // namespace
+}  // namespace deep_ep
