@@ -27,7 +27,7 @@ void expect_groups(const RowGroups& groups, const IntranodeHandle& handle, Devic
   expect(groups.group_offsets, {"groups.group_offsets", device, {DType::kInt32}, {-1}});
   require(groups.group_offsets.shape[0] >= 2,
           "groups.group_offsets is {}, it needs an element for each local expert and one more",
-          groups.group_offsets.describe());
+          groups.group_offsets);
   expect(groups.grouped_rows, {"groups.grouped_rows", device, {DType::kInt32}, {rows, -1}});
   expect(groups.recv_rows, {"groups.recv_rows", device, {DType::kInt32}, {-1}});
   if (groups.weights.defined()) {
@@ -38,7 +38,7 @@ void expect_groups(const RowGroups& groups, const IntranodeHandle& handle, Devic
 
 void expect_tokens(const IntranodeHandle& handle, const TensorView& x) {
   require(handle.is_token_in_rank.shape[0] == x.shape[0],
-          "x is {}, but the handle is of a dispatch of {} tokens", x.describe(),
+          "x is {}, but the handle is of a dispatch of {} tokens", x,
           handle.is_token_in_rank.shape[0]);
 }
 
@@ -242,7 +242,7 @@ void validate_output(const char* name, const TensorView& output, const TensorVie
   if (!output.defined()) return;
   require(like.defined(), "{} is given without the input that it is of", name);
   expect(output, {name, device, {like.dtype}, {-1, like.shape[1]}});
-  require(output.shape[0] >= rows, "{} is {}, it needs at least {} rows", name, output.describe(),
+  require(output.shape[0] >= rows, "{} is {}, it needs at least {} rows", name, output,
           rows);
   constexpr std::uintptr_t kAlignment = 16;
   require(device.type == DeviceType::kHost ||
@@ -261,7 +261,7 @@ protocol::CallRecord validate_combine(const CombineArgs& args, int num_ranks, De
   if (args.groups) {
     expect_groups(*args.groups, args.handle, device);
     require(rows >= args.groups->recv_rows.shape[0],
-            "x is {}, but groups.recv_rows has {} grouped rows", args.x.describe(),
+            "x is {}, but groups.recv_rows has {} grouped rows", args.x,
             args.groups->recv_rows.shape[0]);
     rows = args.handle.recv_src_idx.shape[0];
   }
