@@ -6,12 +6,15 @@
 #include <initializer_list>
 #include <string>
 #include <string_view>
+#include <type_traits>
 
 #include "deep_ep/tensor.hpp"
 
 /// As describe() does it, but only when a text is made: calls check their arguments every time.
-template <>
-struct fmt::formatter<deep_ep::TensorView> : fmt::formatter<std::string> {
+template <class Tensor>
+struct fmt::formatter<Tensor, char,
+                      std::enable_if_t<std::is_base_of_v<deep_ep::TensorView, Tensor>>>
+    : fmt::formatter<std::string> {
   auto format(const deep_ep::TensorView& tensor, fmt::format_context& context) const {
     return fmt::formatter<std::string>::format(tensor.describe(), context);
   }

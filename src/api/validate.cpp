@@ -242,8 +242,7 @@ void validate_output(const char* name, const TensorView& output, const TensorVie
   if (!output.defined()) return;
   require(like.defined(), "{} is given without the input that it is of", name);
   expect(output, {name, device, {like.dtype}, {-1, like.shape[1]}});
-  require(output.shape[0] >= rows, "{} is {}, it needs at least {} rows", name, output,
-          rows);
+  require(output.shape[0] >= rows, "{} is {}, it needs at least {} rows", name, output, rows);
   constexpr std::uintptr_t kAlignment = 16;
   require(device.type == DeviceType::kHost ||
               reinterpret_cast<std::uintptr_t>(output.data) % kAlignment == 0,

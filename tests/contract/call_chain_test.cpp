@@ -142,34 +142,6 @@ TEST_F(CallChain, CombineNotifiesThenCombines) {
   EXPECT_EQ(take_steps(), expected);
 }
 
-TEST_F(CallChain, APreparedDispatchIsNotifiedBefore) {
-  const auto buffer = make_buffer();
-  const Inputs inputs;
-  DispatchArgs args = inputs.args(*buffer);
-  take_steps();
-  args.prepared = buffer->prepare_dispatch(args);
-  EXPECT_THAT(take_steps(), ElementsAre("Buffer::prepare_dispatch", "intranode::notify_dispatch"));
-  buffer->dispatch(args);
-  EXPECT_THAT(take_steps(), ElementsAre("Buffer::intranode_dispatch", "intranode::dispatch"));
-}
-
-TEST_F(CallChain, RowsAreGroupedBehindADispatchAndReducedBeforeACombine) {
-  const auto buffer = make_buffer();
-  const Inputs inputs;
-  DispatchArgs args = inputs.args(*buffer);
-  args.group_rows = true;
-  take_steps();
-  const DispatchResult dispatched = buffer->dispatch(args);
-  EXPECT_THAT(take_steps(), ElementsAre("Buffer::intranode_dispatch", "intranode::notify_dispatch",
-                                        "intranode::dispatch", "intranode::group_rows"));
-  CombineArgs back = combine_args(dispatched);
-  back.x = dispatched.grouped_x;
-  back.groups = dispatched.groups;
-  buffer->combine(back);
-  EXPECT_THAT(take_steps(), ElementsAre("Buffer::intranode_combine", "intranode::reduce_rows",
-                                        "intranode::cached_notify_combine", "intranode::combine"));
-}
-
 TEST_F(CallChain, LowLatencyCallsTakeOneStep) {
   const auto buffer = make_buffer();
   const std::vector<std::uint16_t> x(3 * 8, 0x4000);
@@ -199,6 +171,34 @@ TEST_F(CallChain, LowLatencyCallsTakeOneStep) {
   buffer->low_latency_dispatch(args).recv_hook();
   EXPECT_THAT(take_steps(), ElementsAre("Buffer::low_latency_dispatch", "internode_ll::dispatch",
                                         "internode_ll::dispatch"));
+}
+
+TEST_F(CallChain, APreparedDispatchIsNotifiedBefore) {
+  const auto buffer = make_buffer();
+  const Inputs inputs;
+  DispatchArgs args = inputs.args(*buffer);
+  take_steps();
+  args.prepared = buffer->prepare_dispatch(args);
+  EXPECT_THAT(take_steps(), ElementsAre("Buffer::prepare_dispatch", "intranode::notify_dispatch"));
+  buffer->dispatch(args);
+  EXPECT_THAT(take_steps(), ElementsAre("Buffer::intranode_dispatch", "intranode::dispatch"));
+}
+
+TEST_F(CallChain, RowsAreGroupedBehindADispatchAndReducedBeforeACombine) {
+  const auto buffer = make_buffer();
+  const Inputs inputs;
+  DispatchArgs args = inputs.args(*buffer);
+  args.group_rows = true;
+  take_steps();
+  const DispatchResult dispatched = buffer->dispatch(args);
+  EXPECT_THAT(take_steps(), ElementsAre("Buffer::intranode_dispatch", "intranode::notify_dispatch",
+                                        "intranode::dispatch", "intranode::group_rows"));
+  CombineArgs back = combine_args(dispatched);
+  back.x = dispatched.grouped_x;
+  back.groups = dispatched.groups;
+  buffer->combine(back);
+  EXPECT_THAT(take_steps(), ElementsAre("Buffer::intranode_combine", "intranode::reduce_rows",
+                                        "intranode::cached_notify_combine", "intranode::combine"));
 }
 
 TEST_F(CallChain, TheBarrierIsTheModes) {
