@@ -40,8 +40,7 @@ std::shared_ptr<Buffer::Impl::DispatchJob> Buffer::Impl::prepare_dispatch(
   const DispatchArgs& args = job->args;
   if (args.num_experts != 0) {
     validate_num_experts(args);
-    job->layout =
-        allocate_layout(args.topk_idx, args.num_experts, args.options.stream, job->args.layout);
+    job->layout = allocate_layout(args.topk_idx, args.num_experts, args.options, job->args.layout);
   }
   const DispatchShape shape = validate_dispatch(args, num_ranks, options_.device);
   Call call = make_call("intranode_dispatch", args.config);
@@ -74,9 +73,9 @@ void Buffer::Impl::prepare_notify(DispatchJob& job) {
     return TensorView(nullptr, DType::kInt32, {rows, columns}, options_.device);
   };
   const std::vector<Tensor> made =
-      backend_->allocate({matrix(num_ranks, num_ranks), matrix(num_ranks, channels),
-                          matrix(job.dispatch.call.record.num_tokens, num_ranks)},
-                         args.options.stream);
+      allocate({matrix(num_ranks, num_ranks), matrix(num_ranks, channels),
+                matrix(job.dispatch.call.record.num_tokens, num_ranks)},
+               args.options);
   IntranodeHandle& handle = job.result.handle;
   handle.rank_prefix_matrix = made[0];
   handle.channel_prefix_matrix = made[1];
@@ -106,12 +105,11 @@ void Buffer::Impl::prepare_notify(DispatchJob& job) {
   dispatch.num_channels = channels;
 }
 
-void Buffer::Impl::allocate_results(DispatchJob& job, std::int64_t rows) {
+void Buffer::Impl::place_results(DispatchJob& job, std::int64_t rows) {
   const plan::RowFormat& format = job.dispatch.format;
   const DispatchArgs& args = job.args;
   DispatchResult& result = job.result;
-  job.block =
-      backend_->allocate_results(plan::RecvArrays::bytes(format, rows), args.options.stream);
+  job.block = allocate_results(plan::RecvArrays::bytes(format, rows), args.options);
   Carver carver(job.block.data);
   const plan::RecvArrays arrays = plan::RecvArrays::carve(carver, format, rows);
   const auto view = [&](const std::byte* data, const TensorView& like) {
@@ -124,16 +122,16 @@ void Buffer::Impl::allocate_results(DispatchJob& job, std::int64_t rows) {
   if (args.topk_weights.defined()) {
     result.recv_topk_weights = view(arrays.topk_weights, args.topk_weights);
   }
-  if (!job.dispatch.cached) allocate_handle(job, rows);
+  if (!job.dispatch.cached) place_handle(job, rows);
   job.dispatch.block = job.block.block;
   job.dispatch.block_rows = rows;
 }
 
-void Buffer::Impl::allocate_handle(DispatchJob& job, std::int64_t rows) {
+void Buffer::Impl::place_handle(DispatchJob& job, std::int64_t rows) {
   const int num_ranks = bootstrap_->size();
   const int channels = job.dispatch.num_channels;
-  const Backend::Results block = backend_->allocate_results(
-      plan::HandleArrays::bytes(rows, num_ranks, channels), job.args.options.stream);
+  const Backend::Results block =
+      allocate_results(plan::HandleArrays::bytes(rows, num_ranks, channels), job.args.options);
   Carver carver(block.data);
   const auto arrays = plan::HandleArrays::carve(carver, rows, num_ranks, channels);
   const auto view = [&](std::int32_t* data, std::initializer_list<std::int64_t> shape) {
@@ -174,8 +172,8 @@ DispatchResult Buffer::Impl::intranode_dispatch(const DispatchArgs& args) {
     } else {
       result.num_recv_tokens = -1;
     }
-    allocate_results(
-        *job, counted || job->dispatch.cached ? result.num_recv_tokens : args.num_worst_tokens);
+    place_results(*job,
+                  counted || job->dispatch.cached ? result.num_recv_tokens : args.num_worst_tokens);
     result.event = backend_->submit(args.options,
                                     stage(job->number, true,
                                           [this, job, counted] {

@@ -32,6 +32,7 @@ class __attribute__((visibility("hidden"))) Buffer::Impl {  // a member of an ex
   void barrier();
   void reserve(std::int64_t bytes);
   void check() const;
+  Tensor allocate_mapped(std::int64_t bytes);
 
   std::shared_ptr<Bootstrap> bootstrap_;
   BufferOptions options_;
@@ -87,12 +88,16 @@ class __attribute__((visibility("hidden"))) Buffer::Impl {  // a member of an ex
   void fail(const Error& error) noexcept;
   Call make_call(const char* operation, const Config& config) const;
 
+  /// The views with data, and a block that peers can write: from the caller's allocator, if there
+  /// is one and it gives any.
+  std::vector<Tensor> allocate(std::vector<TensorView> views, const CallOptions& options);
+  Backend::Results allocate_results(std::int64_t bytes, const CallOptions& options);
   internode::LayoutParams allocate_layout(const TensorView& topk_idx, int num_experts,
-                                          Stream stream, DispatchLayout& layout);
+                                          const CallOptions& options, DispatchLayout& layout);
   std::shared_ptr<DispatchJob> prepare_dispatch(const DispatchArgs& args);
   void prepare_notify(DispatchJob& job);
-  void allocate_results(DispatchJob& job, std::int64_t rows);
-  void allocate_handle(DispatchJob& job, std::int64_t rows);
+  void place_results(DispatchJob& job, std::int64_t rows);
+  void place_handle(DispatchJob& job, std::int64_t rows);
   void notify(DispatchJob& job);
 
   std::uint64_t epoch_ = 0;

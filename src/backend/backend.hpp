@@ -43,12 +43,17 @@ class Backend {
     std::shared_ptr<void> owner;
   };
   virtual Results allocate_results(std::int64_t bytes, Stream stream) = 0;
+  /// A block that somebody else hands out: goes back behind the work of the streams that it is
+  /// released on, and of no other.
+  virtual Results allocate_mapped(std::int64_t bytes) = 0;
   /// Memory of the device for what no peer writes: the views with data, in one block if that costs
   /// less.
   virtual std::vector<Tensor> allocate(std::vector<TensorView> views, Stream stream) = 0;
   /// Local: grows until a block of `bytes` fits.
   virtual void reserve(std::int64_t bytes) = 0;
   virtual int num_segments() const = 0;
+  /// `bytes` at `data` as a block of this rank's segments; segment -1: they lie in none.
+  virtual fabric::Block locate(const void* data, std::int64_t bytes) const = 0;
   /// Waits until so many segments of each rank are mapped here.
   virtual void wait_mapped(const std::vector<int>& num_segments) = 0;
   virtual std::int64_t mapped_bytes() const = 0;

@@ -65,6 +65,10 @@ class CudaBackend final : public Backend {
     return heap_->allocate(bytes, native(stream), context_.fabric());
   }
 
+  Results allocate_mapped(std::int64_t bytes) override {
+    return heap_->allocate_raw(bytes, context_.fabric());
+  }
+
   std::vector<Tensor> allocate(std::vector<TensorView> views, Stream stream) override {
     const auto carve = [&](Carver carver) {
       for (TensorView& view : views)
@@ -80,6 +84,11 @@ class CudaBackend final : public Backend {
 
   void reserve(std::int64_t bytes) override { heap_->reserve(bytes); }
   int num_segments() const override { return context_.fabric().num_own_segments(); }
+
+  fabric::Block locate(const void* data, std::int64_t bytes) const override {
+    const fabric::Fabric::Spot spot = context_.fabric().locate(data, bytes);
+    return {spot.segment, spot.offset, bytes};
+  }
 
   void wait_mapped(const std::vector<int>& num_segments) override {
     const auto deadline = std::chrono::steady_clock::now() + options_.timeout;

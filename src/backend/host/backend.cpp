@@ -76,6 +76,8 @@ class HostBackend final : public Backend {
     return results;
   }
 
+  Results allocate_mapped(std::int64_t bytes) override { return allocate_results(bytes, {}); }
+
   std::vector<Tensor> allocate(std::vector<TensorView> views, Stream) override {
     std::vector<Tensor> tensors;
     for (TensorView& view : views) {
@@ -91,6 +93,11 @@ class HostBackend final : public Backend {
 
   void reserve(std::int64_t bytes) override { heap_->reserve(bytes); }
   int num_segments() const override { return context_.fabric().num_own_segments(); }
+
+  fabric::Block locate(const void* data, std::int64_t bytes) const override {
+    const fabric::Fabric::Spot spot = context_.fabric().locate(data, bytes);
+    return {spot.segment, spot.offset, bytes};
+  }
 
   void wait_mapped(const std::vector<int>& num_segments) override {
     const Call call{.operation = "reserve", .timeout = options_.timeout};
