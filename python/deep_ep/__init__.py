@@ -1,6 +1,7 @@
 """Dispatch and combine for mixture-of-experts layers; the interface is DeepEP's.
 
-Importing needs no GPU, no torch and no NumPy. What is missing for a Buffer is said when one is made.
+Importing needs no GPU, no torch and no NumPy. What is missing for a Buffer is said when one is
+made.
 """
 
 try:

@@ -1,7 +1,7 @@
 """Arrays of torch, NumPy and whoever speaks DLPack, as the native module sees them.
 
-A view is (address, dtype, shape, strides in elements, CUDA device or -1). Neither torch nor NumPy is
-imported before somebody has passed an array of it.
+A view is (address, dtype, shape, strides in elements, CUDA device or -1). Neither torch nor NumPy
+is imported before somebody has passed an array of it.
 """
 
 import sys

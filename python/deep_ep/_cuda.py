@@ -16,12 +16,12 @@ def comm_stream_of(native, device):
 
 class CudaMemory:
     """The memory of one Buffer's results, allocated by torch, so that record_stream, graphs and
-    garbage collection treat them as any tensor. What peers write comes from a pool over the Buffer's
-    segments, all else from torch's own.
+    garbage collection treat them as any tensor. What peers write comes from a pool over the
+    Buffer's segments, all else from torch's own.
 
     A block's earlier work is on the stream that it was allocated for, and the communication stream
-    waits for the current one, or for the previous event, before it writes. So blocks are the current
-    stream's, except behind a previous event, where they are the communication stream's.
+    waits for the current one, or for the previous event, before it writes. So blocks are the
+    current stream's, except behind a previous event, where they are the communication stream's.
     """
 
     def __init__(self, device):

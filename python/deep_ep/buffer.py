@@ -53,9 +53,9 @@ class Buffer:
     through it.
 
     R ranks, N tokens of this rank, H values a row, K experts a token, E experts, L = E/R of them
-    local, Nr rows received. Arrays are torch tensors or NumPy arrays (with ml_dtypes); results are of
-    the library of a call's first argument. They lie on the Buffer's device: the current CUDA device
-    at construction, or the host where torch has none.
+    local, Nr rows received. Arrays are torch tensors or NumPy arrays (with ml_dtypes); results are
+    of the library of a call's first argument. They lie on the Buffer's device: the current CUDA
+    device at construction, or the host where torch has none.
 
     Construction is collective; so are dispatch and combine, which every rank calls in the same
     order. Calls on one Buffer come one at a time, from any thread; the GIL is released while they
@@ -153,8 +153,8 @@ class Buffer:
         return comm_stream_of(self.runtime.comm_stream(), self._device)
 
     def get_local_buffer_tensor(self, dtype, size=None, offset=0, use_rdma_buffer=False):
-        """The rank's own memory from `offset` bytes on as elements of `dtype`: of shape `size`, else
-        all of it. Both kinds of buffer are one while all ranks are of one node."""
+        """The rank's own memory from `offset` bytes on as elements of `dtype`: of shape `size`,
+        else all of it. Both kinds of buffer are one while all ranks are of one node."""
         library = library_of_dtype(dtype)
         tensor = library.make(self.runtime.local_buffer(library.code(dtype), offset), dtype)
         if size is None:
@@ -214,12 +214,12 @@ class Buffer:
                  dispatch_wait_recv_cost_stats=None):
         """Sends every token's row once to each rank that owns one of its experts. Collective.
 
-        `x`: [N, H], rows of a multiple of 16 bytes, or a pair with scales [N, S] float32 or int32 of
-        any strides. Either the layout is given, usually with `topk_idx` and `topk_weights` float32
-        [N, K], or `handle` of an earlier dispatch, which moves `x` alone as that one did.
+        `x`: [N, H], rows of a multiple of 16 bytes, or a pair with scales [N, S] float32 or int32
+        of any strides. Either the layout is given, usually with `topk_idx` and `topk_weights`
+        float32 [N, K], or `handle` of an earlier dispatch, which moves `x` alone as that one did.
         `num_worst_tokens` > 0: results have so many rows, and the call does not wait for counts.
-        `dispatch_wait_recv_cost_stats`: int64 [R], += the longest wait for each source, in ns (host)
-        or SM cycles.
+        `dispatch_wait_recv_cost_stats`: int64 [R], += the longest wait for each source, in ns
+        (host) or SM cycles.
 
         Returns (recv_x or (recv_x, recv_scales), recv_topk_idx with local expert ids and -1,
         recv_topk_weights, rows for each local expert rounded up to `expert_alignment` as a list,
@@ -269,8 +269,8 @@ class Buffer:
         Collective.
 
         `x`: [Nr, H] bfloat16, float16 or float32: a row for each received one, already weighted and
-        summed over this rank's experts. `topk_weights` float32 [Nr, K] are summed alike. `bias`: one
-        array [N, H] or a pair of them, added behind the rows. The handle is not changed.
+        summed over this rank's experts. `topk_weights` float32 [Nr, K] are summed alike. `bias`:
+        one array [N, H] or a pair of them, added behind the rows. The handle is not changed.
 
         Returns (combined_x [N, H], combined_topk_weights [N, K] or None, event).
         """

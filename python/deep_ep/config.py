@@ -6,8 +6,8 @@ from . import _C
 class Config:
     """How much of the machine a high-throughput call may take, and how it chunks its traffic.
 
-    `num_sms`: SMs (CUDA) or worker threads (host) at most. The others count rows: written before the
-    receiver is told (`send`), and in flight from one rank to another (`recv`); of the RDMA ones
+    `num_sms`: SMs (CUDA) or worker threads (host) at most. The others count rows: written before
+    the receiver is told (`send`), and in flight from one rank to another (`recv`); of the RDMA ones
     nothing depends while all ranks are of one node. Any value from 1, send <= recv; raises
     `deep_ep.Error` otherwise.
     """
