@@ -123,7 +123,7 @@ def library_of(array, name):
     if torch is not None and isinstance(array, torch.is_tensor):
         return torch
     for known in ("torch", "numpy"):
-        if known in sys.modules:
+        if sys.modules.get(known) is not None:
             library = library_of_name(known)
             if isinstance(array, library.is_tensor):
                 return library
