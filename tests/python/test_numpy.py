@@ -37,10 +37,9 @@ expected = x.astype(np.float32) * in_rank.sum(1, keepdims=True)
 assert np.array_equal(combined.astype(np.float32), expected)
 assert np.array_equal(sums, (ids >= 0).astype(np.float32))
 quantised = (x.astype(ml_dtypes.float8_e4m3fn), np.ones((2, 9), np.float32).T)
-again, scales = buffer.dispatch(quantised, handle=handle, async_finish=True)[0]
-event = buffer.dispatch(quantised, handle=handle, async_finish=True)[5]
+(again, scales), *_, event = buffer.dispatch(quantised, handle=handle, async_finish=True)
 event.current_stream_wait()
-assert again.dtype == ml_dtypes.float8_e4m3fn and scales.shape == (len(recv_x), 1)
+assert again.dtype == ml_dtypes.float8_e4m3fn and scales.shape == (len(recv_x), 2)
 assert np.array_equal(again.astype(np.float32), recv_x.astype(np.float32))
 local = buffer.get_local_buffer_tensor(np.float32, (2, 3))
 assert local.shape == (2, 3)
