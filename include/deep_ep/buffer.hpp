@@ -14,6 +14,7 @@
 #include "deep_ep/event.hpp"
 #include "deep_ep/export.hpp"
 #include "deep_ep/handle.hpp"
+#include "deep_ep/low_latency.hpp"
 #include "deep_ep/tensor.hpp"
 
 namespace deep_ep {
@@ -161,6 +162,35 @@ class DEEP_EP_API Buffer {
   /// The paths that dispatch and combine take while all ranks are of one node.
   DispatchResult intranode_dispatch(const DispatchArgs& args);
   CombineResult intranode_combine(const CombineArgs& args);
+
+  /// Low latency: small batches through buffers of a fixed size, num_rdma_bytes, without counts on
+  /// the host; may be captured. Collective; the ranks of a call agree on all but N and
+  /// round_scale. Calls with a hook have two parts; until the second one has run the result is
+  /// live. Of each kind, dispatch and combine, two results may be live, and a call is refused with
+  /// Error(kUsage) while the call before the last is.
+  LowLatencyDispatchResult low_latency_dispatch(const LowLatencyDispatchArgs& args);
+  LowLatencyCombineResult low_latency_combine(const LowLatencyCombineArgs& args);
+  /// Checks that calls of this shape fit into num_rdma_bytes. Nothing needs to be cleaned: buffers
+  /// are kept usable between calls of any shape and mode.
+  void clean_low_latency_buffer(int num_max_dispatch_tokens_per_rank, std::int64_t hidden,
+                                int num_experts);
+  /// [L, R * M, H] bfloat16 (rank-major [R, M, H]), for the outputs of the experts: pass it to the
+  /// next combine as x, with zero_copy. Memory of the Buffer that no peer maps, allocated at the
+  /// first call; valid until destroy, written again after the combine after the next.
+  Tensor get_next_low_latency_combine_buffer(const LowLatencyHandle& handle);
+  /// With enable_shrink: whether calls leave a rank out, as sender and as receiver. A rank that
+  /// does not come within the timeout is masked by the rank that waits for it. Local; behind the
+  /// calls so far.
+  void low_latency_update_mask_buffer(int rank, bool masked);
+  /// int32 [R] on the Buffer's device: 1 for each masked rank. Written behind the calls so far on
+  /// `stream`.
+  void low_latency_query_mask_buffer(const TensorView& mask, Stream stream = {});
+  void low_latency_clean_mask_buffer();
+  /// Bytes to pass as num_rdma_bytes for calls of this shape in every dtype with up to num_topk
+  /// experts a token. Never throws; a value below 1 counts as 1. Formula: docs/memory.md.
+  static std::int64_t get_low_latency_rdma_size_hint(int num_max_dispatch_tokens_per_rank,
+                                                     std::int64_t hidden, int num_ranks,
+                                                     int num_experts, int num_topk = 32) noexcept;
 
   /// All ranks have called it, and all earlier calls of this rank are done.
   void barrier();

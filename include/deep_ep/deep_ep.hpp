@@ -8,6 +8,7 @@
 #include "deep_ep/error.hpp"
 #include "deep_ep/event.hpp"
 #include "deep_ep/handle.hpp"
+#include "deep_ep/low_latency.hpp"
 #include "deep_ep/tensor.hpp"
 #include "deep_ep/types.hpp"
 #include "deep_ep/version.hpp"

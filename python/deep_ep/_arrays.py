@@ -49,13 +49,14 @@ class TorchLibrary:
         if result is None:
             return None
         if type(result) is tuple:
-            block, offset, shape = result
+            block, offset, shape, strides = result
             if 0 in shape:
                 return block.new_empty(shape, dtype=dtype)
             size = dtype.itemsize
             for length in shape:
                 size *= length
-            return block[offset:offset + size].view(dtype).view(shape)
+            flat = block[offset:offset + size].view(dtype)
+            return flat.view(shape) if strides is None else flat.as_strided(shape, strides)
         tensor = self.torch.utils.dlpack.from_dlpack(result.capsule())
         return tensor if tensor.dtype == dtype else tensor.view(dtype)
 

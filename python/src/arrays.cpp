@@ -14,11 +14,13 @@ struct Array {
   Tensor tensor;
 };
 
-nb::tuple shape_of(const Tensor& tensor) {
-  nb::list shape;
-  for (int i = 0; i < tensor.ndim; ++i) shape.append(tensor.shape[i]);
-  return nb::tuple(shape);
+nb::tuple tuple_of(const Tensor& tensor, const std::array<std::int64_t, TensorView::kMaxDims>& all,
+                   std::int64_t unit = 1) {
+  nb::list list;
+  for (int i = 0; i < tensor.ndim; ++i) list.append(all[i] * unit);
+  return nb::tuple(list);
 }
+nb::tuple shape_of(const Tensor& tensor) { return tuple_of(tensor, tensor.shape); }
 
 /// Floats of less than four bytes are given as bytes: their reader knows better what they are than
 /// many a DLPack or NumPy.
@@ -64,6 +66,8 @@ nb::dict array_interface(const Array& array) {
   nb::dict interface;
   interface["version"] = 3;
   interface["shape"] = shape_of(array.tensor);
+  interface["strides"] = tuple_of(array.tensor, array.tensor.strides,
+                                  static_cast<std::int64_t>(size_of(array.tensor.dtype)));
   interface["typestr"] = numpy_type(array.tensor.dtype);
   interface["data"] = nb::make_tuple(reinterpret_cast<std::uintptr_t>(array.tensor.data), false);
   return interface;
@@ -104,7 +108,9 @@ nb::object result_of(const Tensor& tensor) {
   if (const auto* held = std::get_deleter<ObjectOwner>(tensor.owner())) {
     const std::int64_t offset =
         static_cast<std::byte*>(tensor.data) - static_cast<std::byte*>(tensor.owner().get());
-    return nb::make_tuple(nb::borrow(held->object.get()), offset, shape_of(tensor));
+    const nb::object strides =
+        tensor.is_contiguous() ? nb::none() : nb::object(tuple_of(tensor, tensor.strides));
+    return nb::make_tuple(nb::borrow(held->object.get()), offset, shape_of(tensor), strides);
   }
   return nb::cast(Array{tensor});
 }

@@ -18,8 +18,8 @@ struct ObjectOwner {
 /// CUDA device or -1).
 TensorView view_of(nb::handle array);
 
-/// What becomes of a result: None if undefined; (owner, offset in bytes, shape) in memory of an
-/// ObjectOwner; else an Array.
+/// What becomes of a result: None if undefined; (owner, offset in bytes, shape, strides in
+/// elements or None if contiguous) in memory of an ObjectOwner; else an Array.
 nb::object result_of(const Tensor& tensor);
 
 void bind_arrays(nb::module_& module);

@@ -4,40 +4,14 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include "allocator.hpp"
 #include "arrays.hpp"
-#include "deep_ep/buffer.hpp"
 #include "events.hpp"
+#include "low_latency.hpp"
+#include "owned_buffer.hpp"
 
 namespace deep_ep::python {
 
 namespace {
-
-using NoGil = nb::gil_scoped_release;
-
-/// A Buffer that lets others run while it is made and destroyed.
-class OwnedBuffer {
- public:
-  OwnedBuffer(std::shared_ptr<Bootstrap> bootstrap, BufferOptions options, nb::object allocate) {
-    std::shared_ptr<ObjectAllocator> allocator;
-    if (!allocate.is_none()) allocator = std::make_shared<ObjectAllocator>(std::move(allocate));
-    options.allocator = allocator;
-    const NoGil no_gil;
-    buffer_ = std::make_unique<Buffer>(std::move(bootstrap), options);
-    if (allocator) allocator->set_buffer(buffer_.get());
-  }
-  ~OwnedBuffer() {
-    const NoGil no_gil;
-    buffer_.reset();
-  }
-  OwnedBuffer(const OwnedBuffer&) = delete;
-  OwnedBuffer& operator=(const OwnedBuffer&) = delete;
-
-  Buffer& get() { return *buffer_; }
-
- private:
-  std::unique_ptr<Buffer> buffer_;
-};
 
 Config config_of(const nb::tuple& parts) {
   Config config;
@@ -162,8 +136,9 @@ void bind_config(nb::module_& module) {
 
 void bind_buffers(nb::module_& module) {
   bind_config(module);
-  nb::class_<OwnedBuffer>(module, "Buffer", nb::is_weak_referenceable())
-      .def("__init__", &construct, nb::arg(), nb::arg(), nb::arg().none())
+  nb::class_<OwnedBuffer> buffer(module, "Buffer");
+  bind_low_latency(module, buffer);
+  buffer.def("__init__", &construct, nb::arg(), nb::arg(), nb::arg().none())
       .def("get_dispatch_layout", &get_dispatch_layout)
       .def("dispatch", &dispatch, nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(),
            nb::arg(), nb::arg().none(), nb::arg())

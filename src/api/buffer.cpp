@@ -42,7 +42,9 @@ std::string Buffer::Impl::allocate_and_export() {
   trace::step("allocate");
   // While all ranks are peers the memory for low latency is ordinary mapped memory too.
   backend_ = make_backend({.device = options_.device,
-                           .heap_bytes = options_.num_nvl_bytes + options_.num_rdma_bytes,
+                           .heap_bytes = options_.num_nvl_bytes,
+                           .low_latency_bytes = (options_.num_rdma_bytes + 127) / 128 * 128,
+                           .enable_shrink = options_.enable_shrink,
                            .timeout = options_.timeout,
                            .num_threads = options_.num_threads,
                            .rank = bootstrap_->rank(),
@@ -53,7 +55,8 @@ std::string Buffer::Impl::allocate_and_export() {
 
 // A failure on one rank must fail all: what each exports begins with "+", or is "-" and the reason.
 void Buffer::Impl::sync() {
-  const auto exchange = [this](const std::function<std::string()>& step) {
+  const auto exchange = [this](const std::function<std::string()>& step,
+                               const char* agreed = nullptr) {
     std::string mine;
     std::exception_ptr error;
     try {
@@ -72,9 +75,16 @@ void Buffer::Impl::sync() {
                     {i});
       }
       all[i].erase(0, 1);
+      // Places of messages follow from it on all ranks.
+      if (agreed == nullptr || all[i] == all[0]) continue;
+      throw Error(ErrorCode::kDisagreement,
+                  fmt::format("{} is {} on rank 0 and {} on rank {}, must be the same on all ranks",
+                              agreed, all[0], all[i], i),
+                  {i});
     }
     return all;
   };
+  (void)exchange([this] { return std::to_string(options_.num_rdma_bytes); }, "num_rdma_bytes");
   const std::vector<std::string> handles = exchange([this] { return allocate_and_export(); });
   trace::step("Buffer::sync");
   trace::step("open_handles");
@@ -89,6 +99,7 @@ Buffer::Impl::~Impl() { destroy(); }
 
 void Buffer::Impl::destroy() {
   if (!backend_) return;
+  *self_ = nullptr;
   trace::step("synchronize");
   backend_->synchronize();
   trace::step("release");

@@ -29,6 +29,10 @@ class __attribute__((visibility("hidden"))) Buffer::Impl {  // a member of an ex
                                      const CallOptions& options);
   DispatchResult intranode_dispatch(const DispatchArgs& args);
   CombineResult intranode_combine(const CombineArgs& args);
+  LowLatencyDispatchResult low_latency_dispatch(const LowLatencyDispatchArgs& args);
+  LowLatencyCombineResult low_latency_combine(const LowLatencyCombineArgs& args);
+  Tensor get_next_low_latency_combine_buffer(const LowLatencyHandle& handle);
+  void low_latency_mask(const char* operation, const std::function<void()>& body);
   void barrier();
   void reserve(std::int64_t bytes);
   void check() const;
@@ -42,6 +46,15 @@ class __attribute__((visibility("hidden"))) Buffer::Impl {  // a member of an ex
  private:
   struct DispatchJob;
   struct CombineJob;
+  struct LowLatencyDispatchJob;
+  struct LowLatencyCombineJob;
+
+  /// The low-latency calls of one kind: the call before the last must be received before another
+  /// may be sent, since it has the same memory.
+  struct LowLatencyCalls {
+    std::uint64_t sent = 0;
+    bool live[2] = {false, false};  // by parity: sent, its hook not run
+  };
 
   /// Marks a call as running; refuses overlap and use after destroy with Error(kUsage), which
   /// touches no peer.
@@ -79,6 +92,26 @@ class __attribute__((visibility("hidden"))) Buffer::Impl {  // a member of an ex
     }
   }
 
+  /// Runs the body of a low-latency call, which counts for itself.
+  template <class Body>
+  auto low_latency(const char* operation, LowLatencyCalls& calls, Body&& body) {
+    const Usage usage(*this, operation);
+    const NvtxRange range(operation);
+    check_fault(operation);
+    refuse_third(operation, calls);
+    return fail_together(operation, [&] {
+      ++calls.sent;
+      return body();
+    });
+  }
+  static void refuse_third(const char* operation, const LowLatencyCalls& calls);
+  Call low_latency_call(const char* operation, const LowLatencyCalls& calls,
+                        const protocol::CallRecord& record) const;
+  /// Sends and receives, or only sends; then `hook` receives.
+  template <class Job>
+  EventHandle submit_low_latency(LowLatencyCalls& calls, const std::shared_ptr<Job>& job,
+                                 std::function<void()>& hook);
+
   std::string allocate_and_export();
   /// A stage of call `number` on the communication stream: its Error becomes a fault, and is
   /// logged, wherever it runs.
@@ -88,9 +121,11 @@ class __attribute__((visibility("hidden"))) Buffer::Impl {  // a member of an ex
   void fail(const Error& error) noexcept;
   Call make_call(const char* operation, const Config& config) const;
 
-  /// The views with data, and a block that peers can write: from the caller's allocator, if there
-  /// is one and it gives any.
+  /// The views with data, never of memory that peers map with `allocate_private`, and a block that
+  /// peers can write: from the caller's allocator, if there is one and it gives any.
   std::vector<Tensor> allocate(std::vector<TensorView> views, const CallOptions& options);
+  std::vector<Tensor> allocate_private(std::vector<TensorView> views, const CallOptions& options);
+  std::vector<Tensor> ask_allocator(std::vector<TensorView>& views, const CallOptions& options);
   Backend::Results allocate_results(std::int64_t bytes, const CallOptions& options);
   internode::LayoutParams allocate_layout(const TensorView& topk_idx, int num_experts,
                                           const CallOptions& options, DispatchLayout& layout);
@@ -101,6 +136,10 @@ class __attribute__((visibility("hidden"))) Buffer::Impl {  // a member of an ex
   void notify(DispatchJob& job);
 
   std::uint64_t epoch_ = 0;
+  LowLatencyCalls low_latency_dispatches_;
+  LowLatencyCalls low_latency_combines_;
+  Tensor zero_copy_[2];  // by parity of the combine that reads it
+  std::shared_ptr<Impl*> self_ = std::make_shared<Impl*>(this);  // null in hooks once destroyed
   std::atomic<bool> in_call_{false};
   std::atomic<bool> dumped_{false};
   // What the call threw that failed here, so that later ones throw the same, whatever else was

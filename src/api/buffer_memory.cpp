@@ -6,9 +6,9 @@ namespace deep_ep {
 
 Allocator::~Allocator() = default;
 
-std::vector<Tensor> Buffer::Impl::allocate(std::vector<TensorView> views,
-                                           const CallOptions& options) {
-  if (!options_.allocator) return backend_->allocate(std::move(views), options.stream);
+std::vector<Tensor> Buffer::Impl::ask_allocator(std::vector<TensorView>& views,
+                                                const CallOptions& options) {
+  if (!options_.allocator) return {};
   const auto carve = [&](Carver carver) {
     for (TensorView& view : views)
       view.data = carver.take<std::byte>(static_cast<std::int64_t>(view.nbytes()));
@@ -16,11 +16,23 @@ std::vector<Tensor> Buffer::Impl::allocate(std::vector<TensorView> views,
   };
   const std::shared_ptr<void> owner =
       options_.allocator->allocate(carve(Carver(nullptr)), false, options);
-  if (!owner) return backend_->allocate(std::move(views), options.stream);
+  if (!owner) return {};
   (void)carve(Carver(static_cast<std::byte*>(owner.get())));
   std::vector<Tensor> tensors;
   for (const TensorView& view : views) tensors.emplace_back(view, owner);
   return tensors;
+}
+
+std::vector<Tensor> Buffer::Impl::allocate(std::vector<TensorView> views,
+                                           const CallOptions& options) {
+  std::vector<Tensor> given = ask_allocator(views, options);
+  return given.empty() ? backend_->allocate(std::move(views), options.stream) : given;
+}
+
+std::vector<Tensor> Buffer::Impl::allocate_private(std::vector<TensorView> views,
+                                                   const CallOptions& options) {
+  std::vector<Tensor> given = ask_allocator(views, options);
+  return given.empty() ? backend_->allocate_private(std::move(views), options.stream) : given;
 }
 
 Backend::Results Buffer::Impl::allocate_results(std::int64_t bytes, const CallOptions& options) {

@@ -18,6 +18,10 @@ std::string operation_name(std::int64_t kind) {
       return "dispatch with a handle";
     case protocol::OpKind::kCombine:
       return "combine";
+    case protocol::OpKind::kLowLatencyDispatch:
+      return "low_latency_dispatch";
+    case protocol::OpKind::kLowLatencyCombine:
+      return "low_latency_combine";
     default:
       return fmt::format("operation {}", kind);
   }
@@ -47,6 +51,9 @@ constexpr Field kFields[] = {
     {"whether topk_weights is given", number},
     {"num_experts (length of num_tokens_per_expert)", number},
     {"the handle's rank_prefix_matrix (its hash)", number},
+    {"num_max_dispatch_tokens_per_rank", number},
+    {"the format (0: expert-major, 1: rank-major)", number},
+    {"use_logfmt", number},
 };
 static_assert(std::size(kFields) == protocol::CallRecord::kNumAgreed);
 

@@ -49,6 +49,8 @@ class Backend {
   /// Memory of the device for what no peer writes: the views with data, in one block if that costs
   /// less.
   virtual std::vector<Tensor> allocate(std::vector<TensorView> views, Stream stream) = 0;
+  /// The same, never of memory that peers map.
+  virtual std::vector<Tensor> allocate_private(std::vector<TensorView> views, Stream stream) = 0;
   /// Local: grows until a block of `bytes` fits.
   virtual void reserve(std::int64_t bytes) = 0;
   virtual int num_segments() const = 0;
@@ -71,6 +73,9 @@ class Backend {
   /// without async_finish the caller's stream waits for them.
   virtual EventHandle submit(const CallOptions& options, std::function<void()> work,
                              Part part = Part::kWhole) = 0;
+  /// Runs `work`, whose steps name their stream, on the caller's: behind what this Buffer has
+  /// queued.
+  virtual void run(const CallOptions& options, std::function<void()> work) = 0;
   /// The stream on which the work runs.
   virtual Stream comm_stream() const = 0;
   /// Waits for all queued work.
@@ -91,11 +96,19 @@ class Backend {
   virtual void dispatch(const intranode::DispatchParams& params) = 0;
   virtual void cached_notify_combine(const intranode::CombineParams& params) = 0;
   virtual void combine(const intranode::CombineParams& params) = 0;
+  virtual void dispatch(const internode_ll::DispatchParams& params) = 0;
+  virtual void combine(const internode_ll::CombineParams& params) = 0;
+  // Masks: int32 [R], 1 for a rank that low latency leaves out. Behind the work queued so far.
+  virtual void update_mask(int rank, bool masked, Stream stream) = 0;
+  virtual void query_mask(std::int32_t* masks, Stream stream) = 0;
+  virtual void clean_mask(Stream stream) = 0;
 };
 
 struct BackendOptions {
   Device device{};
   std::int64_t heap_bytes = 0;
+  std::int64_t low_latency_bytes = 0;  // plan::LowLatencyLayout, ahead of the heap
+  bool enable_shrink = false;
   std::chrono::milliseconds timeout{0};  // for construction; calls bring their own
   int num_threads = 0;
   int rank = 0;

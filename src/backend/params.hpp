@@ -8,6 +8,7 @@
 #include "deep_ep/tensor.hpp"
 #include "fabric/heap.hpp"
 #include "plan/layout.hpp"
+#include "plan/low_latency.hpp"
 #include "plan/recv_arrays.hpp"
 #include "protocol/control.hpp"
 
@@ -102,4 +103,61 @@ struct CombineParams {
 };
 
 }  // namespace intranode
+namespace internode_ll {
+
+/// What of a call a step does.
+enum class Phases : std::uint8_t { kSend = 1, kReceive = 2, kBoth = 3 };
+constexpr bool has(Phases phases, Phases one) {
+  return (static_cast<int>(phases) & static_cast<int>(one)) != 0;
+}
+
+/// How rows are changed on their way.
+enum class Quantization : std::uint8_t {
+  kNone,
+  kFp8,            // float32 scales
+  kFp8PowerOfTwo,  // the same, powers of two
+  kFp8Ue8m0,       // their exponent bytes
+};
+
+/// Both steps of a call get the same params, with other phases.
+struct Step {
+  Call call;  // epoch: counts the calls of this kind on the host; record: what ranks compare
+  Phases phases = Phases::kBoth;
+  Stream stream{};  // what the step runs on
+  plan::LowLatencyShape shape;
+  bool rank_major = false;
+  TensorView topk_idx;  // [N, K]
+  // A word of the call's own, which sending writes and receiving reads: which ticket it has.
+  std::uint64_t* ticket = nullptr;
+  std::int64_t* wait_stats = nullptr;  // += [R], or null
+};
+
+struct DispatchParams : Step {
+  Quantization quantization = Quantization::kNone;
+  const std::byte* x = nullptr;              // [N, H]
+  std::int64_t hidden = 0;                   // H
+  TensorView x_scales;                       // [N, S], if they are given
+  const float* topk_weights = nullptr;       // [N, K] or null
+  std::int64_t x_bytes = 0;                  // of a received row; scales follow it on the way
+  int num_scales = 0;                        // 4-byte words of a received row's scales
+  std::byte* recv_x = nullptr;               // out [L, R * M, x_bytes] or [R, M, x_bytes]
+  TensorView recv_x_scales;                  // out, strided
+  std::int32_t* recv_count = nullptr;        // out [L] or [R]
+  TensorView recv_topk_idx;                  // out [R, M, K], rank-major
+  float* recv_topk_weights = nullptr;        // out [R, M, K], rank-major, or null
+  std::int32_t* src_info = nullptr;          // out
+  std::int64_t* layout_range = nullptr;      // out
+  std::int32_t* cumulative_stats = nullptr;  // += [L], or null
+};
+
+struct CombineParams : Step {
+  const std::byte* x = nullptr;            // [L, R * M, H] or [R, M, H] bfloat16
+  std::int64_t hidden = 0;                 // H
+  const float* topk_weights = nullptr;     // [N, K]; null if rank-major
+  const std::int32_t* src_info = nullptr;  // as dispatch wrote them
+  const std::int64_t* layout_range = nullptr;
+  std::byte* combined_x = nullptr;  // out [N, H]
+};
+
+}  // namespace internode_ll
 }  // namespace deep_ep

@@ -17,7 +17,9 @@ enum class OpKind : std::uint32_t {
   kReserve,
   kDispatch,
   kCachedDispatch,
-  kCombine
+  kCombine,
+  kLowLatencyDispatch,
+  kLowLatencyCombine
 };
 
 /// What a rank's call looks like to the others. Fields marked * must be equal on all ranks.
@@ -32,9 +34,12 @@ struct CallRecord {
   std::int32_t has_topk_weights;  // *
   std::int32_t num_experts;       // * 0 if unknown
   std::uint64_t routing_hash;     // * of the handle's rank_prefix_matrix, 0 without a handle
+  std::int64_t max_tokens;        // * low latency: tokens of any rank at most
+  std::int32_t rank_major;        // * low latency: LowLatencyFormat
+  std::int32_t wire_format;       // * low latency: plan::WireFormat of a combine
   std::int64_t num_tokens;        // tokens of the source
 
-  static constexpr int kNumAgreed = 10;
+  static constexpr int kNumAgreed = 13;
   /// The fields marked *, in the order above.
   DEEP_EP_HD std::int64_t agreed(int i) const {
     switch (i) {
@@ -56,8 +61,14 @@ struct CallRecord {
         return has_topk_weights;
       case 8:
         return num_experts;
-      default:
+      case 9:
         return static_cast<std::int64_t>(routing_hash);
+      case 10:
+        return max_tokens;
+      case 11:
+        return rank_major;
+      default:
+        return wire_format;
     }
   }
 };

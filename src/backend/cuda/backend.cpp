@@ -35,8 +35,13 @@ class CudaBackend final : public Backend {
   explicit CudaBackend(const BackendOptions& options)
       : options_(options),
         context_(options),
-        heap_(std::make_shared<DeviceHeap>(context_,
-                                           [this](std::int64_t bytes) { return grow(bytes); })) {}
+        heap_(std::make_shared<DeviceHeap>(
+            context_, [this](std::int64_t bytes) { return grow(bytes); },
+            [this](int segment) { return context_.fabric().own_segment(segment); })),
+        private_heap_(std::make_shared<DeviceHeap>(
+            context_, [this](std::int64_t bytes) { return grow_private(bytes); },
+            [this](int segment) { return private_segments_[static_cast<std::size_t>(segment)]; })) {
+  }
 
   ~CudaBackend() override { close(); }
 
@@ -47,8 +52,8 @@ class CudaBackend final : public Backend {
       log::info("num_nvl_bytes raised from {} to {}: the control block needs that",
                 options_.heap_bytes, control);
     }
-    std::string handles = context_.export_handles(bytes);
-    heap_->add(0, control, context_.fabric().own_segment(0)->bytes());
+    std::string handles = context_.export_handles(bytes + options_.low_latency_bytes);
+    heap_->add(0, control + options_.low_latency_bytes, context_.fabric().own_segment(0)->bytes());
     return handles;
   }
 
@@ -62,24 +67,16 @@ class CudaBackend final : public Backend {
   }
 
   Results allocate_results(std::int64_t bytes, Stream stream) override {
-    return heap_->allocate(bytes, native(stream), context_.fabric());
+    return heap_->allocate(bytes, native(stream));
   }
 
-  Results allocate_mapped(std::int64_t bytes) override {
-    return heap_->allocate_raw(bytes, context_.fabric());
-  }
+  Results allocate_mapped(std::int64_t bytes) override { return heap_->allocate_raw(bytes); }
 
   std::vector<Tensor> allocate(std::vector<TensorView> views, Stream stream) override {
-    const auto carve = [&](Carver carver) {
-      for (TensorView& view : views)
-        view.data = carver.take<std::byte>(static_cast<std::int64_t>(view.nbytes()));
-      return carver.used();
-    };
-    const Results results = allocate_results(carve(Carver(nullptr)), stream);
-    (void)carve(Carver(results.data));
-    std::vector<Tensor> tensors;
-    for (const TensorView& view : views) tensors.emplace_back(view, results.owner);
-    return tensors;
+    return allocate_from(*heap_, std::move(views), stream);
+  }
+  std::vector<Tensor> allocate_private(std::vector<TensorView> views, Stream stream) override {
+    return allocate_from(*private_heap_, std::move(views), stream);
   }
 
   void reserve(std::int64_t bytes) override { heap_->reserve(bytes); }
@@ -130,6 +127,12 @@ class CudaBackend final : public Backend {
         std::make_shared<CudaEvent>(std::move(after), context_.device(), context_.faults()));
   }
 
+  void run(const CallOptions& options, std::function<void()> work) override {
+    const DeviceGuard guard(context_.device());
+    (void)options;
+    work();
+  }
+
   Stream comm_stream() const override { return {context_.comm_stream(), options_.device}; }
 
   void synchronize() override { context_.synchronize(); }
@@ -142,6 +145,7 @@ class CudaBackend final : public Backend {
   void close() override {
     synchronize();
     heap_->close();
+    private_heap_->close();
     context_.fabric().close();
   }
 
@@ -152,8 +156,29 @@ class CudaBackend final : public Backend {
   // The record travels with the place of the inbox, in combine's own kernel.
   void cached_notify_combine(const deep_ep::intranode::CombineParams&) override {}
   void combine(const deep_ep::intranode::CombineParams& params) override;
+  void dispatch(const internode_ll::DispatchParams&) override { refuse_low_latency(); }
+  void combine(const internode_ll::CombineParams&) override { refuse_low_latency(); }
+  void update_mask(int, bool, Stream) override { refuse_low_latency(); }
+  void query_mask(std::int32_t*, Stream) override { refuse_low_latency(); }
+  void clean_mask(Stream) override { refuse_low_latency(); }
 
  private:
+  [[noreturn]] static void refuse_low_latency() {
+    throw Error(ErrorCode::kUnsupported, "device cuda: this version has no low-latency mode there");
+  }
+  static std::vector<Tensor> allocate_from(DeviceHeap& heap, std::vector<TensorView> views,
+                                           Stream stream) {
+    const auto carve = [&](Carver carver) {
+      for (TensorView& view : views)
+        view.data = carver.take<std::byte>(static_cast<std::int64_t>(view.nbytes()));
+      return carver.used();
+    };
+    const Results results = heap.allocate(carve(Carver(nullptr)), native(stream));
+    (void)carve(Carver(results.data));
+    std::vector<Tensor> tensors;
+    for (const TensorView& view : views) tensors.emplace_back(view, results.owner);
+    return tensors;
+  }
   void wait_before(const CallOptions& options, cudaStream_t caller, cudaStream_t comm) {
     if (options.previous_event) {
       options.previous_event->current_stream_wait(comm_stream());
@@ -176,9 +201,20 @@ class CudaBackend final : public Backend {
     return {segment, context_.fabric().own_segment(segment)->bytes()};
   }
 
+  fabric::Heap::NewSegment grow_private(std::int64_t bytes) {
+    const RelaxedCapture relaxed;
+    const std::int64_t rounded = (bytes + kGrowthBytes - 1) / kGrowthBytes * kGrowthBytes;
+    if (!private_memory_) private_memory_ = make_memory(context_.device());
+    private_segments_.push_back(private_memory_->allocate(rounded));
+    return {static_cast<int>(private_segments_.size()) - 1, private_segments_.back()->bytes()};
+  }
+
   BackendOptions options_;
   mutable Context context_;
+  std::unique_ptr<fabric::Memory> private_memory_;
+  std::vector<std::shared_ptr<fabric::Mapping>> private_segments_;
   std::shared_ptr<DeviceHeap> heap_;
+  std::shared_ptr<DeviceHeap> private_heap_;
   std::uint64_t ticket_ = 0;
 };
 

@@ -16,7 +16,8 @@ namespace {
 
 constexpr int kMaxSegments = fabric::SegmentTable::kMaxSegments;
 
-std::unique_ptr<fabric::Memory> make_memory(int device) {
+/// Of a GPU that this library can use.
+std::unique_ptr<fabric::Memory> make_checked_memory(int device) {
   int count = 0;
   const cudaError_t status = cudaGetDeviceCount(&count);
   if (status != cudaSuccess || count == 0) {
@@ -35,7 +36,7 @@ std::unique_ptr<fabric::Memory> make_memory(int device) {
                 fmt::format("device cuda {}: compute capability {}.x, 9.0 (Hopper) is needed",
                             device, major));
   }
-  return has_vmm(device) ? make_vmm_memory(device) : make_ipc_memory(device);
+  return make_memory(device);
 }
 
 template <class T>
@@ -67,7 +68,7 @@ Context::Context(const BackendOptions& options)
       num_ranks_(options.num_ranks),
       device_(options.device.index),
       timeout_(options.timeout),
-      fabric_(options.rank, options.num_ranks, make_memory(options.device.index)) {
+      fabric_(options.rank, options.num_ranks, make_checked_memory(options.device.index)) {
   if (num_ranks_ > kMaxRanks) {
     throw Error(ErrorCode::kUnsupported,
                 fmt::format("{} ranks; one node of GPUs has {} at most", num_ranks_, kMaxRanks));

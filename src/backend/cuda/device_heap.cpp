@@ -33,8 +33,7 @@ class DeviceHeap::Lease final : public ReleaseHook::Target {
   bool kept_ = false;
 };
 
-Backend::Results DeviceHeap::allocate(std::int64_t bytes, cudaStream_t stream,
-                                      fabric::Fabric& fabric) {
+Backend::Results DeviceHeap::allocate(std::int64_t bytes, cudaStream_t stream) {
   const bool capturing = is_capturing(stream);
   std::optional<fabric::Block> block = heap_.try_allocate(bytes);
   if (!block) {
@@ -46,27 +45,26 @@ Backend::Results DeviceHeap::allocate(std::int64_t bytes, cudaStream_t stream,
     block = heap_.try_allocate(bytes);
   }
   std::shared_ptr<Lease> lease;
-  Backend::Results results = lease_out(block ? *block : heap_.allocate(bytes), lease, fabric);
+  Backend::Results results = lease_out(block ? *block : heap_.allocate(bytes), lease);
   lease->add_stream({stream});
   if (capturing) lease->keep_for_ever();
   return results;
 }
 
-Backend::Results DeviceHeap::allocate_raw(std::int64_t bytes, fabric::Fabric& fabric) {
+Backend::Results DeviceHeap::allocate_raw(std::int64_t bytes) {
   std::optional<fabric::Block> block = heap_.try_allocate(bytes);
   if (!block) {
     reclaim_finished();
     block = heap_.try_allocate(bytes);
   }
   std::shared_ptr<Lease> lease;
-  return lease_out(block ? *block : heap_.allocate(bytes), lease, fabric);
+  return lease_out(block ? *block : heap_.allocate(bytes), lease);
 }
 
-Backend::Results DeviceHeap::lease_out(const fabric::Block& block, std::shared_ptr<Lease>& lease,
-                                       fabric::Fabric& fabric) {
+Backend::Results DeviceHeap::lease_out(const fabric::Block& block, std::shared_ptr<Lease>& lease) {
   Backend::Results results;
   results.block = block;
-  const auto mapping = fabric.own_segment(block.segment);
+  const auto mapping = segment_(block.segment);
   results.data = mapping->base() + block.offset;
   lease = std::make_shared<Lease>(shared_from_this(), mapping, block);
   results.owner = std::shared_ptr<void>(results.data, ReleaseHook(lease));

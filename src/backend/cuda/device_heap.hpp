@@ -2,14 +2,15 @@
 
 #include <cuda_runtime_api.h>
 
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <vector>
 
 #include "backend/backend.hpp"
 #include "backend/cuda/context.hpp"
-#include "fabric/fabric.hpp"
 #include "fabric/heap.hpp"
+#include "fabric/memory.hpp"
 
 namespace deep_ep::cuda {
 
@@ -19,10 +20,13 @@ namespace deep_ep::cuda {
 /// its Buffer with the last block.
 class DeviceHeap : public std::enable_shared_from_this<DeviceHeap> {
  public:
-  DeviceHeap(const Context& context, std::function<fabric::Heap::NewSegment(std::int64_t)> grow)
+  /// `grow` adds a segment, `segment` gives it.
+  DeviceHeap(const Context& context, std::function<fabric::Heap::NewSegment(std::int64_t)> grow,
+             std::function<std::shared_ptr<fabric::Mapping>(int)> segment)
       : device_(context.device()),
         comm_stream_(context.comm_stream()),
         heap_(std::move(grow)),
+        segment_(std::move(segment)),
         events_(context.events()) {}
 
   /// Gives the rest of a segment to the heap.
@@ -33,10 +37,10 @@ class DeviceHeap : public std::enable_shared_from_this<DeviceHeap> {
   /// A block for a call whose caller works on `stream`. What the communication stream does from now
   /// on may write to it. Of a stream that is being captured the block belongs to the graph for
   /// good, and comes back only with the heap.
-  Backend::Results allocate(std::int64_t bytes, cudaStream_t stream, fabric::Fabric& fabric);
+  Backend::Results allocate(std::int64_t bytes, cudaStream_t stream);
   /// A block that somebody else hands out, whatever is captured meanwhile: it comes back behind the
   /// streams that it is released on.
-  Backend::Results allocate_raw(std::int64_t bytes, fabric::Fabric& fabric);
+  Backend::Results allocate_raw(std::int64_t bytes);
   /// Blocks that come back later are just dropped.
   void close();
 
@@ -46,8 +50,7 @@ class DeviceHeap : public std::enable_shared_from_this<DeviceHeap> {
     fabric::Block block;
     std::vector<std::shared_ptr<CUevent_st>> events;
   };
-  Backend::Results lease_out(const fabric::Block& block, std::shared_ptr<Lease>& lease,
-                             fabric::Fabric& fabric);
+  Backend::Results lease_out(const fabric::Block& block, std::shared_ptr<Lease>& lease);
   void give_back(const fabric::Block& block, const std::vector<cudaStream_t>& streams) noexcept;
   void reclaim_finished();
   void reclaim_behind();
@@ -55,6 +58,7 @@ class DeviceHeap : public std::enable_shared_from_this<DeviceHeap> {
   int device_;
   cudaStream_t comm_stream_;
   fabric::Heap heap_;
+  std::function<std::shared_ptr<fabric::Mapping>(int)> segment_;
   std::shared_ptr<EventPool> events_;
   std::mutex mutex_;  // guards what follows
   std::vector<Pending> pending_;

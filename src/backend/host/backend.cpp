@@ -49,8 +49,10 @@ class HostBackend final : public Backend {
       log::info("num_nvl_bytes raised from {} to {}: the control block and the inbox need that",
                 options_.heap_bytes, control);
     }
-    std::string handles = context_.export_handles(bytes);
-    if (bytes > control) heap_->add(0, control, context_.fabric().own_segment(0)->bytes());
+    std::string handles = context_.export_handles(bytes + options_.low_latency_bytes);
+    const std::int64_t begin = control + options_.low_latency_bytes;
+    const std::int64_t end = context_.fabric().own_segment(0)->bytes();
+    if (end > begin) heap_->add(0, begin, end);
     return handles;
   }
 
@@ -78,7 +80,10 @@ class HostBackend final : public Backend {
 
   Results allocate_mapped(std::int64_t bytes) override { return allocate_results(bytes, {}); }
 
-  std::vector<Tensor> allocate(std::vector<TensorView> views, Stream) override {
+  std::vector<Tensor> allocate(std::vector<TensorView> views, Stream stream) override {
+    return allocate_private(std::move(views), stream);
+  }
+  std::vector<Tensor> allocate_private(std::vector<TensorView> views, Stream) override {
     std::vector<Tensor> tensors;
     for (TensorView& view : views) {
       const auto bytes = static_cast<std::int64_t>(view.nbytes());
@@ -134,6 +139,11 @@ class HostBackend final : public Backend {
     return EventHandle();
   }
 
+  void run(const CallOptions&, std::function<void()> work) override {
+    stream_.drain();
+    work();
+  }
+
   Stream comm_stream() const override { return {}; }
   void synchronize() override { stream_.drain(); }
 
@@ -171,8 +181,17 @@ class HostBackend final : public Backend {
   void combine(const intranode::CombineParams& params) override {
     host::intranode::combine(context_, hashed(params));
   }
+  void dispatch(const internode_ll::DispatchParams&) override { refuse_low_latency(); }
+  void combine(const internode_ll::CombineParams&) override { refuse_low_latency(); }
+  void update_mask(int, bool, Stream) override { refuse_low_latency(); }
+  void query_mask(std::int32_t*, Stream) override { refuse_low_latency(); }
+  void clean_mask(Stream) override { refuse_low_latency(); }
 
  private:
+  [[noreturn]] static void refuse_low_latency() {
+    throw Error(ErrorCode::kUnsupported, "device host: this version has no low-latency mode there");
+  }
+
   /// With the hash of the handle's routing in the record, for the ranks to compare.
   template <class Params>
   Params hashed(Params params) const {

@@ -18,4 +18,8 @@ std::unique_ptr<fabric::Memory> make_ipc_memory(int device);
 /// Whether `device` can do make_vmm_memory().
 bool has_vmm(int device);
 
+inline std::unique_ptr<fabric::Memory> make_memory(int device) {
+  return has_vmm(device) ? make_vmm_memory(device) : make_ipc_memory(device);
+}
+
 }  // namespace deep_ep::cuda
