@@ -34,7 +34,9 @@ class TorchLibrary:
     def __init__(self, torch):
         self.torch = torch
         self.is_tensor = torch.Tensor
-        self.int32, self.bool, self.float32 = torch.int32, torch.bool, torch.float32
+        self.int32, self.int64, self.bool = torch.int32, torch.int64, torch.bool
+        self.float32, self.bfloat16 = torch.float32, torch.bfloat16
+        self.float8 = torch.float8_e4m3fn
 
     @staticmethod
     def view(tensor, name):
@@ -70,7 +72,18 @@ class NumpyLibrary:
     def __init__(self, numpy):
         self.numpy = numpy
         self.is_tensor = numpy.ndarray
-        self.int32, self.bool, self.float32 = numpy.int32, numpy.bool_, numpy.float32
+        self.int32, self.int64, self.bool = numpy.int32, numpy.int64, numpy.bool_
+        self.float32 = numpy.float32
+
+    @property
+    def bfloat16(self):
+        import ml_dtypes
+        return ml_dtypes.bfloat16
+
+    @property
+    def float8(self):
+        import ml_dtypes
+        return ml_dtypes.float8_e4m3fn
 
     def view(self, array, name):
         if not isinstance(array, self.numpy.ndarray):

@@ -9,6 +9,7 @@ from . import _C
 from ._arrays import library_of, library_of_dtype
 from ._cuda import CudaMemory, comm_stream_of, record_stream
 from ._groups import bootstrap_of, rank_and_size
+from ._low_latency import LowLatency
 from .config import combine_config, dispatch_config
 from .event import EventHandle, EventOverlap
 
@@ -48,7 +49,7 @@ def _event_of(previous_event):
     return None if event is None else event._event
 
 
-class Buffer:
+class Buffer(LowLatency):
     """One rank's end of the exchange: memory that its peers map, and the calls that move tokens
     through it.
 

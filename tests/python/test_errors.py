@@ -67,6 +67,7 @@ def _refused_on_one(group):
     buffer = _buffer(group)
     one = make_inputs(group.size(), experts=2 * group.size())[group.rank()]
     arguments = dispatch_arguments(buffer, one)
+    torch.distributed.barrier(group)  # rank 0 must not hear of it before its own call
     if group.rank() == 1:
         arguments["topk_weights"] = one.topk_weights.double().float()[:, :1]
     error = _error_of(lambda: buffer.dispatch(**arguments))
