@@ -52,13 +52,11 @@ class TorchLibrary:
             return None
         if type(result) is tuple:
             block, offset, shape, strides = result
-            if 0 in shape:
-                return block.new_empty(shape, dtype=dtype)
-            size = dtype.itemsize
-            for length in shape:
-                size *= length
-            flat = block[offset:offset + size].view(dtype)
-            return flat.view(shape) if strides is None else flat.as_strided(shape, strides)
+            # No view: what autograd returns must not be one of a tensor that it does not know.
+            tensor = self.torch.empty(0, dtype=dtype, device=block.device)
+            if strides is None:
+                strides = _contiguous(shape)
+            return tensor.set_(block.untyped_storage(), offset // dtype.itemsize, shape, strides)
         tensor = self.torch.utils.dlpack.from_dlpack(result.capsule())
         return tensor if tensor.dtype == dtype else tensor.view(dtype)
 
@@ -106,6 +104,14 @@ class NumpyLibrary:
                             f"{', '.join(_NAMES)} (of ml_dtypes where NumPy has none) and any type "
                             "of one byte")
         return code
+
+
+def _contiguous(shape):
+    strides, step = [], 1
+    for length in reversed(shape):
+        strides.append(step)
+        step *= max(length, 1)
+    return tuple(reversed(strides))
 
 
 def _not_an_array(name, value, expected):

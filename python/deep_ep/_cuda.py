@@ -1,6 +1,7 @@
 """What a Buffer on a GPU needs of torch: streams, and memory that torch knows of."""
 
 import sys
+from functools import cache
 
 from . import _C
 
@@ -14,6 +15,26 @@ def comm_stream_of(native, device):
     return torch.cuda.ExternalStream(native, device=device)
 
 
+@cache
+def _plugin():
+    """What torch asks for the memory of our pools. Of the process: torch gives memory back through
+    it when it likes."""
+    from torch.cuda.memory import CUDAPluggableAllocator
+    return CUDAPluggableAllocator(_C.__file__, "deep_ep_torch_alloc", "deep_ep_torch_free")
+
+
+def require_gpu():
+    """RuntimeError that says what is missing for a Buffer on a GPU."""
+    if _C.num_cuda_devices() == 0:
+        raise RuntimeError("deep_ep: " + "; ".join(_C.describe_cuda_devices()) + "; pass "
+                           "device='cpu' for a Buffer of the host")
+    torch = sys.modules.get("torch")
+    if torch is None or not hasattr(torch.cuda, "MemPool"):
+        raise RuntimeError("deep_ep: GPUs need torch 2.6 or newer, imported before a Buffer is "
+                           "made; pass device='cpu' for a Buffer of the host")
+    return torch
+
+
 class CudaMemory:
     """The memory of one Buffer's results, allocated by torch, so that record_stream, graphs and
     garbage collection treat them as any tensor. What peers write comes from a pool over the
@@ -25,33 +46,21 @@ class CudaMemory:
     """
 
     def __init__(self, device):
+        self.torch = require_gpu()
         self.device = device
-        self._check()
-        import torch
-        self.torch = torch
-        memory = torch.cuda.memory
-        plugin = memory.CUDAPluggableAllocator(_C.__file__, "deep_ep_torch_alloc",
-                                               "deep_ep_torch_free")
-        self._plugin = plugin  # torch's pool does not keep it
-        self._pool = torch.cuda.MemPool(plugin.allocator())
-        self._place = torch.device("cuda", device)
+        self._place = self.torch.device("cuda", device)
+        with self.torch.cuda.device(device):
+            self._pool = self.torch.cuda.MemPool(_plugin().allocator())
         self.comm_stream = None
-
-    @staticmethod
-    def _check():
-        if _C.num_cuda_devices() == 0:
-            raise RuntimeError("deep_ep: " + "; ".join(_C.describe_cuda_devices()) + "; pass "
-                               "device='cpu' for a Buffer of the host")
-        torch = sys.modules.get("torch")
-        if torch is None or not hasattr(torch.cuda, "MemPool"):
-            raise RuntimeError("deep_ep: GPUs need torch 2.6 or newer, imported first (it has "
-                               "torch.cuda.MemPool)")
 
     def set_comm_stream(self, native):
         self.comm_stream = self.torch.cuda.ExternalStream(native, device=self.device)
 
     def current_stream(self):
         return self.torch._C._cuda_getCurrentRawStream(self.device)
+
+    def is_capturing(self):
+        return self.torch.cuda.is_current_stream_capturing()
 
     def close(self):
         """No more calls. Pieces of the pool under live tensors stay with them."""
@@ -61,16 +70,14 @@ class CudaMemory:
         """The native module's question for memory: (address, tensor of bytes)."""
         torch = self.torch
         if behind_event:
-            caller = torch.cuda.current_stream(self.device)
             with torch.cuda.stream(self.comm_stream):
                 block = self._empty(num_bytes, mapped)
-            if block is not None and not torch.cuda.is_current_stream_capturing():
-                block.record_stream(caller)
+            block.record_stream(torch.cuda.current_stream(self.device))
         else:
             block = self._empty(num_bytes, mapped)
-            if block is not None and async_finish and not torch.cuda.is_current_stream_capturing():
+            if async_finish and not self.is_capturing():
                 block.record_stream(self.comm_stream)
-        return None if block is None else (block.data_ptr(), block)
+        return block.data_ptr(), block
 
     def _empty(self, num_bytes, mapped):
         torch = self.torch
@@ -79,22 +86,19 @@ class CudaMemory:
         with torch.cuda.use_mem_pool(self._pool, self._place):
             return torch.empty(num_bytes, dtype=torch.uint8, device=self._place)
 
+    def hold(self, used, results):
+        """The communication stream uses the tensors of an asynchronous call: tells torch, which
+        knows of the results already, or, where a capture forbids that, returns them for somebody
+        to hold."""
+        if self.is_capturing():
+            return [*self._tensors_of(used), *self._tensors_of(results)]
+        for tensor in self._tensors_of(used):
+            tensor.record_stream(self.comm_stream)
+        return None
 
-def record_stream(memory, used):
-    """The communication stream uses the tensors `used` of an asynchronous call: tells torch, or,
-    where a capture forbids that, returns them for somebody to hold."""
-    torch = memory.torch
-    tensors = [one for one in _flat(used) if isinstance(one, torch.Tensor)]
-    if torch.cuda.is_current_stream_capturing():
-        return tensors
-    for tensor in tensors:
-        tensor.record_stream(memory.comm_stream)
-    return None
-
-
-def _flat(values):
-    for value in values:
-        if isinstance(value, (tuple, list)):
-            yield from _flat(value)
-        else:
-            yield value
+    def _tensors_of(self, values):
+        for value in values:
+            if isinstance(value, (tuple, list)):
+                yield from self._tensors_of(value)
+            elif isinstance(value, self.torch.Tensor):
+                yield value

@@ -35,10 +35,10 @@ class LowLatency:
         Collective.
 
         `x`: [N, H] bfloat16, N at most M; `topk_idx`: [N, K] int64 or int32, -1 for none. With
-        `use_fp8` rows are quantised, 128 values with one scale; `round_scale` makes scales powers of
-        two, `use_ue8m0` packs these, four to an int32. `cumulative_local_expert_recv_stats` int32
-        [L]: += rows of each local expert; `dispatch_wait_recv_cost_stats` int64 [R]: += the longest
-        wait for each source, in ns (host) or SM cycles.
+        `use_fp8` rows are quantised, 128 values with one scale; `round_scale` makes scales powers
+        of two, `use_ue8m0` packs these, four to an int32. `cumulative_local_expert_recv_stats`
+        int32 [L]: += rows of each local expert; `dispatch_wait_recv_cost_stats` int64 [R]: += the
+        longest wait for each source, in ns (host) or SM cycles.
 
         Returns (recv_x [L, R * M, H] or (recv_x, scales [L, R * M, H / 128], column by column),
         rows of each local expert int32 [L], handle, event, hook or None).
@@ -62,8 +62,10 @@ class LowLatency:
             recv_x = make(recv_x, x.dtype)
         handle = (make(src_info, library.int32), make(layout_range, library.int64),
                   num_max_dispatch_tokens_per_rank, x.shape[1], num_experts)
+        count = make(count, library.int32)
         used = (x, topk_idx, cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats)
-        return (recv_x, make(count, library.int32), handle, self._end(event, async_finish, used),
+        return (recv_x, count, handle,
+                self._end(event, async_finish, used, (recv_x, count, handle)),
                 None if hook is None else partial(_receive, hook, used))
 
     def low_latency_combine(self, x, topk_idx, topk_weights, handle, use_logfmt=False,
@@ -74,8 +76,8 @@ class LowLatency:
 
         `x`: [L, R * M, H] bfloat16, rows as dispatch packed them; `topk_idx` and `topk_weights`
         (float32 [N, K]) as given to dispatch, with its `handle`. `zero_copy`: `x` is what
-        `get_next_low_latency_combine_buffer` returned. `use_logfmt`: rows travel in 10 bits a value.
-        `out`: [N, H] bfloat16 for the result.
+        `get_next_low_latency_combine_buffer` returned. `use_logfmt`: rows travel in 10 bits a
+        value. `out`: [N, H] bfloat16 for the result.
 
         Returns (combined_x [N, H], event, hook or None).
         """
@@ -89,7 +91,7 @@ class LowLatency:
             self._options(None, async_finish, False))
         combined = library.make(combined, x.dtype) if out is None else out
         used = (x, topk_idx, topk_weights, handle, out, combine_wait_recv_cost_stats)
-        return (combined, self._end(event, async_finish, used),
+        return (combined, self._end(event, async_finish, used, (combined,)),
                 None if hook is None else partial(_receive, hook, used))
 
     @staticmethod
@@ -114,11 +116,13 @@ class LowLatency:
                                               num_experts)
 
     def low_latency_update_mask_buffer(self, rank_to_mask, mask=False):
-        """With `enable_shrink`: whether calls leave a rank out, as sender and as receiver. Local."""
+        """With `enable_shrink`: whether calls leave a rank out, as sender and as receiver.
+        Local."""
         self.runtime.low_latency_update_mask_buffer(rank_to_mask, mask)
 
     def low_latency_query_mask_buffer(self, mask_status):
-        """Fills `mask_status`, int32 [R] on the Buffer's device: 1 for each rank that is left out."""
+        """Fills `mask_status`, int32 [R] on the Buffer's device: 1 for each rank that is left
+        out."""
         library = library_of(mask_status, "mask_status")
         self.runtime.low_latency_query_mask_buffer(library.view(mask_status, "mask_status"),
                                                    *self._options(None, False, False)[:2])

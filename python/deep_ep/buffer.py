@@ -7,7 +7,7 @@ from pathlib import Path
 
 from . import _C
 from ._arrays import library_of, library_of_dtype
-from ._cuda import CudaMemory, comm_stream_of, record_stream
+from ._cuda import CudaMemory, comm_stream_of
 from ._groups import bootstrap_of, rank_and_size
 from ._low_latency import LowLatency
 from .config import combine_config, dispatch_config
@@ -177,16 +177,22 @@ class Buffer(LowLatency):
         self.runtime.check()
 
     def _options(self, previous_event, async_finish, allocate_on_comm_stream):
-        stream = 0 if self._memory is None else self._memory.current_stream()
-        return (stream, self._device, _event_of(previous_event), async_finish,
-                allocate_on_comm_stream)
+        event = _event_of(previous_event)
+        if self._memory is None:
+            return 0, -1, event, async_finish, allocate_on_comm_stream
+        stream = self._memory.current_stream()
+        if event is not None and self._memory.is_capturing():
+            # Memory of a graph is the current stream's, so the call has to come behind that too.
+            event.stream_wait(stream, self._device)
+            event = allocate_on_comm_stream = None
+        return stream, self._device, event, async_finish, bool(allocate_on_comm_stream)
 
-    def _end(self, event, async_finish, used):
-        """The event to return of a call that used the arrays `used`."""
+    def _end(self, event, async_finish, used, results):
+        """The event to return of a call that used the arrays `used` of its caller."""
         if not async_finish:
             return EventOverlap()
         if self._memory is not None:
-            return EventOverlap(EventHandle._of(event), record_stream(self._memory, used))
+            return EventOverlap(EventHandle._of(event), self._memory.hold(used, results))
         self._in_flight = [one for one in self._in_flight if not one[0].query()]
         self._in_flight.append((event, used))
         return EventOverlap(EventHandle._of(event))
@@ -204,9 +210,11 @@ class Buffer(LowLatency):
         per_rank, per_expert, in_rank, event = self.runtime.get_dispatch_layout(
             library.view(topk_idx, "topk_idx"), num_experts,
             self._options(previous_event, async_finish, allocate_on_comm_stream))
-        return (library.make(per_rank, library.int32), None,
-                library.make(per_expert, library.int32), library.make(in_rank, library.bool),
-                self._end(event, async_finish, (topk_idx,)))
+        per_rank, per_expert, in_rank = (library.make(per_rank, library.int32),
+                                         library.make(per_expert, library.int32),
+                                         library.make(in_rank, library.bool))
+        end = self._end(event, async_finish, (topk_idx,), (per_rank, per_expert, in_rank))
+        return per_rank, None, per_expert, in_rank, end
 
     def dispatch(self, x, handle=None, num_tokens_per_rank=None, num_tokens_per_rdma_rank=None,
                  is_token_in_rank=None, num_tokens_per_expert=None, topk_idx=None,
@@ -232,7 +240,6 @@ class Buffer(LowLatency):
         view = library.view
         if handle is not None:
             layout = (None, None, None)
-            handle = self._views_of_handle(library, handle)
         else:
             layout = tuple(None if one is None else view(one, name) for one, name in (
                 (num_tokens_per_rank, "num_tokens_per_rank"),
@@ -245,23 +252,24 @@ class Buffer(LowLatency):
                 (view(x, "x"), None if x_scales is None else view(x_scales, "x_scales"),
                  None if topk_idx is None else view(topk_idx, "topk_idx"),
                  None if topk_weights is None else view(topk_weights, "topk_weights")),
-                handle, layout, expert_alignment, num_worst_tokens, config._values(),
+                None if handle is None else self._views_of_handle(library, handle), layout,
+                expert_alignment, num_worst_tokens, config._values(),
                 self._stats_view(library, dispatch_wait_recv_cost_stats),
                 self._options(previous_event, async_finish, allocate_on_comm_stream)))
         make = library.make
         recv_x = make(recv_x, x.dtype)
         if x_scales is not None:
             recv_x = (recv_x, make(recv_scales, x_scales.dtype))
-        end = self._end(event, async_finish,
-                        (x, x_scales, topk_idx, topk_weights, is_token_in_rank,
-                         num_tokens_per_rank, num_tokens_per_expert, handle))
         if handle is not None:
+            end = self._end(event, async_finish, (x, x_scales, handle), (recv_x,))
             return recv_x, None, None, None, None, end
-        types = (library.int32,) * 4 + (library.bool, library.int32)
-        new_handle = [make(one, dtype) for one, dtype in zip(new_handle, types)]
-        new_handle[4] = is_token_in_rank
-        return (recv_x, make(recv_topk_idx, None if topk_idx is None else topk_idx.dtype),
-                make(recv_topk_weights, library.float32), counts, tuple(new_handle), end)
+        new_handle = [make(one, library.int32) for one in new_handle[:4] + new_handle[5:]]
+        new_handle.insert(4, is_token_in_rank)
+        result = (recv_x, make(recv_topk_idx, None if topk_idx is None else topk_idx.dtype),
+                  make(recv_topk_weights, library.float32), counts, tuple(new_handle))
+        used = (x, x_scales, topk_idx, topk_weights, num_tokens_per_rank, num_tokens_per_expert,
+                is_token_in_rank)
+        return *result, self._end(event, async_finish, used, result)
 
     def combine(self, x, handle, topk_weights=None, bias=None, config=None, previous_event=None,
                 async_finish=False, allocate_on_comm_stream=False, *,
@@ -287,8 +295,11 @@ class Buffer(LowLatency):
             self._views_of_handle(library, handle), config._values(),
             self._stats_view(library, combine_wait_recv_cost_stats),
             self._options(previous_event, async_finish, allocate_on_comm_stream))
-        return (library.make(combined_x, x.dtype), library.make(combined_weights, library.float32),
-                self._end(event, async_finish, (x, topk_weights, bias, handle)))
+        combined_x = library.make(combined_x, x.dtype)
+        combined_weights = library.make(combined_weights, library.float32)
+        end = self._end(event, async_finish, (x, topk_weights, bias, handle),
+                        (combined_x, combined_weights))
+        return combined_x, combined_weights, end
 
     @staticmethod
     def _views_of_handle(library, handle):

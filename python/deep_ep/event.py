@@ -1,15 +1,21 @@
 """Points in a stream of work, and what is said to wait for them."""
 
 import sys
+from functools import cache
 
 from . import _C
 
 
+@cache
+def _serves_gpus():
+    return _C.num_cuda_devices() > 0
+
+
 def current_stream(device=None):
     """(stream, device) of the caller's work as numbers: of torch's current CUDA stream, (0, -1)
-    where nothing was ever done on a GPU."""
+    where nothing was ever done on a GPU that we serve."""
     torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_initialized():
+    if torch is None or not torch.cuda.is_initialized() or not _serves_gpus():
         return 0, -1
     if device is None:
         device = torch.cuda.current_device()

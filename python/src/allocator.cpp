@@ -35,6 +35,15 @@ Held& held() {
   return *all;
 }
 
+bool is_held(const void* data, std::int64_t bytes) {
+  const std::lock_guard lock(held().mutex);
+  auto piece = held().pieces.upper_bound(const_cast<void*>(data));
+  if (piece == held().pieces.begin()) return false;
+  --piece;
+  return static_cast<const std::byte*>(data) + bytes <=
+         static_cast<const std::byte*>(piece->first) + piece->second.nbytes();
+}
+
 }  // namespace
 
 std::shared_ptr<void> ObjectAllocator::allocate(std::int64_t bytes, bool mapped,
@@ -46,6 +55,9 @@ std::shared_ptr<void> ObjectAllocator::allocate(std::int64_t bytes, bool mapped,
   if (given.is_none()) return nullptr;
   const auto parts = nb::cast<nb::tuple>(given);
   auto* data = reinterpret_cast<void*>(nb::cast<std::uintptr_t>(parts[0]));
+  // In a capture torch may take a pool of the graph's rather than ours; then the Buffer's own
+  // memory serves, which stays with the graph as well.
+  if (mapped && !is_held(data, bytes)) return nullptr;
   return {data, ObjectOwner{Reference(nb::borrow(parts[1]))}};
 }
 

@@ -10,7 +10,8 @@ import weakref
 import torch
 
 import deep_ep
-from routing import dispatch_arguments, make_inputs
+from deep_ep._groups import bootstrap_of
+from routing import Expected, dispatch_arguments, layout_of, make_inputs
 
 
 def resident_bytes():
@@ -88,8 +89,16 @@ def _dropped_inputs(group):
         one.x = arguments = got = None
         rubbish = [torch.full((300, 512), -7, dtype=torch.bfloat16) for _ in range(4)]
         event.current_stream_wait()
+        kept = result.clone()
+        again, *_, event = buffer.dispatch(expected.bfloat16(),
+                                           handle=tuple(part.clone() for part in handle),
+                                           async_finish=True)
+        rubbish = [torch.full(part.shape, 99, dtype=part.dtype) for part in handle
+                   for _ in range(4)]
+        event.current_stream_wait()
+        assert torch.equal(again, kept)
         combined, _, event = buffer.combine(result, handle, async_finish=True)
-        result = handle = None
+        result = handle = again = None
         rubbish = [torch.full((300, 512), -7, dtype=torch.bfloat16) for _ in range(4)]
         event.current_stream_wait()
         assert torch.equal(combined.float(), expected * in_rank)
@@ -99,6 +108,45 @@ def _dropped_inputs(group):
 
 def test_asynchronous_calls_hold_what_they_use(ranks):
     ranks.run(2, _dropped_inputs)
+
+
+def _memory_of_torch(group):
+    """The way of GPUs, on the host: torch allocates what no peer writes, and is asked for the
+    rest."""
+    buffer = deep_ep.Buffer(group, 1 << 20)
+    asked = []
+
+    def allocate(num_bytes, mapped, behind_event, async_finish):
+        asked.append((mapped, behind_event, async_finish))
+        if mapped:
+            return None
+        block = torch.full((num_bytes,), 0x5a, dtype=torch.uint8)
+        return block.data_ptr(), block
+
+    options = dict.fromkeys(("num_nvl_bytes", "num_rdma_bytes", "num_qps_per_rank", "timeout_ms",
+                             "num_threads"), 0)
+    options |= dict.fromkeys(("low_latency_mode", "allow_nvlink_for_low_latency_mode",
+                              "allow_mnnvl", "use_fabric", "explicitly_destroy", "enable_shrink"),
+                             False)
+    buffer.runtime.destroy()
+    buffer.runtime = deep_ep._C.Buffer(bootstrap_of(group), {"device": -1, **options}, allocate)
+    everyone = make_inputs(group.size(), experts=2 * group.size())
+    one = everyone[group.rank()]
+    got = buffer.dispatch(**dispatch_arguments(buffer, one))
+    assert asked == [(False, False, False)] * 2 + [(True, False, False)] * 2
+    Expected(everyone, group.rank()).check(*got[:3], got[4])
+    combined = buffer.combine(got[0], got[4], previous_event=buffer.capture())[0]
+    expected = one.x.float() * layout_of(one, group.size())[2].sum(1, keepdim=True)
+    assert torch.equal(combined.float(), expected)
+    assert not combined._is_view()  # autograd would refuse to change it in place
+    del one, got
+    gc.collect()
+    assert torch.equal(combined.float(), expected)
+    buffer.destroy()
+
+
+def test_results_in_memory_that_torch_gave_are_plain_tensors(ranks):
+    ranks.run(2, _memory_of_torch)
 
 
 def _other_thread(group):
