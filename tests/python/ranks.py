@@ -20,10 +20,17 @@ def _free_port():
         return probe.getsockname()[1]
 
 
-def _serve(rank, port, pipe):
+def _serve(rank, port, pipe, device):
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what a Buffer then takes for a machine without
     import torch
     import torch.distributed as dist
+
+    import routing
+    routing.DEVICE = device
     torch.set_num_threads(1)
+    if device == "cuda":  # ranks share GPUs when there are fewer
+        torch.cuda.set_device(rank % torch.cuda.device_count())
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank,
                             world_size=MOST_RANKS)
@@ -43,16 +50,19 @@ class Ranks:
     """`run(size, function, *arguments)` calls function(group, *arguments) on `size` ranks and
     returns their answers. One that fails or hangs fails the test; then the processes are new."""
 
-    def __init__(self):
+    def __init__(self, device="cpu"):
+        self.device = device
         self._processes = []
         self._pipes = []
 
     def _start(self):
-        context = multiprocessing.get_context("fork")
+        # CUDA does not survive a fork; without it that saves the time to import torch.
+        context = multiprocessing.get_context("fork" if self.device == "cpu" else "spawn")
         port = _free_port()
         for rank in range(MOST_RANKS):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, port, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, port, theirs, self.device),
+                                      daemon=True)
             process.start()
             self._processes.append(process)
             self._pipes.append(ours)

@@ -3,6 +3,13 @@ global view, written from the interface's description."""
 
 import torch
 
+DEVICE = "cpu"  # of the inputs; ranks on GPUs set theirs
+
+
+def same(found, expected):
+    """Equal in type, shape and every value, wherever they lie."""
+    return found.dtype == expected.dtype and torch.equal(found.cpu(), expected.cpu())
+
 
 class Inputs:
     """Of one rank. Values are small integers, so that sums are exact in bfloat16."""
@@ -16,6 +23,8 @@ class Inputs:
         self.topk_idx[torch.rand((tokens, topk), generator=random) < drop] = -1
         self.topk_weights = torch.randint(1, 9, (tokens, topk), generator=random) / 8.0
         self.experts = experts
+        for name in ("x", "topk_idx", "topk_weights"):
+            setattr(self, name, getattr(self, name).to(DEVICE))
 
 
 def make_inputs(size, tokens=17, **options):
@@ -34,7 +43,7 @@ def layout_of(one, size):
             if expert >= 0:
                 in_rank[token, expert // local] = True
                 per_expert[expert] += 1
-    return in_rank.sum(0).int(), per_expert, in_rank
+    return in_rank.sum(0).int().to(DEVICE), per_expert.to(DEVICE), in_rank.to(DEVICE)
 
 
 class Expected:
@@ -58,16 +67,16 @@ class Expected:
                 self.src_idx.append(token)
             self.from_rank.append(len(self.x) - before)
         self.rows = len(self.x)
-        found = torch.stack(self.topk_idx) if self.rows else torch.empty((0, 1), dtype=torch.int64)
+        found = torch.stack(self.topk_idx) if self.rows else torch.empty((0, 1))
         self.per_expert = [int((found == expert).sum()) for expert in range(local)]
 
     def check(self, recv_x, recv_topk_idx, recv_topk_weights, handle):
         assert recv_x.shape[0] >= self.rows
         assert handle[3][:self.rows].tolist() == self.src_idx
         for row in range(self.rows):
-            assert torch.equal(recv_x[row], self.x[row]), f"row {row}"
-            assert torch.equal(recv_topk_idx[row], self.topk_idx[row]), f"row {row}"
-            assert torch.equal(recv_topk_weights[row], self.topk_weights[row]), f"row {row}"
+            assert same(recv_x[row], self.x[row]), f"row {row}"
+            assert same(recv_topk_idx[row], self.topk_idx[row]), f"row {row}"
+            assert same(recv_topk_weights[row], self.topk_weights[row]), f"row {row}"
 
 
 def dispatch_arguments(buffer, one, **options):

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import deep_ep
-from routing import Expected, layout_of, make_inputs
+import routing
+from routing import Expected, layout_of, make_inputs, same
 
 
 def _vllm(group):
@@ -35,7 +36,7 @@ def _vllm(group):
         async_finish=True, allocate_on_comm_stream=False)
     event.current_stream_wait()
     assert none is None
-    assert torch.equal(combined.float(), one.x.float() * in_rank.sum(1, keepdim=True))
+    assert same(combined.float(), one.x.float() * in_rank.sum(1, keepdim=True))
     buffer.destroy()
 
 
@@ -96,7 +97,7 @@ def _megatron(group):
     mask = (ids >= 0).float()
     out = recv_x * (recv_weights * mask).sum(1, keepdim=True)
     combined = _Combine.apply(out, handle, buffer)
-    seed = torch.arange(combined.numel()).reshape(combined.shape) % 7 - 3.0
+    seed = torch.arange(combined.numel(), device=routing.DEVICE).reshape(combined.shape) % 7 - 3.0
     combined.backward(seed)
     # One process: every selected expert multiplies the token by its weight.
     valid = (one.topk_idx >= 0).float()
@@ -131,7 +132,7 @@ def _sglang(group):
                                         previous_event=deep_ep.Buffer.capture(),
                                         allocate_on_comm_stream=True)
     event.current_stream_wait()
-    assert torch.equal(combined.float(), one.x.float() * in_rank.sum(1, keepdim=True))
+    assert same(combined.float(), one.x.float() * in_rank.sum(1, keepdim=True))
 
 
 class _Mpi:
@@ -170,7 +171,7 @@ def _other_groups(group):
         assert (buffer.rank, buffer.group_size) == (group.rank(), group.size())
         assert buffer.group is options["group"]
         found = buffer.get_dispatch_layout(one.topk_idx, one.experts)
-        assert torch.equal(found[3], layout_of(one, group.size())[2])
+        assert same(found[3], layout_of(one, group.size())[2])
         buffer.destroy()  # and again, larger, as TensorRT-LLM grows
 
 
@@ -233,10 +234,10 @@ def _cloned_handles(group):
     recv_x, _, _, _, handle, _ = buffer.dispatch(one.x, None, per_rank, None, in_rank, per_expert)
     kept = tuple(part.clone() for part in handle)
     first = buffer.combine(recv_x, handle)[0]
-    assert all(torch.equal(*pair) for pair in zip(handle, kept))  # combine changes nothing
+    assert all(same(*pair) for pair in zip(handle, kept))  # combine changes nothing
     for config in (deep_ep.Config(2, 1, 1), deep_ep.Config(64, 6, 256)):
-        assert torch.equal(buffer.dispatch(one.x, handle=kept, config=config)[0], recv_x)
-        assert torch.equal(buffer.combine(recv_x, kept, config=config)[0], first)
+        assert same(buffer.dispatch(one.x, handle=kept, config=config)[0], recv_x)
+        assert same(buffer.combine(recv_x, kept, config=config)[0], first)
     buffer.destroy()
 
 
@@ -258,7 +259,7 @@ def _threads(group):
                 got = buffer.dispatch(one.x, None, layout[0], None, layout[3], layout[2])
                 combined = buffer.combine(got[0], got[4])[0]
                 expected = one.x.float() * layout[3].sum(1, keepdim=True)
-                assert torch.equal(combined.float(), expected)
+                assert same(combined.float(), expected)
         except BaseException as error:
             wrong.append(error)
 

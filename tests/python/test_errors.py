@@ -41,8 +41,8 @@ def _wrong_types(group):
     buffer.destroy()
 
 
-def test_wrong_types_are_type_errors_and_touch_nobody(ranks):
-    ranks.run(2, _wrong_types)
+def test_wrong_types_are_type_errors_and_touch_nobody(cpu_ranks):
+    cpu_ranks.run(2, _wrong_types)
 
 
 def _error_of(call):
@@ -59,8 +59,8 @@ def _ids_out_of_range(group):
     assert "num_experts" in str(error)
 
 
-def test_errors_name_the_argument_and_its_value(ranks):
-    ranks.run(2, _ids_out_of_range)
+def test_errors_name_the_argument_and_its_value(cpu_ranks):
+    cpu_ranks.run(2, _ids_out_of_range)
 
 
 def _refused_on_one(group):
@@ -79,8 +79,8 @@ def _refused_on_one(group):
     return error.code, error.ranks
 
 
-def test_a_refusal_of_one_rank_is_known_to_all(ranks):
-    (code, blamed), (own_code, _) = ranks.run(2, _refused_on_one)
+def test_a_refusal_of_one_rank_is_known_to_all(cpu_ranks):
+    (code, blamed), (own_code, _) = cpu_ranks.run(2, _refused_on_one)
     assert (code, blamed, own_code) == ("peer failed", [1], "invalid argument")
 
 
@@ -100,8 +100,8 @@ class _Alone:
         return 1
 
 
-def test_a_group_of_one_needs_no_gather(ranks):
-    assert ranks.run(2, _missing)[0]
+def test_a_group_of_one_needs_no_gather(cpu_ranks):
+    assert cpu_ranks.run(2, _missing)[0]
 
 
 def _late(group):
@@ -118,8 +118,8 @@ def _late(group):
     return error.code, error.ranks
 
 
-def test_a_rank_that_does_not_come_is_named_in_time(ranks):
-    assert ranks.run(2, _late)[0] == ("timeout", [1])
+def test_a_rank_that_does_not_come_is_named_in_time(cpu_ranks):
+    assert cpu_ranks.run(2, _late)[0] == ("timeout", [1])
 
 
 def _too_few_worst_tokens(group):
@@ -129,8 +129,8 @@ def _too_few_worst_tokens(group):
     return _error_of(lambda: buffer.dispatch(**arguments)).code
 
 
-def test_too_few_worst_tokens_are_an_error_not_a_write_past_the_end(ranks):
-    assert "capacity" in ranks.run(2, _too_few_worst_tokens)
+def test_too_few_worst_tokens_are_an_error_not_a_write_past_the_end(cpu_ranks):
+    assert "capacity" in cpu_ranks.run(2, _too_few_worst_tokens)
 
 
 def _destroyed(group):
@@ -147,8 +147,8 @@ def _destroyed(group):
     return True
 
 
-def test_destroy_is_idempotent_and_results_outlive_it(ranks):
-    ranks.run(2, _destroyed)
+def test_destroy_is_idempotent_and_results_outlive_it(cpu_ranks):
+    cpu_ranks.run(2, _destroyed)
 
 
 def _broken_gather(group):
@@ -178,8 +178,8 @@ class _NoGather:
         return 2
 
 
-def test_what_a_group_raises_arrives_as_it_is(ranks):
-    ranks.run(1, _broken_gather)
+def test_what_a_group_raises_arrives_as_it_is(cpu_ranks):
+    cpu_ranks.run(1, _broken_gather)
 
 
 def _no_gpu(group):
@@ -190,8 +190,8 @@ def _no_gpu(group):
     return "refused"
 
 
-def test_a_missing_gpu_is_told_at_construction(ranks):
-    if ranks.run(1, _no_gpu) == ["there is one"]:
+def test_a_missing_gpu_is_told_at_construction(cpu_ranks):
+    if cpu_ranks.run(1, _no_gpu) == ["there is one"]:
         pytest.skip("this machine has a GPU")
 
 
@@ -207,5 +207,5 @@ def _async_failure(group):
     return _error_of(event.current_stream_wait).code
 
 
-def test_the_failure_of_an_asynchronous_call_is_raised_by_its_event(ranks):
-    assert ranks.run(2, _async_failure)[0] == "timeout"
+def test_the_failure_of_an_asynchronous_call_is_raised_by_its_event(cpu_ranks):
+    assert cpu_ranks.run(2, _async_failure)[0] == "timeout"

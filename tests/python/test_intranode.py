@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import deep_ep
-from routing import Expected, Inputs, calc_diff, dispatch_arguments, layout_of, make_inputs
+import routing
+from routing import Expected, Inputs, calc_diff, dispatch_arguments, layout_of, make_inputs, same
 
 
 def buffer_of(group, **options):
@@ -19,9 +20,9 @@ def _layout(group):
     for ids in (one.topk_idx, one.topk_idx.int()):
         found = buffer.get_dispatch_layout(ids, one.experts)
         assert found[1] is None and isinstance(found[4], deep_ep.EventOverlap)
-        assert torch.equal(found[0], per_rank) and found[0].dtype == torch.int32
-        assert torch.equal(found[2], per_expert) and found[2].dtype == torch.int32
-        assert torch.equal(found[3], in_rank) and found[3].dtype == torch.bool
+        assert same(found[0], per_rank) and found[0].dtype == torch.int32
+        assert same(found[2], per_expert) and found[2].dtype == torch.int32
+        assert same(found[3], in_rank) and found[3].dtype == torch.bool
     buffer.destroy()
 
 
@@ -47,10 +48,10 @@ def _round_trip(group, tokens, options):
     combined, combined_weights, event = buffer.combine(recv_x, handle, weights)
     ranks_of_token = layout_of(one, size)[2].sum(1, keepdim=True)
     assert event.event is None
-    assert torch.equal(combined.float(), one.x.float() * ranks_of_token)
-    assert torch.equal(combined_weights, torch.where(one.topk_idx >= 0, one.topk_weights, 0.0))
+    assert same(combined.float(), one.x.float() * ranks_of_token)
+    assert same(combined_weights, torch.where(one.topk_idx >= 0, one.topk_weights, 0.0))
     without = buffer.combine(recv_x, handle)
-    assert without[1] is None and torch.equal(without[0], combined)
+    assert without[1] is None and same(without[0], combined)
     buffer.destroy()
 
 
@@ -76,7 +77,7 @@ def _forms(group):
     buffer = buffer_of(group)
     everyone = make_inputs(size, 40, hidden=256, experts=4 * size)
     one, expected = everyone[rank], Expected(everyone, rank)
-    scales = torch.rand((2, 40)).t()  # column-major
+    scales = torch.rand((2, 40), device=routing.DEVICE).t()  # column-major
     payloads = [one.x, torch.ones_like(one.x) * rank, (one.x.to(torch.float8_e4m3fn), scales)]
     for previous in (False, True):
         for asynchronous in (False, True):
@@ -102,14 +103,14 @@ def _check_form(buffer, result, payload, expected, with_topk, arguments):
     recv_x, ids, weights, counts, handle, _ = result
     assert counts == expected.per_expert
     if with_topk:
-        assert torch.equal(ids, torch.stack(expected.topk_idx))
+        assert same(ids, torch.stack(expected.topk_idx))
         worst = buffer.dispatch(**{**arguments, "num_worst_tokens": 400})
         if worst[5].event is not None:
             worst[5].current_stream_wait()
         assert worst[3] == [] and worst[4][3].shape == (400,)
-        assert torch.equal(worst[1][:expected.rows], ids)
+        assert same(worst[1][:expected.rows], ids)
         assert (worst[1][expected.rows:] == -1).all()
-        assert torch.equal(worst[2][:expected.rows], weights)
+        assert same(worst[2][:expected.rows], weights)
     else:
         assert ids is None and weights is None
     cached = buffer.dispatch(payload, handle=handle, config=deep_ep.Config(24, 4, 64))
@@ -117,11 +118,11 @@ def _check_form(buffer, result, payload, expected, with_topk, arguments):
     if isinstance(payload, tuple):
         assert isinstance(recv_x, tuple) and recv_x[0].dtype == torch.float8_e4m3fn
         assert recv_x[1].dtype == torch.float32 and recv_x[1].shape == (expected.rows, 2)
-        assert torch.equal(cached[0][0].view(torch.uint8), recv_x[0].view(torch.uint8))
-        assert torch.equal(cached[0][1], recv_x[1])
+        assert same(cached[0][0].view(torch.uint8), recv_x[0].view(torch.uint8))
+        assert same(cached[0][1], recv_x[1])
         recv_x = recv_x[0].to(torch.bfloat16)
     else:
-        assert torch.equal(cached[0], recv_x)
+        assert same(cached[0], recv_x)
     combined = buffer.combine(recv_x, handle, config=deep_ep.Config(24, 3, 256))[0]
     sent = payload[0] if isinstance(payload, tuple) else payload
     ranks_of_token = arguments["is_token_in_rank"].sum(1, keepdim=True)
@@ -140,14 +141,16 @@ def _opaque(group):
     one = make_inputs(size, experts=2 * size)[group.rank()]
     arguments = dispatch_arguments(buffer, one)
     for dtype in (torch.int8, torch.uint8, torch.float8_e5m2):
-        payload = torch.randint(0, 256, one.x.shape, dtype=torch.uint8).view(dtype)
+        payload = torch.randint(0, 256, one.x.shape, dtype=torch.uint8,
+                                device=routing.DEVICE).view(dtype)
         result = buffer.dispatch(**{**arguments, "x": payload})
         assert result[0].dtype == dtype
         own = result[4][0][group.rank() - 1, group.rank()] if group.rank() else 0
         kept = arguments["is_token_in_rank"][:, group.rank()]
         mine = result[0][own:own + int(kept.sum())]
-        assert torch.equal(mine.view(torch.uint8), payload.view(torch.uint8)[kept])
-    packed = torch.randint(0, 2**31, (one.x.shape[0], 3), dtype=torch.int32)
+        assert same(mine.view(torch.uint8), payload.view(torch.uint8)[kept])
+    packed = torch.randint(0, 2**31, (one.x.shape[0], 3), dtype=torch.int32,
+                           device=routing.DEVICE)
     result = buffer.dispatch(**{**arguments, "x": (one.x.to(torch.float8_e4m3fn), packed)})
     assert result[0][1].dtype == torch.int32
     buffer.destroy()
@@ -164,8 +167,8 @@ def _bias(group):
     recv_x, _, _, _, handle, _ = buffer.dispatch(**dispatch_arguments(buffer, one))
     plain = buffer.combine(recv_x, handle)[0]
     first, second = torch.full_like(one.x, 2), torch.full_like(one.x, -5)
-    assert torch.equal(buffer.combine(recv_x, handle, bias=first)[0], plain + 2)
-    assert torch.equal(buffer.combine(recv_x, handle, bias=(first, second))[0], plain - 3)
+    assert same(buffer.combine(recv_x, handle, bias=first)[0], plain + 2)
+    assert same(buffer.combine(recv_x, handle, bias=(first, second))[0], plain - 3)
     buffer.destroy()
 
 

@@ -47,9 +47,9 @@ def _many_calls(group, calls):
     return grown
 
 
-def test_ten_thousand_calls_leave_nothing_behind(ranks):
+def test_ten_thousand_calls_leave_nothing_behind(cpu_ranks):
     # 3 calls a step. One lost object of 100 bytes a step would be 340 KB.
-    assert max(ranks.run(2, _many_calls, 3400)) < 256 << 10
+    assert max(cpu_ranks.run(2, _many_calls, 3400)) < 256 << 10
 
 
 def _live_results(group):
@@ -71,8 +71,8 @@ def _live_results(group):
         assert torch.equal(src, src_copy)
 
 
-def test_live_results_are_not_overwritten(ranks):
-    ranks.run(2, _live_results)
+def test_live_results_are_not_overwritten(cpu_ranks):
+    cpu_ranks.run(2, _live_results)
 
 
 def _dropped_inputs(group):
@@ -106,8 +106,8 @@ def _dropped_inputs(group):
     buffer.destroy()
 
 
-def test_asynchronous_calls_hold_what_they_use(ranks):
-    ranks.run(2, _dropped_inputs)
+def test_asynchronous_calls_hold_what_they_use(cpu_ranks):
+    cpu_ranks.run(2, _dropped_inputs)
 
 
 def _memory_of_torch(group):
@@ -145,8 +145,8 @@ def _memory_of_torch(group):
     buffer.destroy()
 
 
-def test_results_in_memory_that_torch_gave_are_plain_tensors(ranks):
-    ranks.run(2, _memory_of_torch)
+def test_results_in_memory_that_torch_gave_are_plain_tensors(cpu_ranks):
+    cpu_ranks.run(2, _memory_of_torch)
 
 
 def _other_thread(group):
@@ -161,8 +161,8 @@ def _other_thread(group):
     buffer.destroy()
 
 
-def test_results_may_die_on_any_thread(ranks):
-    ranks.run(2, _other_thread)
+def test_results_may_die_on_any_thread(cpu_ranks):
+    cpu_ranks.run(2, _other_thread)
 
 
 def _dropped_buffer(group):
@@ -173,8 +173,8 @@ def _dropped_buffer(group):
     torch.distributed.barrier(group)
 
 
-def test_a_dropped_buffer_is_gone_at_once(ranks):
-    ranks.run(2, _dropped_buffer)
+def test_a_dropped_buffer_is_gone_at_once(cpu_ranks):
+    cpu_ranks.run(2, _dropped_buffer)
 
 
 def test_a_process_may_end_with_everything_alive():
