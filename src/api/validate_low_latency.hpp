@@ -9,7 +9,7 @@ namespace deep_ep {
 
 struct LowLatencyDispatchShape {
   plan::LowLatencyShape shape;
-  protocol::CallRecord record;
+  protocol::CallRecord record{};
   internode_ll::Quantization quantization = internode_ll::Quantization::kNone;
   DType row_dtype = DType::kBfloat16;   // of recv_x
   DType scale_dtype = DType::kFloat32;  // of recv_x_scales, if num_scales > 0
@@ -20,7 +20,7 @@ LowLatencyDispatchShape validate_dispatch(const LowLatencyDispatchArgs& args, in
 
 struct LowLatencyCombineShape {
   plan::LowLatencyShape shape;
-  protocol::CallRecord record;
+  protocol::CallRecord record{};
 };
 LowLatencyCombineShape validate_combine(const LowLatencyCombineArgs& args, int num_ranks,
                                         Device device);

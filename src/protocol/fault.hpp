@@ -19,10 +19,12 @@ enum class Finding : std::uint32_t {
   kCapacity,      // values: rows, num_worst_tokens
   kBadPosition,   // values: token, rank, send_head, rows that go there
   kBadMatrix,     // values: rank, rows by the matrix, rows that there is room for
+  kOtherRouting,  // values: token of a source, its expert here, row, what src_info says; rank: source
+  kThirdLive,     // value: ticket that has not been received
 };
 
 /// What a wait waits for.
-enum class Wait : std::uint32_t { kCall, kPlace, kRows };
+enum class Wait : std::uint32_t { kCall, kPlace, kRows, kConsumed };
 
 /// Why a rank's Buffer no longer works, in that rank's control block. Anyone may write it, once:
 /// the first writer wins, and everything that waits reads it at each turn. claim() needs memory

@@ -5,6 +5,7 @@
 #include "backend/cuda/context.hpp"
 #include "backend/cuda/device_heap.hpp"
 #include "backend/cuda/intranode/steps.hpp"
+#include "backend/cuda/low_latency.hpp"
 #include "backend/cuda/make_backend.hpp"
 #include "backend/cuda/memory/memory.hpp"
 #include "base/log.hpp"
@@ -19,7 +20,7 @@ constexpr std::int64_t kGrowthBytes = 32 << 20;
 
 cudaStream_t native(Stream stream) { return static_cast<cudaStream_t>(stream.native); }
 
-intranode::Ids ids_of(const TensorView& topk_idx) {
+Ids ids_of(const TensorView& topk_idx) {
   return {topk_idx.defined() ? topk_idx.data : nullptr, topk_idx.dtype == DType::kInt64};
 }
 
@@ -35,6 +36,7 @@ class CudaBackend final : public Backend {
   explicit CudaBackend(const BackendOptions& options)
       : options_(options),
         context_(options),
+        low_latency_(context_, options),
         heap_(std::make_shared<DeviceHeap>(
             context_, [this](std::int64_t bytes) { return grow(bytes); },
             [this](int segment) { return context_.fabric().own_segment(segment); })),
@@ -156,16 +158,30 @@ class CudaBackend final : public Backend {
   // The record travels with the place of the inbox, in combine's own kernel.
   void cached_notify_combine(const deep_ep::intranode::CombineParams&) override {}
   void combine(const deep_ep::intranode::CombineParams& params) override;
-  void dispatch(const internode_ll::DispatchParams&) override { refuse_low_latency(); }
-  void combine(const internode_ll::CombineParams&) override { refuse_low_latency(); }
-  void update_mask(int, bool, Stream) override { refuse_low_latency(); }
-  void query_mask(std::int32_t*, Stream) override { refuse_low_latency(); }
-  void clean_mask(Stream) override { refuse_low_latency(); }
+  void dispatch(const deep_ep::internode_ll::DispatchParams& params) override {
+    require_aligned(params.x, "x");
+    require_aligned(params.recv_x, "recv_x");
+    low_latency_.dispatch(params);
+  }
+  void combine(const deep_ep::internode_ll::CombineParams& params) override {
+    require_aligned(params.x, "x");
+    require_aligned(params.combined_x, "out");
+    low_latency_.combine(params);
+  }
+  void update_mask(int rank, bool masked, Stream stream) override {
+    const DeviceGuard guard(context_.device());
+    low_latency_.update_mask(rank, masked, stream);
+  }
+  void query_mask(std::int32_t* masks, Stream stream) override {
+    const DeviceGuard guard(context_.device());
+    low_latency_.query_mask(masks, stream);
+  }
+  void clean_mask(Stream stream) override {
+    const DeviceGuard guard(context_.device());
+    low_latency_.clean_mask(stream);
+  }
 
  private:
-  [[noreturn]] static void refuse_low_latency() {
-    throw Error(ErrorCode::kUnsupported, "device cuda: this version has no low-latency mode there");
-  }
   static std::vector<Tensor> allocate_from(DeviceHeap& heap, std::vector<TensorView> views,
                                            Stream stream) {
     const auto carve = [&](Carver carver) {
@@ -211,6 +227,7 @@ class CudaBackend final : public Backend {
 
   BackendOptions options_;
   mutable Context context_;
+  LowLatency low_latency_;
   std::unique_ptr<fabric::Memory> private_memory_;
   std::vector<std::shared_ptr<fabric::Mapping>> private_segments_;
   std::shared_ptr<DeviceHeap> heap_;

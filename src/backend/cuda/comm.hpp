@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "base/carver.hpp"
+#include "plan/low_latency.hpp"
 #include "protocol/control.hpp"
 
 // What a kernel knows of its rank and the others. Compiled by g++ and nvcc.
@@ -41,12 +42,29 @@ struct DeviceControl {
   }
 };
 
+/// What low latency remembers from kernel to kernel; parts as in plan::LowLatencyLayout.
+struct LowLatencyState {
+  static constexpr int kParts = plan::LowLatencyLayout::kParts;
+  static constexpr int kMaxBlocks = 256;
+
+  /// The same in all blocks, which need not wait for each other so: each counts by itself, block 0
+  /// also for those that a kernel is launched without.
+  struct alignas(16) Block {
+    std::uint64_t sent[2];       // last ticket of each kind
+    std::uint32_t live[kParts];  // 1: sent, not received
+  };
+  std::uint64_t consumed[kParts];  // last ticket received
+  std::uint64_t told[kParts];      // the same, as the sources know it; a kernel behind
+  Block blocks[kMaxBlocks];
+};
+
 /// Words of this rank alone, in its GPU's memory. Kernels of a Buffer run one after the other.
 struct LocalState {
   std::uint64_t epoch;        // collective kernels that have ended; the same on all ranks
   std::uint32_t blocks_done;  // of the kernel that runs
   // The longest wait of the kernel that runs for each rank, in SM clock cycles.
   unsigned long long waited[kMaxRanks];
+  LowLatencyState low_latency;
 };
 
 /// Words that kernels and the host share, in host memory that the GPU maps.

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "backend/cuda/check.hpp"
+#include "backend/cuda/internode_ll/steps.hpp"
 #include "backend/cuda/intranode/steps.hpp"
 #include "backend/cuda/memory/memory.hpp"
 #include "backend/cuda/memory/zero.hpp"
@@ -127,6 +128,9 @@ Context::Context(const BackendOptions& options)
   segments_ = allocate_zeroed<std::byte*>(static_cast<std::size_t>(num_ranks_) * kMaxSegments);
   // Loading a kernel later could wait for those that run, which may wait for it.
   check(intranode::load_kernels(), "loading of the kernels");
+  for (const auto load :
+       {internode_ll::load_dispatch, internode_ll::load_combine, internode_ll::load_mask})
+    check(load(), "loading of the kernels");
   local_ = allocate_zeroed<LocalState>(1);
 }
 

@@ -30,6 +30,10 @@ const char* operation_of(std::uint32_t kind) {
       return "intranode_dispatch";
     case OpKind::kCombine:
       return "intranode_combine";
+    case OpKind::kLowLatencyDispatch:
+      return "low_latency_dispatch";
+    case OpKind::kLowLatencyCombine:
+      return "low_latency_combine";
     default:
       return "get_dispatch_layout";
   }
@@ -41,6 +45,8 @@ const char* describe(protocol::Wait wait) {
       return "the other ranks to call it";
     case protocol::Wait::kPlace:
       return "the place of its results";
+    case protocol::Wait::kConsumed:
+      return "it to have received the call before the last";
     default:
       return "its rows";
   }
@@ -95,6 +101,14 @@ std::string describe(const FaultRecord& record) {
           "handle.rank_prefix_matrix names {} rows of rank {}, which has room for "
           "{}",
           v[1], v[0], v[2]);
+    case Finding::kOtherRouting:
+      return fmt::format(
+          "topk_idx of rank {} is not what its dispatch was given: its token {} names local expert "
+          "{}, whose row {} is of token {}",
+          rank, v[0], v[1], v[2], v[3]);
+    case Finding::kThirdLive:
+      return fmt::format("call {} has not been received, the call after the next cannot be sent",
+                         v[0]);
   }
   return "an unknown finding";
 }

@@ -17,6 +17,47 @@ __device__ __forceinline__ std::uint32_t shared_address(const void* pointer) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// 16 bytes in one access, never torn; relaxed: they order nothing but themselves.
+
+struct Words16 {
+  std::uint64_t low;
+  std::uint64_t high;
+};
+__device__ __forceinline__ void store_relaxed_sys_b128(void* to, Words16 value) {
+  asm volatile(
+      "{\n"
+      ".reg .b128 v;\n"
+      "mov.b128 v, {%1, %2};\n"
+      "st.relaxed.sys.global.b128 [%0], v;\n"
+      "}" ::"l"(to),
+      "l"(value.low), "l"(value.high)
+      : "memory");
+}
+__device__ __forceinline__ Words16 load_relaxed_sys_b128(const void* from) {
+  Words16 value;
+  asm volatile(
+      "{\n"
+      ".reg .b128 v;\n"
+      "ld.relaxed.sys.global.b128 v, [%2];\n"
+      "mov.b128 {%0, %1}, v;\n"
+      "}"
+      : "=l"(value.low), "=l"(value.high)
+      : "l"(from)
+      : "memory");
+  return value;
+}
+__device__ __forceinline__ void fence_acq_rel_sys() {
+  asm volatile("fence.acq_rel.sys;" ::: "memory");
+}
+__device__ __forceinline__ void fence_sc_gpu() { asm volatile("fence.sc.gpu;" ::: "memory"); }
+
+/// Two floats to e4m3, the second in the upper byte: nearest even, saturating, NaN to 0x7f.
+__device__ __forceinline__ std::uint16_t convert_e4m3x2(float low, float high) {
+  std::uint16_t codes;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(codes) : "f"(high), "f"(low));
+  return codes;
+}
+
 // Bulk copies and the barriers in shared memory that they complete on. They run in the async proxy;
 // their completion, once observed, is a fence between it and the generic one.
 

@@ -1,6 +1,6 @@
+#include "backend/cuda/device/launch.cuh"
 #include "backend/cuda/device/waiting.cuh"
 #include "backend/cuda/intranode/exchange.cuh"
-#include "backend/cuda/intranode/launch.cuh"
 #include "backend/cuda/intranode/steps.hpp"
 
 namespace deep_ep::cuda::intranode {

@@ -1,7 +1,7 @@
+#include "backend/cuda/device/launch.cuh"
 #include "backend/cuda/device/places.cuh"
 #include "backend/cuda/device/pump.cuh"
 #include "backend/cuda/device/sums.cuh"
-#include "backend/cuda/intranode/launch.cuh"
 #include "backend/cuda/intranode/steps.hpp"
 #include "plan/layout.hpp"
 

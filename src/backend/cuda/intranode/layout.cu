@@ -1,5 +1,5 @@
+#include "backend/cuda/device/launch.cuh"
 #include "backend/cuda/device/waiting.cuh"
-#include "backend/cuda/intranode/launch.cuh"
 #include "backend/cuda/intranode/steps.hpp"
 
 namespace deep_ep::cuda::intranode {

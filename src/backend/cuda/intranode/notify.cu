@@ -1,5 +1,5 @@
+#include "backend/cuda/device/launch.cuh"
 #include "backend/cuda/intranode/exchange.cuh"
-#include "backend/cuda/intranode/launch.cuh"
 #include "backend/cuda/intranode/steps.hpp"
 #include "plan/layout.hpp"
 

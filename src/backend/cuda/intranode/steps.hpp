@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <initializer_list>
 
+#include "backend/cuda/arrays.hpp"
 #include "backend/cuda/comm.hpp"
 #include "plan/recv_arrays.hpp"
 
@@ -13,24 +14,6 @@
 // this rank's GPU unless it says otherwise. Their names are what profilers show: see
 // ARCHITECTURE.md.
 namespace deep_ep::cuda::intranode {
-
-/// A matrix whose element [i, j] lies at i * row_stride + j * column_stride elements.
-struct StridedWords {
-  const std::uint32_t* data = nullptr;  // null: none
-  std::int64_t row_stride = 0;
-  std::int64_t column_stride = 0;
-};
-
-/// Ids of either width.
-struct Ids {
-  const void* data = nullptr;  // [N, K]; null: none
-  bool wide = false;           // int64 rather than int32
-
-  __host__ __device__ std::int64_t operator[](std::int64_t i) const {
-    return wide ? static_cast<const std::int64_t*>(data)[i]
-                : static_cast<const std::int32_t*>(data)[i];
-  }
-};
 
 struct LayoutArgs {
   Comm comm;

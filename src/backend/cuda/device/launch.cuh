@@ -5,7 +5,10 @@
 #include <atomic>
 #include <cstdint>
 
-namespace deep_ep::cuda::intranode {
+namespace deep_ep::cuda {
+
+/// Dynamic shared memory of a block, from Hopper on.
+constexpr int kMaxSharedBytes = 224 << 10;  // 227, less what kernels have of static size
 
 /// Lets kKernel have `bytes` of dynamic shared memory on the current device, which has to be said
 /// once a device.
@@ -28,4 +31,4 @@ cudaError_t load() {
   return cudaFuncGetAttributes(&attributes, kKernel);
 }
 
-}  // namespace deep_ep::cuda::intranode
+}  // namespace deep_ep::cuda

@@ -1,0 +1,127 @@
+#include "backend/cuda/low_latency.hpp"
+
+#include <algorithm>
+
+#include "backend/cuda/check.hpp"
+#include "base/error.hpp"
+
+namespace deep_ep::cuda {
+
+namespace {
+
+using deep_ep::internode_ll::Phases;
+using deep_ep::internode_ll::Quantization;
+
+cudaStream_t native(Stream stream) { return static_cast<cudaStream_t>(stream.native); }
+
+void check_launch(cudaError_t status, const char* name, const plan::LowLatencyShape& shape) {
+  if (status == cudaErrorInvalidValue) {
+    (void)cudaGetLastError();
+    throw Error(ErrorCode::kUnsupported,
+                fmt::format("{}: rows of {} bytes and {} experts are more than the shared memory "
+                            "of an SM holds",
+                            name, shape.row_bytes, shape.num_experts));
+  }
+  check(status, name);
+}
+
+}  // namespace
+
+LowLatency::LowLatency(Context& context, const BackendOptions& options)
+    : context_(context),
+      bytes_(options.low_latency_bytes),
+      num_ranks_(options.num_ranks),
+      may_shrink_(options.enable_shrink) {
+  // Not at first use, which may lie in a capture.
+  if (may_shrink_) (void)mask_words_.get(num_ranks_ * std::int64_t{4});
+}
+
+void LowLatency::fill(const deep_ep::internode_ll::Step& step, plan::LowLatencyKind kind,
+                      internode_ll::StepArgs& args) {
+  args.comm = context_.comm(step.call);
+  args.sends = has(step.phases, Phases::kSend);
+  args.receives = has(step.phases, Phases::kReceive);
+  args.rank_major = step.rank_major;
+  args.kind = kind;
+  args.shape = step.shape;
+  if (step.shape.num_experts > internode_ll::StepArgs::kMaxExperts) {
+    throw Error(ErrorCode::kUnsupported,
+                fmt::format("num_experts is {}, on GPUs {} are allowed at most",
+                            step.shape.num_experts, internode_ll::StepArgs::kMaxExperts));
+  }
+  args.set_experts(step.shape.num_local_experts());
+  std::byte* base = args.comm.bases[args.comm.rank] + Context::control_bytes(num_ranks_);
+  args.layout = plan::LowLatencyLayout::carve(base, bytes_, num_ranks_);
+  args.places = args.layout.places(kind, 0, step.shape);
+  args.topk_idx = {step.topk_idx.data, step.topk_idx.dtype == DType::kInt64};
+  args.num_tokens = step.call.record.num_tokens;
+  args.ticket = step.ticket;
+  if (may_shrink_)
+    args.masks = static_cast<std::int32_t*>(mask_words_.get(num_ranks_ * std::int64_t{4}));
+  args.wait_stats = step.wait_stats;
+}
+
+/// All SMs, unless there can never be that many messages.
+int LowLatency::num_blocks(const deep_ep::internode_ll::Step& step) const {
+  const std::int64_t most = step.shape.max_tokens * num_ranks_ + 1;
+  const std::int64_t sms = std::min(context_.num_sms(), LowLatencyState::kMaxBlocks);
+  return static_cast<int>(std::min(sms, most));
+}
+
+void LowLatency::dispatch(const deep_ep::internode_ll::DispatchParams& params) {
+  internode_ll::DispatchArgs args;
+  fill(params, plan::LowLatencyKind::kDispatch, args);
+  args.x = params.x;
+  args.quantize = params.quantization != Quantization::kNone;
+  args.scaling = params.quantization == Quantization::kFp8Ue8m0 ? internode_ll::Scaling::kUe8m0
+                 : params.quantization == Quantization::kFp8PowerOfTwo
+                     ? internode_ll::Scaling::kPowerOfTwo
+                     : internode_ll::Scaling::kFloat;
+  if (params.x_scales.defined()) {
+    args.x_scales = {params.x_scales.as<const std::uint32_t>(), params.x_scales.strides[0],
+                     params.x_scales.strides[1]};
+  }
+  args.topk_weights = params.topk_weights;
+  args.x_bytes = params.x_bytes;
+  args.num_scales = params.num_scales;
+  args.recv_x = params.recv_x;
+  args.recv_scales = params.recv_x_scales.as<std::uint32_t>();
+  std::copy_n(params.recv_x_scales.strides.begin(), 3, args.recv_scales_strides);
+  args.recv_count = params.recv_count;
+  args.recv_topk_idx = params.recv_topk_idx.data;
+  args.recv_topk_weights = params.recv_topk_weights;
+  args.src_info = params.src_info;
+  args.layout_range = params.layout_range;
+  args.cumulative_stats = params.cumulative_stats;
+  check_launch(internode_ll::launch_dispatch(args, num_blocks(params), native(params.stream)),
+               "launch of dispatch", params.shape);
+}
+
+void LowLatency::combine(const deep_ep::internode_ll::CombineParams& params) {
+  internode_ll::CombineArgs args;
+  fill(params, plan::LowLatencyKind::kCombine, args);
+  args.x = params.x;
+  args.topk_weights = params.topk_weights;
+  args.src_info = params.src_info;
+  args.layout_range = params.layout_range;
+  args.combined_x = params.combined_x;
+  check_launch(internode_ll::launch_combine(args, num_blocks(params), native(params.stream)),
+               "launch of combine", params.shape);
+}
+
+void LowLatency::update_mask(int rank, bool masked, Stream stream) {
+  auto* masks = static_cast<std::int32_t*>(mask_words_.get(num_ranks_ * std::int64_t{4}));
+  check(internode_ll::launch_set_mask(masks, num_ranks_, rank, masked ? 1 : 0, native(stream)),
+        "launch of set_mask");
+}
+
+void LowLatency::clean_mask(Stream stream) { update_mask(-1, false, stream); }
+
+void LowLatency::query_mask(std::int32_t* masks, Stream stream) {
+  check(cudaMemcpyAsync(masks, mask_words_.get(num_ranks_ * std::int64_t{4}),
+                        static_cast<std::size_t>(num_ranks_) * 4, cudaMemcpyDeviceToDevice,
+                        native(stream)),
+        "cudaMemcpyAsync");
+}
+
+}  // namespace deep_ep::cuda

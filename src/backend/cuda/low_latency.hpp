@@ -1,0 +1,35 @@
+#pragma once
+
+#include <cstdint>
+#include <memory>
+
+#include "backend/cuda/context.hpp"
+#include "backend/cuda/internode_ll/steps.hpp"
+#include "backend/params.hpp"
+
+namespace deep_ep::cuda {
+
+/// The low-latency steps of a rank: from their params to their kernels.
+class LowLatency {
+ public:
+  LowLatency(Context& context, const BackendOptions& options);
+
+  void dispatch(const deep_ep::internode_ll::DispatchParams& params);
+  void combine(const deep_ep::internode_ll::CombineParams& params);
+  void update_mask(int rank, bool masked, Stream stream);
+  void query_mask(std::int32_t* masks, Stream stream);
+  void clean_mask(Stream stream);
+
+ private:
+  void fill(const deep_ep::internode_ll::Step& step, plan::LowLatencyKind kind,
+            internode_ll::StepArgs& args);
+  int num_blocks(const deep_ep::internode_ll::Step& step) const;
+
+  Context& context_;
+  std::int64_t bytes_;
+  int num_ranks_;
+  bool may_shrink_;
+  ZeroedWords mask_words_;
+};
+
+}  // namespace deep_ep::cuda
