@@ -1,5 +1,6 @@
 """What can be seen without a Buffer: names, signatures, configurations, imports."""
 
+import ast
 import inspect
 import subprocess
 import sys
@@ -26,6 +27,38 @@ def test_signatures_are_those_of_deep_ep(line):
              for one in signature.parameters.values() if one.kind is not one.KEYWORD_ONLY]
     text = str(signature.replace(parameters=known, return_annotation=inspect.Signature.empty))
     assert text == "(" + rest.removesuffix(" static")
+
+
+def _stubs():
+    tree = ast.parse(Path(deep_ep.__file__).with_suffix(".pyi").read_text())
+    for owner in (node for node in tree.body if isinstance(node, ast.ClassDef)):
+        for method in (node for node in owner.body if isinstance(node, ast.FunctionDef)):
+            yield owner.name, method
+
+
+def _without_annotations(signature):
+    return str(signature.replace(return_annotation=inspect.Signature.empty, parameters=[
+        one.replace(annotation=inspect.Parameter.empty) for one in signature.parameters.values()]))
+
+
+def test_stubs_say_what_the_classes_have():
+    stubbed = {}
+    for owner, method in _stubs():
+        method.returns, method.decorator_list = None, []
+        for argument in ast.walk(method.args):
+            if isinstance(argument, ast.arg):
+                argument.annotation = None
+        scope = {}
+        exec(ast.unparse(method), scope)
+        signature = inspect.signature(scope[method.name])
+        stubbed.setdefault(owner, set()).add(method.name)
+        found = inspect.getattr_static(getattr(deep_ep, owner), method.name)
+        found = getattr(found, "__func__", found)
+        assert str(signature) == _without_annotations(inspect.signature(found)), method.name
+    for owner in ("Buffer", "Config", "EventHandle", "EventOverlap", "Group"):
+        public = {name for name in dir(getattr(deep_ep, owner)) if not name.startswith("_")
+                  and callable(getattr(getattr(deep_ep, owner), name))}
+        assert public <= stubbed[owner], owner
 
 
 def test_names_are_where_callers_look_for_them():
