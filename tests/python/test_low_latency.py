@@ -9,7 +9,7 @@ import deep_ep
 import routing
 from routing import calc_diff, make_inputs, same
 
-MAX_TOKENS, HIDDEN, LOCAL = 24, 512, 3
+MAX_TOKENS, HIDDEN, LOCAL = 24, 1024, 3
 
 
 def buffer_of(group, **options):
