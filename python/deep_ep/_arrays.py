@@ -6,6 +6,8 @@ is imported before somebody has passed an array of it.
 
 import sys
 
+from . import _C
+
 # Numbers of deep_ep::DType (include/deep_ep/types.hpp).
 UINT8, BOOL, INT32, INT64, FLOAT32, FLOAT16, BFLOAT16, FLOAT8_E4M3 = range(8)
 _NAMES = {"bool": BOOL, "int32": INT32, "int64": INT64, "float32": FLOAT32, "float16": FLOAT16,
@@ -37,6 +39,14 @@ class TorchLibrary:
         self.int32, self.int64, self.bool = torch.int32, torch.int64, torch.bool
         self.float32, self.bfloat16 = torch.float32, torch.bfloat16
         self.float8 = torch.float8_e4m3fn
+        if _C.has_exchange(torch.Tensor):
+            self.view = self._tensor_itself
+
+    def _tensor_itself(self, tensor, name):
+        """torch 2.10 and newer tell the native module all of a tensor in one call."""
+        if isinstance(tensor, self.is_tensor):
+            return tensor
+        raise _not_an_array(name, tensor, "torch.Tensor")
 
     @staticmethod
     def view(tensor, name):

@@ -51,6 +51,11 @@ class CudaMemory:
         self._place = self.torch.device("cuda", device)
         with self.torch.cuda.device(device):
             self._pool = self.torch.cuda.MemPool(_plugin().allocator())
+        # What use_mem_pool does, which as a context manager takes longer than the allocation.
+        native = self.torch._C
+        self._begin = getattr(native, "_cuda_beginAllocateCurrentThreadToPool", None)
+        self._ends = (native._cuda_endAllocateToPool, native._cuda_releasePool)
+        self._pool_id = self._pool.id
         self.comm_stream = None
 
     def set_comm_stream(self, native):
@@ -83,8 +88,15 @@ class CudaMemory:
         torch = self.torch
         if not mapped:
             return torch.empty(num_bytes, dtype=torch.uint8, device=self._place)
-        with torch.cuda.use_mem_pool(self._pool, self._place):
+        if self._begin is None or self.is_capturing():  # in which case the graph keeps the pool
+            with torch.cuda.use_mem_pool(self._pool, self._place):
+                return torch.empty(num_bytes, dtype=torch.uint8, device=self._place)
+        self._begin(self.device, self._pool_id)
+        try:
             return torch.empty(num_bytes, dtype=torch.uint8, device=self._place)
+        finally:
+            for end in self._ends:
+                end(self.device, self._pool_id)
 
     def hold(self, used, results):
         """The communication stream uses the tensors of an asynchronous call: tells torch, which

@@ -10,7 +10,7 @@ from ._arrays import library_of, library_of_dtype
 from ._cuda import CudaMemory, comm_stream_of
 from ._groups import bootstrap_of, rank_and_size
 from ._low_latency import LowLatency
-from .config import combine_config, dispatch_config
+from .config import combine_config, default_values, dispatch_config
 from .event import EventHandle, EventOverlap
 
 _INTERNODE = ("{}: several nodes need internode mode, which this version does not have; ranks of "
@@ -187,6 +187,15 @@ class Buffer(LowLatency):
             event = allocate_on_comm_stream = None
         return stream, self._device, event, async_finish, bool(allocate_on_comm_stream)
 
+    def _config_values(self, config, is_dispatch):
+        if config is None:
+            get_default, original = _DEFAULTS[is_dispatch]
+            get_default = getattr(self, get_default)
+            if get_default is original:
+                return default_values(is_dispatch, Buffer.num_sms, self.group_size)
+            config = get_default(self.group_size)  # somebody's own
+        return config._values()
+
     def _end(self, event, async_finish, used, results):
         """The event to return of a call that used the arrays `used` of its caller."""
         if not async_finish:
@@ -245,15 +254,13 @@ class Buffer(LowLatency):
                 (num_tokens_per_rank, "num_tokens_per_rank"),
                 (num_tokens_per_expert, "num_tokens_per_expert"),
                 (is_token_in_rank, "is_token_in_rank")))
-        if config is None:
-            config = self.get_dispatch_config(self.group_size)
         recv_x, recv_scales, recv_topk_idx, recv_topk_weights, counts, new_handle, event = (
             self.runtime.dispatch(
                 (view(x, "x"), None if x_scales is None else view(x_scales, "x_scales"),
                  None if topk_idx is None else view(topk_idx, "topk_idx"),
                  None if topk_weights is None else view(topk_weights, "topk_weights")),
                 None if handle is None else self._views_of_handle(library, handle), layout,
-                expert_alignment, num_worst_tokens, config._values(),
+                expert_alignment, num_worst_tokens, self._config_values(config, True),
                 self._stats_view(library, dispatch_wait_recv_cost_stats),
                 self._options(previous_event, async_finish, allocate_on_comm_stream)))
         make = library.make
@@ -286,13 +293,11 @@ class Buffer(LowLatency):
         library = library_of(x, "x")
         view = library.view
         first_bias, second_bias = bias if isinstance(bias, tuple) else (bias, None)
-        if config is None:
-            config = self.get_combine_config(self.group_size)
         combined_x, combined_weights, event = self.runtime.combine(
             (view(x, "x"), None if topk_weights is None else view(topk_weights, "topk_weights"),
              None if first_bias is None else view(first_bias, "bias"),
              None if second_bias is None else view(second_bias, "bias")),
-            self._views_of_handle(library, handle), config._values(),
+            self._views_of_handle(library, handle), self._config_values(config, False),
             self._stats_view(library, combine_wait_recv_cost_stats),
             self._options(previous_event, async_finish, allocate_on_comm_stream))
         combined_x = library.make(combined_x, x.dtype)
@@ -321,3 +326,8 @@ class Buffer(LowLatency):
     def internode_combine(self, *args, **kwargs):
         """Combine among several nodes: not in this version."""
         raise RuntimeError(_INTERNODE.format("internode_combine"))
+
+
+# What a call without `config` asks, and what answers unless somebody has replaced it.
+_DEFAULTS = {True: ("get_dispatch_config", Buffer.get_dispatch_config),
+             False: ("get_combine_config", Buffer.get_combine_config)}

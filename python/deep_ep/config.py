@@ -1,5 +1,7 @@
 """How much of the machine a call may take."""
 
+from functools import lru_cache
+
 from . import _C
 
 
@@ -58,6 +60,12 @@ _COMBINE = {
 def _row(table, num_ranks):
     """The row of the next larger number of ranks, beyond the table its last."""
     return table[min((known for known in table if known >= num_ranks), default=max(table))]
+
+
+@lru_cache
+def default_values(is_dispatch, num_sms, num_ranks):
+    """The values of the Config of a call that is given none."""
+    return (num_sms, *_row(_DISPATCH if is_dispatch else _COMBINE, num_ranks))
 
 
 def dispatch_config(num_sms, num_ranks):

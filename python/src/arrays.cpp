@@ -2,7 +2,10 @@
 
 #include <dlpack/dlpack.h>
 
+#include <array>
 #include <string>
+
+#include "exchange.hpp"
 
 namespace deep_ep::python {
 
@@ -84,6 +87,7 @@ nb::tuple dlpack_device(const Array& array) {
 TensorView view_of(nb::handle array) {
   TensorView view;
   if (array.is_none()) return view;
+  if (!nb::isinstance<nb::tuple>(array)) return exchanged_view(array);
   const auto parts = nb::cast<nb::tuple>(array);
   view.data = reinterpret_cast<void*>(nb::cast<std::uintptr_t>(parts[0]));
   view.dtype = static_cast<DType>(nb::cast<int>(parts[1]));
@@ -122,6 +126,7 @@ void bind_arrays(nb::module_& module) {
       .def_prop_ro("__array_interface__", &array_interface)
       .def("__dlpack__", [](const Array& array, const nb::kwargs&) { return to_capsule(array); })
       .def("__dlpack_device__", &dlpack_device);
+  module.def("has_exchange", &has_exchange);
 }
 
 }  // namespace deep_ep::python

@@ -14,8 +14,8 @@ struct ObjectOwner {
   void operator()(void*) const {}
 };
 
-/// None, or what deep_ep/_arrays.py makes of an array: (address, dtype, shape, strides in elements,
-/// CUDA device or -1).
+/// None, an array whose type speaks DLPack's exchange interface, or what deep_ep/_arrays.py makes
+/// of another: (address, dtype, shape, strides in elements, CUDA device or -1).
 TensorView view_of(nb::handle array);
 
 /// What becomes of a result: None if undefined; (owner, offset in bytes, shape, strides in

@@ -5,6 +5,7 @@ import torch
 
 import deep_ep
 import routing
+from deep_ep._arrays import TorchLibrary, library_of_name
 from routing import Expected, Inputs, calc_diff, dispatch_arguments, layout_of, make_inputs, same
 
 
@@ -206,6 +207,39 @@ def _local_buffer(group):
 
 def test_the_local_buffer_is_a_tensor(ranks):
     ranks.run(1, _local_buffer)
+
+
+def _older_torch(group):
+    """Without DLPack's exchange interface a tensor is asked for each of its properties."""
+    library = library_of_name("torch")
+    known = vars(library).pop("view", None)
+    try:
+        assert library.view is TorchLibrary.view
+        _round_trip(group, 17, {})
+        _opaque(group)
+    finally:
+        if known is not None:
+            library.view = known
+
+
+def test_older_versions_of_torch_do_as_well(ranks):
+    ranks.run(2, _older_torch)
+
+
+def _gradients_asked(group):
+    """Tensors that ask for gradients, and parameters, are taken as they are."""
+    buffer = buffer_of(group)
+    one = make_inputs(group.size(), experts=2 * group.size(), dtype=torch.float32)[group.rank()]
+    arguments = dispatch_arguments(buffer, one)
+    want = buffer.dispatch(**arguments)[0]
+    for x in (one.x.clone().requires_grad_(), torch.nn.Parameter(one.x.clone())):
+        found = buffer.dispatch(**{**arguments, "x": x})[0]
+        assert same(found, want) and not found.requires_grad
+    buffer.destroy()
+
+
+def test_tensors_that_ask_for_gradients_are_taken(ranks):
+    ranks.run(2, _gradients_asked)
 
 
 def test_inputs_are_worth_testing_with():
