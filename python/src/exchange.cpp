@@ -97,7 +97,8 @@ TensorView exchanged_view(nb::handle array) {
   TensorView view;
   view.ndim = tensor.ndim;
   if (!convert(tensor.dtype, view.dtype)) {
-    const auto name = nb::cast<std::string>(nb::str(array.attr("dtype")));
+    const nb::object dtype = array.attr("dtype");
+    const auto name = nb::cast<std::string>(nb::str(nb::handle(dtype)));
     throw nb::type_error(("tensors of " + name +
                           " are not supported; allowed are bool, int32, int64, float32, float16, "
                           "bfloat16, float8_e4m3fn and any type of one byte")
