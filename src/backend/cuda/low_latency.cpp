@@ -39,6 +39,7 @@ LowLatency::LowLatency(Context& context, const BackendOptions& options)
 void LowLatency::fill(const deep_ep::internode_ll::Step& step, plan::LowLatencyKind kind,
                       internode_ll::StepArgs& args) {
   args.comm = context_.comm(step.call);
+  args.fault = args.comm.control(args.comm.rank).block.fault;
   args.sends = has(step.phases, Phases::kSend);
   args.receives = has(step.phases, Phases::kReceive);
   args.rank_major = step.rank_major;

@@ -1,166 +1,172 @@
 #include "backend/cuda/device/launch.cuh"
 #include "backend/cuda/device/sums.cuh"
+#include "backend/cuda/internode_ll/announce.cuh"
 #include "backend/cuda/internode_ll/route.cuh"
 
 namespace deep_ep::cuda::internode_ll {
 
 namespace {
 
-using plan::HeadEntry;
 using plan::MessageArea;
 
-struct Shared {
-  Route route;
-  std::int32_t* position;  // [K] of an entry among those of its rank, by ascending expert
-  float* weight;           // [K] of an entry and those that repeat its expert
-  Announced announced;
-  std::int32_t* messages;  // [R]
-  HeadEntry* entries;      // [K] of a message that has come
-  std::int64_t* rows;      // [K] of x that it sums
-  std::int32_t* num_rows;
-
-  __host__ __device__ static Shared carve(Carver& carver, const CombineArgs& args) {
-    Shared shared;
-    shared.route = Route::carve(carver, args.shape.num_topk);
-    shared.position = carver.take<std::int32_t>(args.shape.num_topk);
-    shared.weight = carver.take<float>(args.shape.num_topk);
-    shared.announced = Announced::carve(carver, args.shape.num_ranks);
-    shared.messages = carver.take<std::int32_t>(args.shape.num_ranks);
-    shared.entries = carver.take<HeadEntry>(args.shape.num_topk);
-    shared.rows = carver.take<std::int64_t>(args.shape.num_topk);
-    shared.num_rows = carver.take<std::int32_t>(1);
-    return shared;
-  }
+/// A row of x and its weight in a sum.
+struct alignas(16) Addend {
+  const uint4* row;
+  float weight;
 };
+
+SharedOffsets plan_shared(const CombineArgs& args) {
+  const plan::LowLatencyShape& shape = args.shape;
+  SharedOffsets at;
+  at.take_route(shape.num_topk);
+  at.announced = at.take(std::int64_t{8} * shape.num_ranks);
+  at.messages = at.take(std::int64_t{4} * shape.num_ranks);
+  at.entries = at.take(std::int64_t{8} * shape.num_topk);
+  at.places = at.take(static_cast<std::int64_t>(sizeof(Addend)) * shape.num_topk);
+  at.num_places = at.take(4);
+  return at;
+}
+
+// Which block does what only one has to.
+__device__ bool counts_for_others() { return blockIdx.x == gridDim.x - 1; }
+__device__ bool compares() { return blockIdx.x == (gridDim.x - 1) / 2; }
 
 __device__ std::int32_t range_count(std::int64_t range) {
   return static_cast<std::int32_t>(range & 0xffffffff);
 }
-__device__ std::int64_t range_begin(std::int64_t range) { return range >> 32; }
 
 // --- weights to the ranks of the experts -----------------------------------------------
 
 /// By all threads of one block: how many weights each rank gets, and how rows come home: in packets
 /// or not, as the source wants it, or for rows that are summed already, as their sender does.
-__device__ bool send_call(const CombineArgs& args, const Ticket& ticket, bool good,
-                          Shared& shared) {
-  if (!count_all(args, good, shared.messages, nullptr)) return false;
-  announce(args, ticket, shared.messages, [&](int rank) {
-    return uses_packets(args, args.places.returns,
-                        args.rank_major ? range_count(args.layout_range[rank]) : args.num_tokens);
-  });
+__device__ bool send_call(const CombineArgs& args, const Ticket& ticket, bool good) {
+  auto* messages = shared_at<std::int32_t>(args.shared.messages);
+  if (!count_all(args, good, messages, nullptr)) return false;
+  for (int rank = warp_id(); rank < args.comm.num_ranks; rank += kWarps) {
+    if (is_masked(args, rank)) continue;
+    const std::int64_t rows =
+        args.rank_major ? range_count(args.layout_range[rank]) : args.num_tokens;
+    announce(args, ticket, rank, messages[rank], uses_packets(args, args.places.returns, rows));
+  }
   return true;
 }
 
-/// By all threads: for each entry that is the first of its expert, its place and its weight.
-__device__ void sort_entries(const CombineArgs& args, std::int64_t token, Shared& shared) {
-  const Route& route = shared.route;
+/// Of an entry that is the first of its expert: its place among those of its rank, by ascending
+/// expert, and its weight with those of entries that repeat the expert.
+struct SortedEntry {
+  std::int32_t position;
+  float weight;
+};
+
+/// By all threads.
+__device__ void sort_entries(const CombineArgs& args, std::int64_t token, const Route& route) {
   const int topk = args.shape.num_topk;
-  for (int k = threadIdx.x; k < topk; k += blockDim.x) {
+  auto* sorted = shared_at<SortedEntry>(args.shared.entries);
+  const float* weights = args.topk_weights + token * topk;
+  for (int k = threadIdx.x; k < topk; k += kThreads) {
     const int rank = route.rank[k];
     const std::int32_t expert = route.expert[k];
-    int position = 0;
-    float weight = args.topk_weights[token * topk + k];
+    SortedEntry entry{0, weights[k]};
     for (int other = 0; other < topk; ++other) {
-      if (route.rank[other] == rank && route.expert[other] < expert) ++position;
+      if (route.rank[other] == rank && route.expert[other] < expert) ++entry.position;
       if (other > k && route.expert[other] == expert)
-        weight = plan::add(weight, args.topk_weights[token * topk + other]);
+        entry.weight = plan::add(entry.weight, weights[other]);
     }
-    shared.position[k] = position;
-    shared.weight[k] = weight;
+    sorted[k] = entry;
   }
   __syncthreads();
 }
 
-/// By all threads: a token's weights, sorted by expert, to all its ranks.
+/// By all threads: a token's weights, sorted by expert, to all its ranks, a warp each.
 __device__ void send_weights(const CombineArgs& args, const Ticket& ticket, std::int64_t token,
-                             Shared& shared) {
-  sort_entries(args, token, shared);
-  const Route& route = shared.route;
+                             const Route& route) {
+  sort_entries(args, token, route);
+  const auto* sorted = shared_at<SortedEntry>(args.shared.entries);
   const int topk = args.shape.num_topk;
-  const int packets = 1 + topk;
-  for (int i = threadIdx.x; i < *route.num_ranks * packets; i += blockDim.x) {
-    const int to = i / packets;
-    const int part = i % packets;
+  for (int to = warp_id(); to < *route.num_ranks; to += kWarps) {
     const int rank = route.to_rank[to];
     if (is_masked(args, rank)) continue;
-    Packet* own = args.places.messages.head(args.comm.rank, route.to_message[to]) + part;
-    Packet* place = place_at(args, ticket.packet_shift, own, rank);
-    if (part == 0) {
-      send_packet(place, static_cast<std::uint32_t>(token), 0, 0, ticket.tag);
-      continue;
-    }
-    int k = 0;
-    while (k < topk && (route.rank[k] != rank || shared.position[k] != part - 1)) ++k;
-    if (k == topk) {
-      send_packet(place, 0xffffffffu, 0, 0, ticket.tag);
-    } else {
-      send_packet(place, static_cast<std::uint32_t>(route.expert[k] - route.begin[k]),
-                  static_cast<std::uint32_t>(route.index[k]), __float_as_uint(shared.weight[k]),
-                  ticket.tag);
+    Packet* head = place_at(args, ticket.packet_shift,
+                            args.places.messages.head(args.comm.rank, route.to_message[to]), rank);
+    for (int part = lane_id(); part <= topk; part += 32) {
+      std::uint32_t words[3] = {static_cast<std::uint32_t>(token), 0, 0};
+      if (part > 0) {
+        words[0] = 0xffffffffu;
+        for (int k = 0; k < topk; ++k) {
+          if (route.rank[k] != rank || sorted[k].position != part - 1) continue;
+          words[0] = static_cast<std::uint32_t>(route.expert[k] - route.begin[k]);
+          words[1] = static_cast<std::uint32_t>(route.index[k]);
+          words[2] = __float_as_uint(sorted[k].weight);
+        }
+      }
+      send_packet(head + part, words[0], words[1], words[2], ticket.tag);
     }
   }
 }
 
 __device__ bool send_all_weights(const CombineArgs& args, const Ticket& ticket, bool good,
-                                 Shared& shared) {
+                                 const Route& route) {
   for (std::int64_t token = blockIdx.x; token < args.num_tokens; token += gridDim.x) {
     const RouteIds ids(args, token);
-    if (!find_route(args, token, ids, good, shared.route)) return false;
-    send_weights(args, ticket, token, shared);
+    if (!find_route(args, token, ids, good, route)) return false;
+    send_weights(args, ticket, token, route);
   }
   return good;
 }
 
 // --- rows home -------------------------------------------------------------------------
 
-/// By one warp: the entries of a message, and the rows that they name, into shared memory.
+__device__ __noinline__ void raise_other_routing(const CombineArgs& args, int source,
+                                                 std::int32_t token, std::int32_t expert,
+                                                 std::int64_t row, std::int32_t of) {
+  Report report;
+  report.finding = Finding::kOtherRouting;
+  report.code = kInvalidArgumentCode;
+  report.rank = source;
+  report.values[0] = token;
+  report.values[1] = expert;
+  report.values[2] = row;
+  report.values[3] = of;
+  raise(args.comm, report);
+}
+
+/// By one warp: the entries of a message, as rows to sum, into shared memory. False: a fault.
 __device__ bool take_weights(const CombineArgs& args, const Ticket& ticket, int source,
-                             std::int64_t message, Shared& shared) {
-  const int packets = 1 + args.shape.num_topk;
+                             std::int64_t message) {
+  auto* addends = shared_at<Addend>(args.shared.places);
   const std::int64_t max_rows = args.comm.num_ranks * args.shape.max_tokens;
-  const auto lane = static_cast<int>(threadIdx.x % 32);
-  const Packet* head = place_at(args, ticket.packet_shift,
-                                args.places.messages.head(source, message), args.comm.rank);
+  const Packet* head = place_here(ticket.packet_shift, args.places.messages.head(source, message));
   bool good = true;
   int found = 0;
   std::int32_t token = 0;
-  for (int base = 0; base < packets && good; base += 32) {
-    const int part = base + lane;
+  for (int base = 0; base <= args.shape.num_topk && good; base += 32) {
+    const int part = base + lane_id();
     Packet packet = {};
     Arrival arrival = Arrival::kHere;
-    if (part < packets) arrival = await_packet(args, source, head + part, ticket.tag, packet);
-    good = !__any_sync(0xffffffff, arrival == Arrival::kFailed);
+    if (part <= args.shape.num_topk)
+      arrival = await_packet(args, source, head + part, ticket.tag, packet);
+    good = arrival != Arrival::kFailed;
     if (base == 0) token = __shfl_sync(0xffffffff, static_cast<int>(packet.words[0]), 0);
     const auto expert = static_cast<std::int32_t>(packet.words[0]);
-    const bool entry = part > 0 && part < packets && arrival == Arrival::kHere && expert >= 0 &&
-                       expert < args.local_experts;
+    const bool entry = part > 0 && part <= args.shape.num_topk && arrival == Arrival::kHere &&
+                       expert >= 0 && expert < args.local_experts;
     if (entry) {
       const std::int64_t range =
           args.layout_range[std::int64_t{expert} * args.comm.num_ranks + source];
-      const std::int64_t row = range_begin(range) + static_cast<std::int32_t>(packet.words[1]);
+      const std::int64_t row = (range >> 32) + static_cast<std::int32_t>(packet.words[1]);
       const std::int64_t slot = expert * max_rows + row;
-      const bool inside = row >= 0 && row < max_rows;
-      const std::int32_t of = inside ? args.src_info[slot] : -1;
+      const std::int32_t of = row >= 0 && row < max_rows ? args.src_info[slot] : -1;
       if (of != token) {
-        Report report;
-        report.finding = Finding::kOtherRouting;
-        report.code = kInvalidArgumentCode;
-        report.rank = source;
-        report.values[0] = token;
-        report.values[1] = expert;
-        report.values[2] = row;
-        report.values[3] = of;
-        raise(args.comm, report);
+        raise_other_routing(args, source, token, expert, row, of);
         good = false;
       }
-      shared.rows[part - 1] = slot;
-      shared.entries[part - 1].weight = __uint_as_float(packet.words[2]);
+      addends[part - 1] = {reinterpret_cast<const uint4*>(args.x + slot * args.shape.row_bytes),
+                           __uint_as_float(packet.words[2])};
     }
     found += __popc(__ballot_sync(0xffffffff, entry));
     good = __all_sync(0xffffffff, good) != 0;
   }
-  if (lane == 0) *shared.num_rows = found;
+  if (lane_id() == 0) *shared_at<std::int32_t>(args.shared.num_places) = found;
   return good;
 }
 
@@ -186,43 +192,52 @@ struct Sum8 {
   }
 };
 
-/// One unit of 16 bytes of what goes home.
-__device__ uint4 partial(const CombineArgs& args, const Shared& shared, int unit) {
+/// Three units of what goes home: the addends' sum, or the one row that is summed already.
+__device__ Group partial(const CombineArgs& args, int number, int units) {
+  const auto* addends = shared_at<Addend>(args.shared.places);
+  const int count = *shared_at<std::int32_t>(args.shared.num_places);
+  const int unit = number * Group::kUnits;
+  Group group = {};
   if (args.rank_major) {
-    return *reinterpret_cast<const uint4*>(args.x + shared.rows[0] * args.shape.row_bytes +
-                                           std::int64_t{unit} * 16);
+#pragma unroll
+    for (int u = 0; u < Group::kUnits; ++u)
+      if (unit + u < units) group.units[u] = addends[0].row[unit + u];
+    return group;
   }
-  Sum8 sum;
-  for (int i = 0; i < *shared.num_rows; ++i) {
-    sum.add(*reinterpret_cast<const uint4*>(args.x + shared.rows[i] * args.shape.row_bytes +
-                                            std::int64_t{unit} * 16),
-            shared.entries[i].weight);
+  Sum8 sums[Group::kUnits];
+#pragma unroll 2
+  for (int i = 0; i < count; ++i) {
+    const Addend addend = addends[i];
+#pragma unroll
+    for (int u = 0; u < Group::kUnits; ++u)
+      if (unit + u < units) sums[u].add(addend.row[unit + u], addend.weight);
   }
-  return sum.round();
+#pragma unroll
+  for (int u = 0; u < Group::kUnits; ++u) group.units[u] = sums[u].round();
+  return group;
 }
 
 /// By all threads: this rank's row for a message of `source`, to it.
 __device__ void send_home(const CombineArgs& args, const Ticket& ticket, int source,
-                          std::int64_t message, bool packeted, const Shared& shared) {
+                          std::int64_t message, bool packeted) {
   const MessageArea& area = args.places.returns;
   const int rank = args.comm.rank;
   const auto units = static_cast<int>(area.plain_bytes / 16);
-  if (packeted) {
-    for (std::int64_t i = threadIdx.x; i < area.row_groups; i += blockDim.x) {
-      Group group = {};
-#pragma unroll
-      for (int u = 0; u < Group::kUnits; ++u) {
-        const int unit = static_cast<int>(i) * Group::kUnits + u;
-        if (unit < units) group.units[u] = partial(args, shared, unit);
-      }
-      Packet* own = area.row(rank, message) + i * MessageArea::kGroupPackets;
-      send_group(place_at(args, ticket.packet_shift, own, source), group, ticket.tag);
-    }
-    return;
-  }
-  auto* place = reinterpret_cast<uint4*>(
+  Packet* packets = place_at(args, ticket.packet_shift, area.row(rank, message), source);
+  auto* plain = reinterpret_cast<uint4*>(
       place_at(args, ticket.plain_shift, area.plain_row(rank, message), source));
-  for (int i = threadIdx.x; i < units; i += blockDim.x) place[i] = partial(args, shared, i);
+#pragma unroll 1
+  for (int i = threadIdx.x; i < static_cast<int>(area.row_groups); i += kThreads) {
+    const Group group = partial(args, i, units);
+    if (packeted) {
+      send_group(packets + i * MessageArea::kGroupPackets, group, ticket.tag);
+      continue;
+    }
+#pragma unroll
+    for (int u = 0; u < Group::kUnits; ++u)
+      if (i * Group::kUnits + u < units) plain[i * Group::kUnits + u] = group.units[u];
+  }
+  if (packeted) return;
   __syncthreads();
   if (threadIdx.x != 0) return;
   // release: with the head, which is relaxed; pairs with the fence in await_rows() of the source.
@@ -231,74 +246,74 @@ __device__ void send_home(const CombineArgs& args, const Ticket& ticket, int sou
               ticket.tag);
 }
 
-/// Blocks take turns at the messages of all sources.
-template <class Take>
-__device__ bool for_messages(const CombineArgs& args, const Shared& shared, Take&& take) {
-  const auto blocks = static_cast<std::int64_t>(gridDim.x);
-  std::int64_t passed = 0;
-  for (int source = 0; source < args.comm.num_ranks; ++source) {
-    const std::int64_t messages = args.rank_major ? range_count(args.layout_range[source])
-                                                  : shared.announced.messages[source];
-    const std::int64_t skip = (blockIdx.x + blocks - passed % blocks) % blocks;
-    for (std::int64_t message = skip; message < messages; message += blocks) {
-      if (!is_masked(args, source) && !take(source, message)) return false;
+/// By all threads, true in each: the row for one message.
+__device__ bool serve(const CombineArgs& args, const Ticket& ticket, int source,
+                      std::int64_t message, bool packeted) {
+  __syncthreads();  // the last message's rows have been read
+  bool good = true;
+  if (args.rank_major) {
+    if (threadIdx.x == 0) {
+      const std::int64_t row = source * args.shape.max_tokens + message;
+      shared_at<Addend>(args.shared.places)[0] = {
+          reinterpret_cast<const uint4*>(args.x + row * args.shape.row_bytes), 1.0f};
     }
-    passed += messages;
+  } else if (warp_id() == 0) {
+    good = take_weights(args, ticket, source, message);
+  }
+  if (__syncthreads_and(good) == 0) return false;
+  send_home(args, ticket, source, message, packeted);
+  return true;
+}
+
+/// Blocks take turns at the messages of all sources, those without weights of their own first.
+__device__ bool send_all_home(const CombineArgs& args, const Ticket& ticket) {
+  const Announced announced(args.shared, args.comm.num_ranks);
+  const unsigned blocks = gridDim.x;
+  const auto tokens = static_cast<unsigned>(args.rank_major ? 0 : args.num_tokens);
+  unsigned turn = (blockIdx.x + blocks - tokens % blocks) % blocks;
+  for (int source = 0; source < args.comm.num_ranks; ++source) {
+    const auto messages = static_cast<unsigned>(
+        args.rank_major ? range_count(args.layout_range[source]) : announced.messages[source]);
+    const bool packeted = args.rank_major ? uses_packets(args, args.places.returns, messages)
+                                          : announced.packeted[source] != 0;
+    for (; turn < messages; turn += blocks) {
+      if (is_masked(args, source)) continue;
+      if (!serve(args, ticket, source, turn, packeted)) return false;
+    }
+    turn -= messages;
   }
   return true;
 }
 
-__device__ bool send_all_home(const CombineArgs& args, const Ticket& ticket, Shared& shared) {
-  return for_messages(args, shared, [&](int source, std::int64_t message) {
-    __syncthreads();  // the last message's rows have been read
-    bool good = true;
-    bool packeted = false;
-    if (args.rank_major) {
-      if (threadIdx.x == 0) {
-        shared.rows[0] = source * args.shape.max_tokens + message;
-        *shared.num_rows = 1;
-      }
-      packeted = uses_packets(args, args.places.returns, range_count(args.layout_range[source]));
-    } else {
-      if (threadIdx.x < 32) good = take_weights(args, ticket, source, message, shared);
-      packeted = shared.announced.packeted[source] != 0;
-    }
-    if (__syncthreads_and(good) == 0) return false;
-    send_home(args, ticket, source, message, packeted, shared);
-    return true;
-  });
-}
-
-__device__ bool send(const CombineArgs& args, const Ticket& ticket, bool good, Shared& shared) {
-  good = await_consumed(args, ticket) && good;
-  if (blockIdx.x == gridDim.x - 1) {
-    if (!send_call(args, ticket, good, shared)) return false;
-    tell_consumed(args);
+__device__ bool send(const CombineArgs& args, const Ticket& ticket, bool good, const Route& route) {
+  if (counts_for_others()) {
+    if (!send_call(args, ticket, good)) return false;
+    if (warp_id() == 0) tell_consumed(args);
   }
   if (!args.rank_major) {
-    good = send_all_weights(args, ticket, good, shared);
-    for (int i = threadIdx.x; i < args.comm.num_ranks; i += blockDim.x)
-      good = take_announced(args, ticket, i, shared.announced) && good;
-    if (blockIdx.x == 0) good = all_agree(args, ticket) && good;
+    good = send_all_weights(args, ticket, good, route);
+    const Announced announced(args.shared, args.comm.num_ranks);
+    for (int i = threadIdx.x; i < args.comm.num_ranks; i += kThreads)
+      good = take_announced(args, ticket, i, announced) && good;
+    if (compares()) good = all_agree(args, ticket) && good;
   }
   if (__syncthreads_and(good) == 0) return false;
-  return send_all_home(args, ticket, shared);
+  return send_all_home(args, ticket);
 }
 
 // --- sums ------------------------------------------------------------------------------
 
 /// By all threads, true in each: plain rows of a token are here. Sets to_rank to -1 for ranks that
 /// are absent.
-__device__ bool await_rows(const CombineArgs& args, const Ticket& ticket, const Shared& shared) {
-  const Route& route = shared.route;
+__device__ bool await_rows(const CombineArgs& args, const Ticket& ticket, const Route& route) {
+  const Announced announced(args.shared, args.comm.num_ranks);
   bool good = true;
-  for (int i = threadIdx.x; i < *route.num_ranks; i += blockDim.x) {
+  for (int i = threadIdx.x; i < *route.num_ranks; i += kThreads) {
     const int rank = route.to_rank[i];
-    if (shared.announced.packeted[rank] != 0) continue;
+    if (announced.packeted[rank] != 0) continue;
     Packet packet;
     const Packet* head =
-        place_at(args, ticket.packet_shift, args.places.returns.head(rank, route.to_message[i]),
-                 args.comm.rank);
+        place_here(ticket.packet_shift, args.places.returns.head(rank, route.to_message[i]));
     const Arrival arrival = await_packet(args, rank, head, ticket.tag, packet);
     good = good && arrival != Arrival::kFailed;
     if (arrival == Arrival::kAbsent) route.to_rank[i] = -1;
@@ -308,24 +323,23 @@ __device__ bool await_rows(const CombineArgs& args, const Ticket& ticket, const 
   return __syncthreads_and(good) != 0;
 }
 
-/// Adds one group of the row that came from the i-th rank of the route. False: a fault.
-__device__ bool add_group(const CombineArgs& args, const Ticket& ticket, const Shared& shared,
-                          int i, int number, Sum16<__nv_bfloat162>* sums) {
-  const Route& route = shared.route;
+/// Adds three units of the row that came from the i-th rank of the route. False: a fault.
+__device__ bool add_group(const CombineArgs& args, const Ticket& ticket, const Route& route, int i,
+                          int number, Sum16<__nv_bfloat162>* sums) {
+  const Announced announced(args.shared, args.comm.num_ranks);
   const MessageArea& area = args.places.returns;
   const int rank = route.to_rank[i];
   if (rank < 0) return true;
   Group group = {};
-  if (shared.announced.packeted[rank] != 0) {
-    const Packet* from =
-        place_at(args, ticket.packet_shift, area.row(rank, route.to_message[i]), args.comm.rank) +
-        number * MessageArea::kGroupPackets;
+  if (announced.packeted[rank] != 0) {
+    const Packet* from = place_here(ticket.packet_shift, area.row(rank, route.to_message[i])) +
+                         number * MessageArea::kGroupPackets;
     const Arrival arrival = await(args, rank, Wait::kRows, ticket.number,
                                   [&] { return take_group(from, ticket.tag, group); });
     if (arrival != Arrival::kHere) return arrival == Arrival::kAbsent;
   } else {
-    const auto* from = reinterpret_cast<const uint4*>(place_at(
-        args, ticket.plain_shift, area.plain_row(rank, route.to_message[i]), args.comm.rank));
+    const auto* from = reinterpret_cast<const uint4*>(
+        place_here(ticket.plain_shift, area.plain_row(rank, route.to_message[i])));
     const auto units = static_cast<int>(area.plain_bytes / 16);
 #pragma unroll
     for (int u = 0; u < Group::kUnits; ++u) {
@@ -338,15 +352,17 @@ __device__ bool add_group(const CombineArgs& args, const Ticket& ticket, const S
 }
 
 __device__ bool sum_token(const CombineArgs& args, const Ticket& ticket, std::int64_t token,
-                          const Shared& shared) {
-  if (!await_rows(args, ticket, shared)) return false;
-  const int ranks = *shared.route.num_ranks;
+                          const Route& route) {
+  if (!await_rows(args, ticket, route)) return false;
+  const int ranks = *route.num_ranks;
   const auto units = static_cast<int>(args.shape.row_bytes / 16);
   auto* out = reinterpret_cast<uint4*>(args.combined_x + token * args.shape.row_bytes);
   bool good = true;
-  for (int number = threadIdx.x; number < args.places.returns.row_groups; number += blockDim.x) {
+#pragma unroll 1
+  for (int number = threadIdx.x; number < args.places.returns.row_groups; number += kThreads) {
     Sum16<__nv_bfloat162> sums[Group::kUnits];
-    for (int i = 0; i < ranks && good; ++i) good = add_group(args, ticket, shared, i, number, sums);
+#pragma unroll 1
+    for (int i = 0; i < ranks && good; ++i) good = add_group(args, ticket, route, i, number, sums);
 #pragma unroll
     for (int u = 0; u < Group::kUnits; ++u) {
       const int unit = number * Group::kUnits + u;
@@ -356,18 +372,20 @@ __device__ bool sum_token(const CombineArgs& args, const Ticket& ticket, std::in
   return __syncthreads_and(good) != 0;
 }
 
-__device__ bool receive(const CombineArgs& args, const Ticket& ticket, bool good, Shared& shared) {
+__device__ bool receive(const CombineArgs& args, const Ticket& ticket, bool good,
+                        const Route& route) {
   __syncthreads();
   // Which ranks' rows are in packets: in expert-major as this rank chose for its own.
+  const Announced announced(args.shared, args.comm.num_ranks);
   const bool packeted = uses_packets(args, args.places.returns, args.num_tokens);
-  for (int i = threadIdx.x; i < args.comm.num_ranks; i += blockDim.x) {
+  for (int i = threadIdx.x; i < args.comm.num_ranks; i += kThreads) {
     if (args.rank_major) {
-      good = take_announced(args, ticket, i, shared.announced) && good;
+      good = take_announced(args, ticket, i, announced) && good;
     } else {
-      shared.announced.packeted[i] = packeted ? 1 : 0;
+      announced.packeted[i] = packeted ? 1 : 0;
     }
   }
-  if (args.rank_major && blockIdx.x == 0) good = all_agree(args, ticket) && good;
+  if (args.rank_major && compares()) good = all_agree(args, ticket) && good;
   // A block that has sent the weights of one token knows its route.
   const bool known = args.sends && !args.rank_major && args.num_tokens <= gridDim.x;
   for (std::int64_t token = blockIdx.x; token < args.num_tokens; token += gridDim.x) {
@@ -375,49 +393,45 @@ __device__ bool receive(const CombineArgs& args, const Ticket& ticket, bool good
       if (__syncthreads_and(good) == 0) return false;
     } else {
       const RouteIds ids(args, token);
-      if (!find_route(args, token, ids, good, shared.route)) return false;
+      if (!find_route(args, token, ids, good, route)) return false;
     }
-    if (!sum_token(args, ticket, token, shared)) return false;
+    if (!sum_token(args, ticket, token, route)) return false;
   }
   return __syncthreads_and(good) != 0;
 }
 
 /// Rows of a call that failed.
-__device__ void fill_nan(const CombineArgs& args) {
+__device__ __noinline__ void fill_nan(const CombineArgs& args) {
   const std::int64_t units = args.shape.row_bytes / 16;
   constexpr std::uint32_t kNan = 0x7fff7fff;
   for (std::int64_t token = blockIdx.x; token < args.num_tokens; token += gridDim.x) {
     auto* out = reinterpret_cast<uint4*>(args.combined_x + token * args.shape.row_bytes);
-    for (std::int64_t i = threadIdx.x; i < units; i += blockDim.x)
-      out[i] = {kNan, kNan, kNan, kNan};
+    for (std::int64_t i = threadIdx.x; i < units; i += kThreads) out[i] = {kNan, kNan, kNan, kNan};
   }
 }
 
 /// Sends, receives, or both.
 __global__ void __launch_bounds__(kThreads, 1) combine(const __grid_constant__ CombineArgs args) {
-  extern __shared__ __align__(128) std::byte memory[];
-  Carver carver(memory);
-  Shared shared = Shared::carve(carver, args);
+  const Route route(args.shared);
   const Ticket ticket = take_ticket(args);
-  bool good = may_begin(args, ticket);
-  if (args.sends) good = send(args, ticket, good, shared);
-  if (!args.sends && blockIdx.x == gridDim.x - 1) tell_consumed(args);
+  bool good = warp_id() != kWarps - 1 || may_begin(args, ticket);
+  if (args.sends) good = send(args, ticket, good, route);
+  if (!args.sends && counts_for_others() && warp_id() == 0) tell_consumed(args);
   // Without sending the threads of the block have not agreed yet.
-  if (args.receives && (good || !args.sends)) good = receive(args, ticket, good, shared);
+  if (args.receives && (good || !args.sends)) good = receive(args, ticket, good, route);
   if (args.receives && !good) fill_nan(args);
   end_step(args, ticket, good);
 }
 
 }  // namespace
 
-cudaError_t launch_combine(const CombineArgs& args, int num_sms, cudaStream_t stream) {
-  Carver carver(nullptr);
-  (void)Shared::carve(carver, args);
-  const auto bytes = static_cast<int>(carver.used());
+cudaError_t launch_combine(const CombineArgs& given, int num_blocks, cudaStream_t stream) {
+  CombineArgs args = given;
+  args.shared = plan_shared(args);
   const cudaError_t status = allow_shared<combine>(kMaxSharedBytes);
   if (status != cudaSuccess) return status;
-  if (bytes > kMaxSharedBytes) return cudaErrorInvalidValue;
-  combine<<<num_sms, kThreads, static_cast<std::size_t>(bytes), stream>>>(args);
+  if (args.shared.used > kMaxSharedBytes) return cudaErrorInvalidValue;
+  combine<<<num_blocks, kThreads, args.shared.used, stream>>>(args);
   return cudaGetLastError();
 }
 

@@ -14,8 +14,34 @@
 // sending and for its receiving part.
 namespace deep_ep::cuda::internode_ll {
 
+/// Where a block's dynamic shared memory has what, in bytes; each kernel takes what it needs.
+struct SharedOffsets {
+  int topk = 0;  // K
+  std::uint32_t used = 0;
+  std::uint32_t route = 0;      // Route
+  std::uint32_t announced = 0;  // Announced
+  std::uint32_t messages = 0;   // [R] of this rank's tokens
+  std::uint32_t entries = 0;    // [K] of a message that has come
+  std::uint32_t places = 0;     // [K] of its rows
+  std::uint32_t num_places = 0;
+  std::uint32_t counts = 0;  // [E]
+  std::uint32_t scales = 0;  // of one row
+  std::uint32_t row = 0;     // one row
+
+  std::uint32_t take(std::int64_t bytes) {
+    const std::uint32_t offset = used;
+    used += static_cast<std::uint32_t>((bytes + 15) / 16 * 16);
+    return offset;
+  }
+  void take_route(int num_topk) {
+    topk = num_topk;
+    route = take(std::int64_t{4} * (7 * num_topk + 1));
+  }
+};
+
 struct StepArgs {
   Comm comm;
+  const protocol::FaultRecord* fault = nullptr;  // of this rank
   bool sends = true;
   bool receives = true;
   bool rank_major = false;
@@ -25,6 +51,7 @@ struct StepArgs {
   std::uint64_t rank_factor = 0;       // see rank_of()
   plan::LowLatencyLayout layout;       // of this rank
   plan::LowLatencyPlaces places;       // of this rank, of even tickets
+  SharedOffsets shared;                // by the launch
   Ids topk_idx;                        // [N, K]
   std::int64_t num_tokens = 0;         // N
   std::uint64_t* ticket = nullptr;     // written by sending, read by receiving alone
@@ -65,7 +92,7 @@ struct DispatchArgs : StepArgs {
   std::int32_t* cumulative_stats = nullptr;  // += [L] or null
 };
 /// Error: cudaErrorInvalidValue if a row or the experts are too many for shared memory.
-cudaError_t launch_dispatch(const DispatchArgs& args, int num_sms, cudaStream_t stream);
+cudaError_t launch_dispatch(const DispatchArgs& args, int num_blocks, cudaStream_t stream);
 
 struct CombineArgs : StepArgs {
   const std::byte* x = nullptr;         // [L, R * M, H] or [R, M, H] bfloat16
@@ -74,7 +101,7 @@ struct CombineArgs : StepArgs {
   const std::int64_t* layout_range = nullptr;
   std::byte* combined_x = nullptr;  // [N, H]
 };
-cudaError_t launch_combine(const CombineArgs& args, int num_sms, cudaStream_t stream);
+cudaError_t launch_combine(const CombineArgs& args, int num_blocks, cudaStream_t stream);
 
 /// masks[rank] = value; all of them if rank is negative.
 cudaError_t launch_set_mask(std::int32_t* masks, int num_ranks, int rank, std::int32_t value,

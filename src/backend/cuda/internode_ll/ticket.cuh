@@ -4,13 +4,25 @@
 #include "backend/cuda/internode_ll/steps.hpp"
 
 // What the steps of low latency have in common: which call a kernel belongs to, where its messages
-// lie, waiting for them, and how a kernel ends.
+// lie, waiting for them, and how a kernel begins and ends. A kernel runs once through code that no
+// cache holds, so code that is seldom needed is kept out of line.
 namespace deep_ep::cuda::internode_ll {
 
 using plan::Packet;
 
 // Enough threads for the rows of one token, and registers for each.
 constexpr int kThreads = 512;
+constexpr int kWarps = kThreads / 32;
+
+__device__ inline int lane_id() { return static_cast<int>(threadIdx.x % 32); }
+__device__ inline int warp_id() { return static_cast<int>(threadIdx.x / 32); }
+
+/// A place in the block's dynamic shared memory.
+template <class T>
+__device__ T* shared_at(std::uint32_t offset) {
+  extern __shared__ __align__(128) std::byte shared_memory[];
+  return reinterpret_cast<T*>(shared_memory + offset);
+}
 
 /// The call of a kernel, the same in all its blocks.
 struct Ticket {
@@ -23,16 +35,15 @@ struct Ticket {
 };
 
 __device__ inline Ticket take_ticket(const StepArgs& args) {
-  const auto kind = static_cast<int>(args.kind);
+  const bool combine = args.kind == plan::LowLatencyKind::kCombine;
   const LowLatencyState::Block state = args.comm.local->low_latency.blocks[blockIdx.x];
-  const std::uint64_t sent = kind == 0 ? state.sent[0] : state.sent[1];
   Ticket ticket;
-  ticket.number = args.sends ? sent + 1 : *args.ticket;
+  ticket.number = args.sends ? (combine ? state.sent[1] : state.sent[0]) + 1 : *args.ticket;
   ticket.tag = plan::packet_tag(args.kind, ticket.number);
   ticket.part = plan::LowLatencyLayout::part(args.kind, ticket.number);
   const bool odd = ticket.number % 2 != 0;
-  ticket.live = (kind == 0 ? (odd ? state.live[1] : state.live[0])
-                           : (odd ? state.live[3] : state.live[2])) != 0;
+  ticket.live = (combine ? (odd ? state.live[3] : state.live[2])
+                         : (odd ? state.live[1] : state.live[0])) != 0;
   ticket.packet_shift = odd ? args.layout.packet_part_bytes : 0;
   ticket.plain_shift = odd ? args.layout.plain_part_bytes : 0;
   return ticket;
@@ -43,6 +54,10 @@ template <class T>
 __device__ T* place_at(const StepArgs& args, std::int64_t shift, T* own, int rank) {
   const std::int64_t there = args.comm.bases[rank] - args.comm.bases[args.comm.rank];
   return reinterpret_cast<T*>(reinterpret_cast<std::byte*>(own) + shift + there);
+}
+template <class T>
+__device__ T* place_here(std::int64_t shift, T* own) {
+  return reinterpret_cast<T*>(reinterpret_cast<std::byte*>(own) + shift);
 }
 
 // --- packets ---------------------------------------------------------------------------
@@ -68,22 +83,25 @@ struct Group {
 };
 
 __device__ inline void send_group(Packet* to, const Group& group, std::uint32_t tag) {
-  const auto* words = reinterpret_cast<const std::uint32_t*>(group.units);
-#pragma unroll
-  for (int i = 0; i < plan::MessageArea::kGroupPackets; ++i) {
-    send_packet(to + i, words[3 * i], words[3 * i + 1], words[3 * i + 2], tag);
-  }
+  const uint4& a = group.units[0];
+  const uint4& b = group.units[1];
+  const uint4& c = group.units[2];
+  send_packet(to, a.x, a.y, a.z, tag);
+  send_packet(to + 1, a.w, b.x, b.y, tag);
+  send_packet(to + 2, b.z, b.w, c.x, tag);
+  send_packet(to + 3, c.y, c.z, c.w, tag);
 }
 
 __device__ inline bool take_group(const Packet* from, std::uint32_t tag, Group& group) {
-  auto* words = reinterpret_cast<std::uint32_t*>(group.units);
+  Packet packets[plan::MessageArea::kGroupPackets];
   bool here = true;
 #pragma unroll
-  for (int i = 0; i < plan::MessageArea::kGroupPackets; ++i) {
-    Packet packet;
-    here = take_packet(from + i, tag, packet) && here;
-    for (int w = 0; w < 3; ++w) words[3 * i + w] = packet.words[w];
-  }
+  for (int i = 0; i < plan::MessageArea::kGroupPackets; ++i)
+    here = take_packet(from + i, tag, packets[i]) && here;
+  const auto& p = packets;
+  group.units[0] = {p[0].words[0], p[0].words[1], p[0].words[2], p[1].words[0]};
+  group.units[1] = {p[1].words[1], p[1].words[2], p[2].words[0], p[2].words[1]};
+  group.units[2] = {p[2].words[2], p[3].words[0], p[3].words[1], p[3].words[2]};
   return here;
 }
 
@@ -95,28 +113,32 @@ __device__ inline bool is_masked(const StepArgs& args, int rank) {
   return args.masks != nullptr && protocol::load_relaxed(&args.masks[rank]) != 0;
 }
 
-/// With enable_shrink a wait ends when another thread has given the rank up.
-struct ShrinkingWaiter : DeviceWaiter {
-  const StepArgs& args;
-  __device__ ShrinkingWaiter(const StepArgs& step, int rank)
-      : DeviceWaiter{step.comm, rank}, args(step) {}
-  __device__ bool expired() { return is_masked(args, awaited) || DeviceWaiter::expired(); }
+/// A wait that lasts.
+struct Waiting {
+  std::int64_t started = 0;
+  bool expired = false;  // one more look was due
 };
 
-/// Waits until ready(), for what `rank` does. A rank that does not come is masked, if the Buffer
-/// may shrink; else it is a fault.
-template <class Ready>
-__device__ Arrival await(const StepArgs& args, int rank, Wait what, std::uint64_t expected,
-                         Ready&& ready) {
-  if (is_masked(args, rank)) return Arrival::kAbsent;
-  ShrinkingWaiter waiter(args, rank);
-  const long long begin = args.wait_stats == nullptr ? 0 : clock64();
-  const protocol::WaitResult result = protocol::wait_until(waiter, ready);
-  if (args.wait_stats != nullptr) {
-    atomicMax(&args.comm.local->waited[rank], static_cast<unsigned long long>(clock64() - begin));
+/// Now and then while a wait for `rank` lasts: whether it goes on (kHere). A rank that does not
+/// come is masked, if the Buffer may shrink; else it is a fault.
+__device__ __noinline__ inline Arrival go_on(const StepArgs& args, int rank, Wait what,
+                                             std::uint64_t expected, Waiting& waiting) {
+  DeviceWaiter waiter{args.comm, rank};
+  if (waiting.started == 0) {
+    waiter.begin();
+    waiting.started = waiter.started;
+    return Arrival::kHere;
   }
-  if (result == protocol::WaitResult::kReady) return Arrival::kHere;
-  if (result == protocol::WaitResult::kFaulted) return Arrival::kFailed;
+  waiter.started = waiting.started;
+  if (protocol::load_relaxed(&args.fault->state) == protocol::FaultRecord::kWritten)
+    return Arrival::kFailed;
+  if (is_masked(args, rank)) return Arrival::kAbsent;
+  if (!waiter.expired()) return Arrival::kHere;
+  // Ranks may share a GPU by time slices: one that slept through its own deadline looks once more.
+  if (!waiting.expired) {
+    waiting.expired = true;
+    return Arrival::kHere;
+  }
   if (args.masks != nullptr) {
     protocol::store_relaxed(&args.masks[rank], std::int32_t{1});
     return Arrival::kAbsent;
@@ -125,35 +147,54 @@ __device__ Arrival await(const StepArgs& args, int rank, Wait what, std::uint64_
   return Arrival::kFailed;
 }
 
-__device__ inline Arrival await_packet(const StepArgs& args, int rank, const Packet* from,
-                                       std::uint32_t tag, Packet& packet) {
-  return await(args, rank, Wait::kRows, tag, [&] { return take_packet(from, tag, packet); });
+__device__ __noinline__ inline void note_wait(const StepArgs& args, int rank, long long begin) {
+  atomicMax(&args.comm.local->waited[rank], static_cast<unsigned long long>(clock64() - begin));
 }
 
-/// By the threads of a block before their first store of this ticket: its memory at the other ranks
-/// is free. False: a fault.
-__device__ inline bool await_consumed(const StepArgs& args, const Ticket& ticket) {
-  bool good = true;
-  if (ticket.number > args.first_ticket + 2) {
-    for (int i = threadIdx.x; good && i < args.comm.num_ranks; i += blockDim.x) {
-      const protocol::EpochFlag& flag = args.layout.consumed[ticket.part * args.comm.num_ranks + i];
-      // acquire: pairs with the release in tell_consumed() of rank i.
-      good = await(args, i, Wait::kConsumed, ticket.number - 2,
-                   [&] { return flag.reached(ticket.number - 2); }) != Arrival::kFailed;
-    }
+/// Waits until ready(), for what `rank` does.
+template <class Ready>
+__device__ __forceinline__ Arrival await(const StepArgs& args, int rank, Wait what,
+                                         std::uint64_t expected, Ready&& ready) {
+  constexpr int kTurns = 32;  // looks from one question whether to go on to the next
+  if (is_masked(args, rank)) return Arrival::kAbsent;
+  const long long begin = args.wait_stats == nullptr ? 0 : clock64();
+  Arrival arrival = Arrival::kHere;
+  Waiting waiting;
+  for (int turn = 1; !ready(); ++turn) {
+    if (turn % kTurns == 0) arrival = go_on(args, rank, what, expected, waiting);
+    if (arrival != Arrival::kHere) break;
   }
-  return good;
+  if (args.wait_stats != nullptr) note_wait(args, rank, begin);
+  return arrival;
+}
+
+__device__ __forceinline__ Arrival await_packet(const StepArgs& args, int rank, const Packet* from,
+                                                std::uint32_t tag, Packet& packet) {
+  return await(args, rank, Wait::kRows, tag, [&] { return take_packet(from, tag, packet); });
 }
 
 // --- beginning and end -----------------------------------------------------------------
 
-/// By each thread, to be joined by all of a block: this kernel may do its work.
+/// By one warp, before the block's first store: nothing failed before, the ticket may be sent, and
+/// its memory at the other ranks is free. Joined by the caller.
 __device__ inline bool may_begin(const StepArgs& args, const Ticket& ticket) {
-  if (threadIdx.x != 0) return true;
-  if (!may_start(args.comm)) return false;
-  if (!args.sends || !ticket.live) return true;
-  raise_invalid(args.comm, Finding::kThirdLive, static_cast<std::int64_t>(ticket.number - 2));
-  return false;
+  const Comm& comm = args.comm;
+  // Relaxed: of a fault nothing is read here.
+  bool good = protocol::load_relaxed(&args.fault->state) == protocol::FaultRecord::kNone;
+  if (!args.sends) return good;
+  if (ticket.live) {
+    if (lane_id() == 0)
+      raise_invalid(comm, Finding::kThirdLive, static_cast<std::int64_t>(ticket.number - 2));
+    return false;
+  }
+  if (ticket.number <= args.first_ticket + 2) return good;
+  for (int i = lane_id(); good && i < comm.num_ranks; i += 32) {
+    const protocol::EpochFlag& flag = args.layout.consumed[ticket.part * comm.num_ranks + i];
+    // acquire: pairs with the release in tell_consumed() of rank i.
+    good = await(args, i, Wait::kConsumed, ticket.number - 2,
+                 [&] { return flag.reached(ticket.number - 2); }) != Arrival::kFailed;
+  }
+  return good;
 }
 
 /// A stripe of the packets of a part is cleared, so that none keeps its tag until the tag returns.
@@ -165,30 +206,29 @@ __device__ inline void scrub(const StepArgs& args, int part, std::uint64_t ticke
   const std::int64_t begin = static_cast<std::int64_t>(ticket / 2 % kStripes) * length;
   auto* memory =
       reinterpret_cast<Packet*>(args.layout.packets + part * args.layout.packet_part_bytes);
-  for (std::int64_t i = begin + threadIdx.x; i < begin + length && i < packets; i += blockDim.x)
+  for (std::int64_t i = begin + lane_id(); i < begin + length && i < packets; i += 32)
     memory[i].tag = 0;
 }
 
-/// By the threads of one block: tells the sources what earlier kernels of this rank have received.
-/// So a ticket's memory is read for the last time before its reader's next kernel begins, and no
+/// By one warp of one block: tells the sources what earlier kernels of this rank have received. So
+/// a ticket's memory is read for the last time before its reader's next kernel begins, and no
 /// kernel has to wait at its end until all its blocks have read.
-__device__ inline void tell_consumed(const StepArgs& args) {
+__device__ __noinline__ inline void tell_consumed(const StepArgs& args) {
   const Comm& comm = args.comm;
-  constexpr int kParts = LowLatencyState::kParts;
   LowLatencyState& state = comm.local->low_latency;
-  for (int part = 0; part < kParts; ++part) {
-    if (state.told[part] != state.consumed[part]) scrub(args, part, state.consumed[part]);
+  for (int part = 0; part < LowLatencyState::kParts; ++part) {
+    const std::uint64_t consumed = state.consumed[part];
+    if (state.told[part] == consumed) continue;
+    scrub(args, part, consumed);
+    __syncwarp();
+    for (int i = lane_id(); i < comm.num_ranks; i += 32) {
+      protocol::EpochFlag* own = args.layout.consumed + part * comm.num_ranks + comm.rank;
+      // release: pairs with the acquire in may_begin() of that rank.
+      place_at(args, 0, own, i)->publish(consumed);
+    }
+    __syncwarp();
+    if (lane_id() == 0) state.told[part] = consumed;
   }
-  __syncthreads();
-  for (int i = threadIdx.x; i < kParts * comm.num_ranks; i += blockDim.x) {
-    const int part = i % kParts;
-    if (state.told[part] == state.consumed[part]) continue;
-    protocol::EpochFlag* own = args.layout.consumed + part * comm.num_ranks + comm.rank;
-    // release: pairs with the acquire in await_consumed() of that rank.
-    place_at(args, 0, own, i / kParts)->publish(state.consumed[part]);
-  }
-  __syncthreads();
-  if (threadIdx.x < kParts) state.told[threadIdx.x] = state.consumed[threadIdx.x];
 }
 
 /// By all blocks: counts what the kernel has done.
@@ -208,7 +248,6 @@ __device__ inline void count(const StepArgs& args, const Ticket& ticket) {
 /// By all blocks, at their end. `good`: nothing failed that this block has seen.
 __device__ inline void end_step(const StepArgs& args, const Ticket& ticket, bool good) {
   const Comm& comm = args.comm;
-  __syncthreads();
   count(args, ticket);
   if (!good && threadIdx.x == 0) mirror_fault(comm);
   if (args.wait_stats == nullptr || !args.receives || !is_last_block(comm)) return;

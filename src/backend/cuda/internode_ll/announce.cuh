@@ -1,0 +1,88 @@
+#pragma once
+
+#include "backend/cuda/internode_ll/ticket.cuh"
+
+// What every rank says to every other ahead of its messages.
+namespace deep_ep::cuda::internode_ll {
+
+constexpr int kRecordWords = offsetof(protocol::CallRecord, num_tokens) / 4;
+static_assert((kRecordWords + 2) / 3 + 1 == plan::kCallPackets, "what ranks compare, in packets");
+
+/// By one warp: how many messages `rank` gets, whether rows are in packets, and what this rank
+/// called with.
+__device__ inline void announce(const StepArgs& args, const Ticket& ticket, int rank,
+                                std::int32_t messages, bool packeted) {
+  const Comm& comm = args.comm;
+  const int part = lane_id();
+  if (part >= plan::kCallPackets) return;
+  Packet* to = place_at(args, ticket.packet_shift, args.places.call(comm.rank) + part, rank);
+  std::uint32_t words[3] = {static_cast<std::uint32_t>(messages), packeted ? 1u : 0u,
+                            static_cast<std::uint32_t>(args.num_tokens)};
+  const auto* record = reinterpret_cast<const std::uint32_t*>(&comm.record);
+#pragma unroll
+  for (int w = 0; w < 3; ++w) {
+    const int word = (part - 1) * 3 + w;
+    if (part > 0) words[w] = word < kRecordWords ? record[word] : 0;
+  }
+  send_packet(to, words[0], words[1], words[2], ticket.tag);
+}
+
+/// [R], by source.
+struct Announced {
+  std::int32_t* messages;   // for this rank
+  std::uint32_t* packeted;  // 1: its rows travel in packets
+
+  __device__ Announced(const SharedOffsets& at, int num_ranks)
+      : messages(shared_at<std::int32_t>(at.announced)),
+        packeted(shared_at<std::uint32_t>(at.announced) + num_ranks) {}
+};
+
+/// By one thread: what `source` announced; false: a fault.
+__device__ inline bool take_announced(const StepArgs& args, const Ticket& ticket, int source,
+                                      const Announced& announced) {
+  const Packet* from = place_here(ticket.packet_shift, args.places.call(source));
+  Packet packet;
+  const Arrival arrival = await(args, source, Wait::kCall, ticket.number,
+                                [&] { return take_packet(from, ticket.tag, packet); });
+  const bool here = arrival == Arrival::kHere;
+  // Of another shape the number may be anything; the comparison will tell.
+  const auto most = static_cast<std::uint32_t>(args.shape.max_tokens);
+  announced.messages[source] =
+      here ? static_cast<std::int32_t>(packet.words[0] < most ? packet.words[0] : most) : 0;
+  announced.packeted[source] = here ? packet.words[1] : 0;
+  return arrival != Arrival::kFailed;
+}
+
+/// By one thread: whether `source` called with what this rank called with; absent ranks agree.
+__device__ __noinline__ inline bool agrees_with(const StepArgs& args, const Ticket& ticket,
+                                                int source) {
+  const Packet* from = place_here(ticket.packet_shift, args.places.call(source));
+  protocol::CallRecord theirs = {};
+  auto* words = reinterpret_cast<std::uint32_t*>(&theirs);
+  for (int part = 1; part < plan::kCallPackets; ++part) {
+    Packet packet;
+    const Arrival arrival = await_packet(args, source, from + part, ticket.tag, packet);
+    if (arrival != Arrival::kHere) return arrival == Arrival::kAbsent;
+    for (int w = 0; w < 3 && (part - 1) * 3 + w < kRecordWords; ++w)
+      words[(part - 1) * 3 + w] = packet.words[w];
+  }
+  return agrees(args.comm, args.comm.record, theirs, source);
+}
+
+/// By the threads of one block, each its share: calls of all ranks are alike. Joined by the caller.
+__device__ inline bool all_agree(const StepArgs& args, const Ticket& ticket) {
+  bool good = true;
+  for (int source = threadIdx.x; source < args.comm.num_ranks; source += kThreads)
+    good = agrees_with(args, ticket, source) && good;
+  return good;
+}
+
+/// Whether rows go in packets: if there is room, and not so many that the packets' fourth word
+/// would cost more than the fence that plain rows need.
+__device__ inline bool uses_packets(const StepArgs& args, const plan::MessageArea& area,
+                                    std::int64_t messages) {
+  constexpr std::int64_t kMaxBytes = 1 << 20;
+  return messages <= area.max_packeted && messages * args.shape.row_bytes <= kMaxBytes;
+}
+
+}  // namespace deep_ep::cuda::internode_ll
