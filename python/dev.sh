@@ -59,6 +59,9 @@ gpu_python() {
     $venv/bin/pip install -q --target $folder pytest || return
   ldd $folder/deep_ep/*.so | awk '/=> .*libhwy/ {print $3}' | sort -u |
     xargs -r cp -Lt $folder/deep_ep
-  cp -r tests/python build/gpu/tests
+  # Laid out as in the sources, since tests look for the examples.
+  mkdir -p build/gpu/tests build/gpu/examples
+  cp -r tests/python build/gpu/tests/
+  cp -r examples/python examples/data build/gpu/examples/
   cp pyproject.toml build/gpu/
 }
