@@ -47,7 +47,7 @@ elif ! python3 -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; 
   printf '== Python: SKIPPED, python3 has no torch with CUDA\n'
   skipped=$((skipped + 1))
 else
-  PYTHONPATH=python run python3 -m pytest -q -rs -p no:cacheprovider -m gpu tests/python
+  PYTHONPATH=$PWD/python run python3 -m pytest -q -rs -p no:cacheprovider -m gpu tests/python
 fi
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck; do

@@ -249,9 +249,12 @@ def _threads(group):
     """Two threads with a Buffer each, as with dual-batch overlap: waits let the other run."""
     size, wrong = group.size(), []
     buffers = [deep_ep.Buffer(group, 1 << 20) for _ in range(2)]
+    device = torch.cuda.current_device() if routing.DEVICE == "cuda" else None
 
     def work(index):
         try:
+            if device is not None:  # of a new thread it is the first one
+                torch.cuda.set_device(device)
             for step in range(20):
                 one = make_inputs(size, experts=2 * size, seed=50 * index + step)[group.rank()]
                 buffer = buffers[index]
