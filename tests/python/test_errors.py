@@ -1,6 +1,7 @@
 """What is refused, how, and what stays usable."""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -193,6 +194,49 @@ def _no_gpu(group):
 def test_a_missing_gpu_is_told_at_construction(cpu_ranks):
     if cpu_ranks.run(1, _no_gpu) == ["there is one"]:
         pytest.skip("this machine has a GPU")
+
+
+def _overlap(group):
+    """A second call while the first waits, its GIL released: refused, and nobody is hurt."""
+    buffer = _buffer(group)
+    one = make_inputs(group.size(), experts=2 * group.size())[group.rank()]
+    arguments = dispatch_arguments(buffer, one)
+    torch.distributed.barrier(group)
+    if group.rank() == 1:
+        time.sleep(1)
+        got = buffer.dispatch(**arguments)
+    else:
+        with ThreadPoolExecutor(1) as other:
+            running = other.submit(buffer.dispatch, **arguments)
+            time.sleep(0.3)  # it waits for rank 1 by now
+            assert not running.done()
+            error = _error_of(lambda: buffer.dispatch(**arguments))
+            assert error.code == "usage" and "one at a time" in str(error)
+            got = running.result()
+    buffer.combine(got[0], got[4])
+    buffer.destroy()
+
+
+def test_calls_that_overlap_are_refused(cpu_ranks):
+    cpu_ranks.run(2, _overlap)
+
+
+def _taking_turns(group):
+    """Two threads use one Buffer under their lock, in the same order on all ranks."""
+    buffer = _buffer(group)
+    with ThreadPoolExecutor(1) as first, ThreadPoolExecutor(1) as second:
+        for seed in range(6):
+            one = make_inputs(group.size(), experts=2 * group.size(), seed=seed)[group.rank()]
+            arguments = dispatch_arguments(buffer, one)
+            got = first.submit(buffer.dispatch, **arguments).result()
+            combined = second.submit(buffer.combine, got[0], got[4]).result()[0]
+            in_rank = arguments["is_token_in_rank"].sum(1, keepdim=True)
+            assert torch.equal(combined.float(), one.x.float() * in_rank)
+    buffer.destroy()
+
+
+def test_threads_may_take_turns(cpu_ranks):
+    cpu_ranks.run(2, _taking_turns)
 
 
 def _async_failure(group):
