@@ -208,6 +208,7 @@ void add_run_options(CLI::App& command, Options& options) {
 void add_bench(CLI::App& app, int& status) {
   CLI::App* bench = app.add_subcommand("bench", "How fast the calls are on this machine");
   bench->require_subcommand(1);
+  add_bench_low_latency(*bench, status);
   CLI::App* command = bench->add_subcommand(
       "intranode", "Layout, dispatch, combine and pairs among ranks of this machine");
   const auto options = std::make_shared<Options>();

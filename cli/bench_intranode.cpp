@@ -5,11 +5,7 @@
 #include <deque>
 #include <functional>
 
-#include <nlohmann/json.hpp>
-
-#include "base/error.hpp"
 #include "names.hpp"
-#include "stats.hpp"
 #include "verify/checks.hpp"
 #include "verify/transfer.hpp"
 
@@ -277,14 +273,6 @@ std::vector<BenchRow> Point::run() {
   return rows;
 }
 
-nlohmann::json encode(const std::vector<BenchRow>& rows) {
-  nlohmann::json json = nlohmann::json::array();
-  for (const BenchRow& row : rows)
-    json.push_back({row.times_us, row.logical_bytes, row.wire_bytes, row.checked_elements,
-                    row.wrong_elements, row.first_mismatch});
-  return json;
-}
-
 }  // namespace
 
 verify::Case make_bench_case(const BenchShape& shape, const BenchSettings& settings, int ranks) {
@@ -303,29 +291,7 @@ verify::Case make_bench_case(const BenchShape& shape, const BenchSettings& setti
 
 std::vector<BenchRow> bench_intranode(Buffer& buffer, Bootstrap& bootstrap, const BenchShape& shape,
                                       const BenchSettings& settings) {
-  std::vector<BenchRow> rows = Point(buffer, shape, settings).run();
-  const auto parts = bootstrap.all_gather(encode(rows).dump());
-  std::vector<nlohmann::json> ranks;
-  for (const std::string& part : parts) ranks.push_back(nlohmann::json::parse(part));
-  const auto count = static_cast<double>(ranks.size());
-  for (std::size_t i = 0; i < rows.size(); ++i) {
-    BenchRow sum{rows[i].operation};
-    std::vector<std::vector<double>> times;
-    for (std::size_t rank = 0; rank < ranks.size(); ++rank) {
-      const auto& part = ranks[rank].at(i);
-      times.push_back(part.at(0));
-      sum.logical_bytes += part.at(1).get<double>() / count;
-      sum.wire_bytes += part.at(2).get<double>() / count;
-      sum.checked_elements += part.at(3).get<std::int64_t>();
-      sum.wrong_elements += part.at(4).get<std::int64_t>();
-      const auto mismatch = part.at(5).get<std::string>();
-      if (sum.first_mismatch.empty() && !mismatch.empty())
-        sum.first_mismatch = fmt::format("rank {}: {}", rank, mismatch);
-    }
-    sum.times_us = slowest(times);
-    rows[i] = std::move(sum);
-  }
-  return rows;
+  return merge_rows(bootstrap, Point(buffer, shape, settings).run());
 }
 
 }  // namespace deep_ep::cli

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "bench_rows.hpp"
 #include "deep_ep/buffer.hpp"
 #include "topk_file.hpp"
 #include "verify/case.hpp"
@@ -38,17 +39,6 @@ struct BenchSettings {
   bool pair_latency = false;
   bool on_comm_stream = false;  ///< GPUs: the caller works on the Buffer's own stream
   Config config{};
-};
-
-/// One operation at one shape, the times being those of the slowest rank of each iteration.
-struct BenchRow {
-  std::string operation;
-  std::vector<double> times_us{};
-  double logical_bytes = 0;  ///< received payload (x, scales), mean of the ranks
-  double wire_bytes = 0;     ///< without the rows that a rank sends to itself
-  std::int64_t checked_elements = 0;
-  std::int64_t wrong_elements = 0;
-  std::string first_mismatch{};
 };
 
 /// The exchange that a shape stands for, as the checks describe it.

@@ -6,14 +6,13 @@
 #include <string>
 #include <vector>
 
-#include <nlohmann/json.hpp>
-
 #include "base/error.hpp"
 #include "commands.hpp"
 #include "names.hpp"
 #include "ranks.hpp"
 #include "verify/case.hpp"
 #include "verify/covering_set.hpp"
+#include "verify_results.hpp"
 
 namespace deep_ep::cli {
 namespace {
@@ -57,46 +56,14 @@ Case shape_case(const Options& options, int ranks) {
   return c;
 }
 
-/// All ranks' findings, the same on every rank.
-CaseResult gather(Bootstrap& bootstrap, const CaseResult& own) {
-  const nlohmann::json json{own.checked_elements, own.wrong_elements, own.checked_outputs,
-                            own.first_mismatch};
-  CaseResult sum;
-  const auto parts = bootstrap.all_gather(json.dump());
-  for (std::size_t rank = 0; rank < parts.size(); ++rank) {
-    const auto part = nlohmann::json::parse(parts[rank]);
-    CaseResult result;
-    result.checked_elements = part[0];
-    result.wrong_elements = part[1];
-    result.checked_outputs = part[2];
-    result.first_mismatch = part[3];
-    if (!result.first_mismatch.empty())
-      result.first_mismatch = fmt::format("rank {}: {}", rank, result.first_mismatch);
-    sum.merge(result);
-  }
-  return sum;
-}
-
-void print_result(const Case& c, const CaseResult& result, bool verbose) {
-  fmt::print("{}  {:<44} {:>12} elements", result.passed() ? "ok  " : "FAIL", c.name,
-             result.checked_elements);
-  if (!result.passed())
-    fmt::print("\n      {} wrong; first: {}\n      {}", result.wrong_elements,
-               result.first_mismatch, c.describe());
-  else if (verbose)
-    fmt::print("\n      {}", c.describe());
-  fmt::print("\n");
-  std::fflush(stdout);
-}
-
 int run_cases(std::shared_ptr<Bootstrap> bootstrap, const std::vector<Case>& cases,
               const Options& options) {
   Buffer buffer(bootstrap, {.device = device_from(options.backend, bootstrap->rank())});
   int failed = 0;
   for (const Case& c : cases) {
-    const CaseResult result = gather(*bootstrap, verify::run_case(buffer, c));
+    const CaseResult result = gather_result(*bootstrap, verify::run_case(buffer, c));
     failed += result.passed() ? 0 : 1;
-    if (bootstrap->rank() == 0) print_result(c, result, options.verbose);
+    if (bootstrap->rank() == 0) print_result(c.name, c.describe(), result, options.verbose);
   }
   if (bootstrap->rank() == 0)
     fmt::print("{} passed, {} failed on {} ranks\n",
@@ -136,7 +103,10 @@ void add_verify(CLI::App& app, int& status) {
   command->add_option("--seed", options->seed, "Of routing and payload");
   command->add_flag("-v,--verbose", options->verbose, "Print each case's numbers");
   command->footer("Without a shape (tokens to async) a covering set of cases runs.");
-  command->callback([options, &status] { status = verify_command(*options); });
+  add_verify_low_latency(*command, status);
+  command->callback([command, options, &status] {
+    if (command->get_subcommands().empty()) status = verify_command(*options);
+  });
 }
 
 }  // namespace deep_ep::cli

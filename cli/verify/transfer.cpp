@@ -42,4 +42,12 @@ CombineResult on_host(CombineResult result) {
   return result;
 }
 
+LowLatencyDispatchResult on_host(LowLatencyDispatchResult result) {
+  for (Tensor* tensor :
+       {&result.recv_x, &result.recv_x_scales, &result.recv_count, &result.recv_topk_idx,
+        &result.recv_topk_weights, &result.handle.src_info, &result.handle.layout_range})
+    *tensor = on_host(*tensor);
+  return result;
+}
+
 }  // namespace deep_ep::verify

@@ -16,5 +16,6 @@ IntranodeHandle on_host(const IntranodeHandle& handle);
 DispatchLayout on_host(DispatchLayout layout);
 DispatchResult on_host(DispatchResult result);
 CombineResult on_host(CombineResult result);
+LowLatencyDispatchResult on_host(LowLatencyDispatchResult result);
 
 }  // namespace deep_ep::verify

@@ -186,8 +186,9 @@ class DEEP_EP_API Buffer {
   /// `stream`.
   void low_latency_query_mask_buffer(const TensorView& mask, Stream stream = {});
   void low_latency_clean_mask_buffer();
-  /// Bytes to pass as num_rdma_bytes for calls of this shape in every dtype with up to num_topk
-  /// experts a token. Never throws; a value below 1 counts as 1. Formula: docs/memory.md.
+  /// Bytes to pass as num_rdma_bytes for calls of this shape with up to num_topk experts a token,
+  /// for values of at most two bytes (twice the hidden for float32). Never throws; a value below 1
+  /// counts as 1. Formula: docs/memory.md.
   static std::int64_t get_low_latency_rdma_size_hint(int num_max_dispatch_tokens_per_rank,
                                                      std::int64_t hidden, int num_ranks,
                                                      int num_experts, int num_topk = 32) noexcept;

@@ -16,6 +16,8 @@
 
 namespace deep_ep {
 
+struct LowLatencyDispatchShape;
+
 /// The Buffer behind its public face: keeps the order of calls, numbers them, and turns what goes
 /// wrong into faults.
 class __attribute__((visibility("hidden"))) Buffer::Impl {  // a member of an exported class
@@ -107,6 +109,7 @@ class __attribute__((visibility("hidden"))) Buffer::Impl {  // a member of an ex
   static void refuse_third(const char* operation, const LowLatencyCalls& calls);
   Call low_latency_call(const char* operation, const LowLatencyCalls& calls,
                         const protocol::CallRecord& record) const;
+  static void fill_params(LowLatencyDispatchJob& job, const LowLatencyDispatchShape& shape);
   /// Sends and receives, or only sends; then `hook` receives.
   template <class Job>
   EventHandle submit_low_latency(LowLatencyCalls& calls, const std::shared_ptr<Job>& job,

@@ -96,6 +96,32 @@ EventHandle Buffer::Impl::submit_low_latency(LowLatencyCalls& calls,
   return EventHandle();
 }
 
+void Buffer::Impl::fill_params(LowLatencyDispatchJob& job, const LowLatencyDispatchShape& shape) {
+  const LowLatencyDispatchArgs& args = job.args;
+  const LowLatencyDispatchResult& result = job.result;
+  internode_ll::DispatchParams& params = job.params;
+  params.shape = shape.shape;
+  params.rank_major = args.format == LowLatencyFormat::kRankMajor;
+  params.topk_idx = args.topk_idx;
+  params.ticket = job.ticket.as<std::uint64_t>();
+  params.wait_stats = args.dispatch_wait_recv_cost_stats.as<std::int64_t>();
+  params.quantization = shape.quantization;
+  params.x = args.x.as<const std::byte>();
+  params.hidden = args.x.shape[1];
+  params.x_scales = args.x_scales;
+  params.topk_weights = args.topk_weights.as<const float>();
+  params.num_scales = shape.num_scales;
+  params.x_bytes = shape.shape.row_bytes - std::int64_t{4} * shape.num_scales;
+  params.recv_x = result.recv_x.as<std::byte>();
+  params.recv_x_scales = result.recv_x_scales;
+  params.recv_count = result.recv_count.as<std::int32_t>();
+  params.recv_topk_idx = result.recv_topk_idx;
+  params.recv_topk_weights = result.recv_topk_weights.as<float>();
+  params.src_info = result.handle.src_info.as<std::int32_t>();
+  params.layout_range = result.handle.layout_range.as<std::int64_t>();
+  params.cumulative_stats = args.cumulative_local_expert_recv_stats.as<std::int32_t>();
+}
+
 LowLatencyDispatchResult Buffer::Impl::low_latency_dispatch(const LowLatencyDispatchArgs& args) {
   constexpr const char* kOperation = "low_latency_dispatch";
   LowLatencyCalls& calls = low_latency_dispatches_;
@@ -134,26 +160,7 @@ LowLatencyDispatchResult Buffer::Impl::low_latency_dispatch(const LowLatencyDisp
     result.handle.num_experts = args.num_experts;
     result.handle.format = args.format;
 
-    params.shape = shape.shape;
-    params.rank_major = args.format == LowLatencyFormat::kRankMajor;
-    params.topk_idx = args.topk_idx;
-    params.ticket = job->ticket.as<std::uint64_t>();
-    params.wait_stats = args.dispatch_wait_recv_cost_stats.as<std::int64_t>();
-    params.quantization = shape.quantization;
-    params.x = args.x.as<const std::byte>();
-    params.hidden = args.x.shape[1];
-    params.x_scales = args.x_scales;
-    params.topk_weights = args.topk_weights.as<const float>();
-    params.num_scales = shape.num_scales;
-    params.x_bytes = shape.shape.row_bytes - std::int64_t{4} * shape.num_scales;
-    params.recv_x = result.recv_x.as<std::byte>();
-    params.recv_x_scales = result.recv_x_scales;
-    params.recv_count = result.recv_count.as<std::int32_t>();
-    params.recv_topk_idx = result.recv_topk_idx;
-    params.recv_topk_weights = result.recv_topk_weights.as<float>();
-    params.src_info = result.handle.src_info.as<std::int32_t>();
-    params.layout_range = result.handle.layout_range.as<std::int64_t>();
-    params.cumulative_stats = args.cumulative_local_expert_recv_stats.as<std::int32_t>();
+    fill_params(*job, shape);
     std::function<void()> hook;
     result.event = submit_low_latency(calls, job, hook);
     LowLatencyDispatchResult returned = result;

@@ -171,6 +171,8 @@ LowLatencyOutputViews validate_outputs(const LowLatencyDispatchArgs& args,
 LowLatencyCombineShape validate_combine(const LowLatencyCombineArgs& args, int num_ranks,
                                         Device device) {
   check_hook(args.return_recv_hook, args.options);
+  if (args.use_logfmt)
+    throw Error(ErrorCode::kUnsupported, "use_logfmt: this version has no such wire format");
   const LowLatencyHandle& handle = args.handle;
   LowLatencyCombineShape shape;
   shape.record.kind = protocol::OpKind::kLowLatencyCombine;

@@ -23,6 +23,9 @@ constexpr auto kVariables = std::to_array<Variable>({
     {"DEEP_EP_COMBINE", "auto",
      "How the host's combine fetches rows: pull (reads them from the experts' ranks, which takes "
      "the rights of ptrace), ring (through the inbox) or auto (pull where all ranks can)."},
+    {"DEEP_EP_FIRST_TICKET", "1",
+     "Number of a Buffer's first low-latency calls, the same on all ranks. For tests of "
+     "what happens where numbers wrap."},
     {"DEEP_EP_LOG_LEVEL", "warn", "trace, debug, info, warn, error or off."},
     {"DEEP_EP_LOG_FILE", "",
      "File that log lines are appended to; %p is the process id, %h the host. Empty: stderr."},
@@ -118,6 +121,10 @@ CombinePath combine_path() {
   throw Error(
       ErrorCode::kInvalidArgument,
       fmt::format("DEEP_EP_COMBINE: '{}' is not allowed, must be auto, pull or ring", path));
+}
+
+std::uint64_t first_ticket() {
+  return static_cast<std::uint64_t>(integer("DEEP_EP_FIRST_TICKET", 1, std::int64_t{1} << 62));
 }
 
 std::string log_level() {

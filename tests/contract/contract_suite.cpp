@@ -15,11 +15,14 @@ namespace {
 
 class ProgramList final : public ProgramSource {
  public:
-  ProgramList(std::uint64_t seed, bool full) : programs_(corner_programs(limits(full))) {
+  ProgramList(bool low_latency, std::uint64_t seed, bool full)
+      : programs_(low_latency ? low_latency_corner_programs(limits(full))
+                              : corner_programs(limits(full))) {
     const int rounds = full ? 16 : 3;
     for (int round = 0; round < rounds; ++round) {
-      for (Program& program :
-           covering_programs(seed + static_cast<std::uint64_t>(round), limits(full)))
+      const std::uint64_t number = seed + static_cast<std::uint64_t>(round);
+      for (Program& program : low_latency ? low_latency_covering_programs(number, limits(full))
+                                          : covering_programs(number, limits(full)))
         programs_.push_back(std::move(program));
     }
   }
@@ -54,7 +57,9 @@ int main(int argc, char** argv) {
   app.add_option("--backend", backend)
       ->check(CLI::IsMember({"host", "cuda"}))
       ->capture_default_str();
-  app.add_option("--mode", mode)->check(CLI::IsMember({"intranode"}))->capture_default_str();
+  app.add_option("--mode", mode)
+      ->check(CLI::IsMember({"intranode", "low-latency"}))
+      ->capture_default_str();
   app.add_option("--seed", seed, "of the covering array and the inputs")->capture_default_str();
   app.add_option("--from", options.from, "first program")->capture_default_str();
   app.add_option("--count", options.count, "number of programs, -1: all")->capture_default_str();
@@ -68,7 +73,7 @@ int main(int argc, char** argv) {
   app.add_flag("--list", list, "print the programs and run none");
   CLI11_PARSE(app, argc, argv);
 
-  const test::ProgramList programs(seed, full);
+  const test::ProgramList programs(mode == "low-latency", seed, full);
   if (list) {
     for (std::int64_t i = 0; i < programs.size(); ++i)
       fmt::print("{} {}\n", i, programs.at(i).describe());

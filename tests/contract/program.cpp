@@ -167,7 +167,7 @@ std::string Program::summary() const {
 std::string Program::describe() const {
   std::string text = summary();
   for (const Step& step : steps)
-    text += fmt::format("\n    buffer {}: {}", step.buffer, step.exchange.describe());
+    text += fmt::format("\n    buffer {}: {}", step.buffer, step.describe());
   return text;
 }
 

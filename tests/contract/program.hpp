@@ -1,11 +1,13 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <random>
 #include <string>
 #include <vector>
 
 #include "verify/case.hpp"
+#include "verify/low_latency_case.hpp"
 
 namespace deep_ep::test {
 
@@ -13,6 +15,11 @@ namespace deep_ep::test {
 struct Step {
   int buffer = 0;
   verify::Case exchange{};
+  std::optional<verify::LowLatencyCase> low_latency{};  ///< in place of `exchange`
+
+  std::string describe() const {
+    return low_latency ? low_latency->describe() : exchange.describe();
+  }
 };
 
 /// What one job of the pool does: exchanges, one after the other, on one or several Buffers.
@@ -25,6 +32,8 @@ struct Program {
   /// True: the Buffers are new, and destroyed at the end. False: those of earlier programs with as
   /// many ranks go on.
   bool own_buffers = false;
+  /// DEEP_EP_FIRST_TICKET of its Buffers, which are then its own; 0: as it is.
+  std::int64_t first_ticket = 0;
 
   /// In one line, and with a line for each step.
   std::string summary() const;
@@ -48,5 +57,12 @@ std::vector<Program> covering_programs(std::uint64_t seed, const Limits& limits)
 std::vector<Program> corner_programs(const Limits& limits);
 /// A function of the seed alone.
 Program random_program(std::uint64_t seed, const Limits& limits);
+
+// The same for low latency.
+std::int64_t estimate_bytes(const verify::LowLatencyCase& exchange);
+void fit(verify::LowLatencyCase& exchange, std::int64_t bytes);
+std::vector<Program> low_latency_covering_programs(std::uint64_t seed, const Limits& limits);
+std::vector<Program> low_latency_corner_programs(const Limits& limits);
+Program random_low_latency_program(std::uint64_t seed, const Limits& limits);
 
 }  // namespace deep_ep::test

@@ -3,7 +3,9 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <mutex>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -16,12 +18,14 @@ constexpr int kProgramsABuffer = 24;
 /// "" if all outputs are right.
 std::string run_step(Buffer& buffer, const Program& program, std::size_t i) {
   const Step& step = program.steps[i];
-  const verify::CaseResult result = verify::run_case(buffer, step.exchange);
+  const verify::CaseResult result = step.low_latency ? verify::run_case(buffer, *step.low_latency)
+                                                     : verify::run_case(buffer, step.exchange);
   if (!result.passed())
     return fmt::format("{} of {} elements wrong, first: {}\n    step {} on buffer {}: {}",
                        result.wrong_elements, result.checked_elements, result.first_mismatch, i,
-                       step.buffer, step.exchange.describe());
-  if (result.checked_outputs == 0) return fmt::format("step {} checked nothing", i);
+                       step.buffer, step.describe());
+  const bool absent = step.low_latency && step.low_latency->masked == buffer.rank();
+  if (result.checked_outputs == 0 && !absent) return fmt::format("step {} checked nothing", i);
   return "";
 }
 
@@ -29,6 +33,36 @@ std::string run_step(Buffer& buffer, const Program& program, std::size_t i) {
 void keep_first(std::string& wrong, const std::string& text) {
   if (wrong.empty()) wrong = text;
 }
+
+bool has_masked(const Program& program) {
+  return std::any_of(program.steps.begin(), program.steps.end(), [](const Step& step) {
+    return step.low_latency && step.low_latency->masked != verify::LowLatencyCase::kNobody;
+  });
+}
+
+std::int64_t needed_rdma_bytes(const Program& program, int buffer) {
+  std::int64_t bytes = 0;
+  for (const Step& step : program.steps)
+    if (step.buffer == buffer && step.low_latency)
+      bytes = std::max(bytes, step.low_latency->buffer_bytes());
+  return bytes;
+}
+
+/// Sets DEEP_EP_FIRST_TICKET for the Buffers that are made meanwhile.
+class FirstTicket {
+ public:
+  explicit FirstTicket(std::int64_t ticket) : set_(ticket > 0) {
+    if (set_) setenv("DEEP_EP_FIRST_TICKET", std::to_string(ticket).c_str(), 1);
+  }
+  ~FirstTicket() {
+    if (set_) unsetenv("DEEP_EP_FIRST_TICKET");
+  }
+  FirstTicket(const FirstTicket&) = delete;
+  FirstTicket& operator=(const FirstTicket&) = delete;
+
+ private:
+  bool set_;
+};
 
 std::string run_concurrently(const Program& program, const std::map<int, Buffer*>& buffers) {
   std::mutex mutex;
@@ -62,7 +96,8 @@ std::string Runner::run(Worker& worker, const Program& program, std::int64_t gen
     programs_since_renewal_.clear();
   }
   Buffers own;
-  Buffers& buffers = program.own_buffers ? own : buffers_;
+  const bool own_buffers = program.own_buffers || program.first_ticket > 0;
+  Buffers& buffers = own_buffers ? own : buffers_;
   std::string wrong;
   try {
     wrong = run_steps(worker, program, buffers);
@@ -72,7 +107,7 @@ std::string Runner::run(Worker& worker, const Program& program, std::int64_t gen
   }
   drop(own, program.ranks);
   if (wrong.empty()) wrong = keepsakes_.check();
-  if (!program.own_buffers && ++programs_since_renewal_[program.ranks] >= kProgramsABuffer) {
+  if (!own_buffers && ++programs_since_renewal_[program.ranks] >= kProgramsABuffer) {
     drop(buffers_, program.ranks);
     programs_since_renewal_[program.ranks] = 0;
     if (wrong.empty()) wrong = keepsakes_.check();
@@ -83,7 +118,7 @@ std::string Runner::run(Worker& worker, const Program& program, std::int64_t gen
 std::string Runner::run_steps(Worker& worker, const Program& program, Buffers& buffers) {
   std::map<int, Buffer*> used;
   for (const Step& step : program.steps) used[step.buffer] = nullptr;
-  for (auto& [number, pointer] : used) pointer = &buffer(worker, buffers, number);
+  for (auto& [number, pointer] : used) pointer = &buffer(worker, buffers, program, number);
 
   std::string wrong;
   if (program.concurrent) {
@@ -92,26 +127,37 @@ std::string Runner::run_steps(Worker& worker, const Program& program, Buffers& b
     for (std::size_t i = 0; i < program.steps.size(); ++i)
       keep_first(wrong, run_step(*used[program.steps[i].buffer], program, i));
   }
+  if (has_masked(program)) return wrong;  // which goes its own way from here on
   Buffer& first = *used.begin()->second;
   keep_first(wrong, keepsakes_.combine_oldest(first));
   keepsakes_.take(first);
   return wrong;
 }
 
-Buffer& Runner::buffer(Worker& worker, Buffers& buffers, int number) const {
-  std::unique_ptr<Buffer>& made = buffers[{worker.num_ranks(), number}];
-  if (made == nullptr) {
+Buffer& Runner::buffer(Worker& worker, Buffers& buffers, const Program& program, int number) {
+  Made& made = buffers[{worker.num_ranks(), number}];
+  const std::int64_t rdma_bytes = needed_rdma_bytes(program, number);
+  if (made.buffer != nullptr && made.rdma_bytes < rdma_bytes) {
+    keepsakes_.forget_buffer(*made.buffer);
+    made = {};
+  }
+  if (made.buffer == nullptr) {
     BufferOptions options;
     options.device = target_.device;
     // Ranks share GPUs when there are fewer.
     options.device.index = worker.rank() % std::max(1, num_devices(target_.device.type));
     options.timeout = target_.timeout;
-    // Odd ones start with nothing, so that their first results make them grow.
-    options.num_nvl_bytes =
-        number % 2 == 0 ? Config{}.get_nvl_buffer_size_hint(7168 * 2, worker.num_ranks()) : 0;
-    made = std::make_unique<Buffer>(worker.bootstrap(), options);
+    // Odd ones start with nothing, so that their first results make them grow. So do those of low
+    // latency, whose callers pass no num_nvl_bytes.
+    options.num_nvl_bytes = number % 2 == 0 && rdma_bytes == 0
+                                ? Config{}.get_nvl_buffer_size_hint(7168 * 2, worker.num_ranks())
+                                : 0;
+    options.num_rdma_bytes = rdma_bytes;
+    options.enable_shrink = has_masked(program);
+    const FirstTicket first_ticket(program.first_ticket);
+    made = {std::make_unique<Buffer>(worker.bootstrap(), options), rdma_bytes};
   }
-  return *made;
+  return *made.buffer;
 }
 
 void Runner::drop(Buffers& buffers, int num_ranks) {
@@ -120,7 +166,7 @@ void Runner::drop(Buffers& buffers, int num_ranks) {
       ++it;
       continue;
     }
-    keepsakes_.forget_buffer(*it->second);
+    keepsakes_.forget_buffer(*it->second.buffer);
     it = buffers.erase(it);
   }
 }

@@ -34,9 +34,13 @@ class Runner {
 
  private:
   /// Number of ranks and the program's number of the Buffer.
-  using Buffers = std::map<std::pair<int, int>, std::unique_ptr<Buffer>>;
+  struct Made {
+    std::unique_ptr<Buffer> buffer;
+    std::int64_t rdma_bytes = 0;
+  };
+  using Buffers = std::map<std::pair<int, int>, Made>;
 
-  Buffer& buffer(Worker& worker, Buffers& buffers, int number) const;
+  Buffer& buffer(Worker& worker, Buffers& buffers, const Program& program, int number);
   std::string run_steps(Worker& worker, const Program& program, Buffers& buffers);
   void drop(Buffers& buffers, int num_ranks);
 

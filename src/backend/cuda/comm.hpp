@@ -45,7 +45,7 @@ struct DeviceControl {
 /// What low latency remembers from kernel to kernel; parts as in plan::LowLatencyLayout.
 struct LowLatencyState {
   static constexpr int kParts = plan::LowLatencyLayout::kParts;
-  static constexpr int kMaxBlocks = 256;
+  static constexpr int kMaxBlocks = 1024;
 
   /// The same in all blocks, which need not wait for each other so: each counts by itself, block 0
   /// also for those that a kernel is launched without.

@@ -62,13 +62,6 @@ void LowLatency::fill(const deep_ep::internode_ll::Step& step, plan::LowLatencyK
   args.wait_stats = step.wait_stats;
 }
 
-/// All SMs, unless there can never be that many messages.
-int LowLatency::num_blocks(const deep_ep::internode_ll::Step& step) const {
-  const std::int64_t most = step.shape.max_tokens * num_ranks_ + 1;
-  const std::int64_t sms = std::min(context_.num_sms(), LowLatencyState::kMaxBlocks);
-  return static_cast<int>(std::min(sms, most));
-}
-
 void LowLatency::dispatch(const deep_ep::internode_ll::DispatchParams& params) {
   internode_ll::DispatchArgs args;
   fill(params, plan::LowLatencyKind::kDispatch, args);
@@ -94,7 +87,7 @@ void LowLatency::dispatch(const deep_ep::internode_ll::DispatchParams& params) {
   args.src_info = params.src_info;
   args.layout_range = params.layout_range;
   args.cumulative_stats = params.cumulative_stats;
-  check_launch(internode_ll::launch_dispatch(args, num_blocks(params), native(params.stream)),
+  check_launch(internode_ll::launch_dispatch(args, context_.num_sms(), native(params.stream)),
                "launch of dispatch", params.shape);
 }
 
@@ -106,7 +99,7 @@ void LowLatency::combine(const deep_ep::internode_ll::CombineParams& params) {
   args.src_info = params.src_info;
   args.layout_range = params.layout_range;
   args.combined_x = params.combined_x;
-  check_launch(internode_ll::launch_combine(args, num_blocks(params), native(params.stream)),
+  check_launch(internode_ll::launch_combine(args, context_.num_sms(), native(params.stream)),
                "launch of combine", params.shape);
 }
 

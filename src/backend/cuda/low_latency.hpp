@@ -23,7 +23,6 @@ class LowLatency {
  private:
   void fill(const deep_ep::internode_ll::Step& step, plan::LowLatencyKind kind,
             internode_ll::StepArgs& args);
-  int num_blocks(const deep_ep::internode_ll::Step& step) const;
 
   Context& context_;
   std::int64_t bytes_;

@@ -5,6 +5,8 @@
 
 #include "backend/host/comm_stream.hpp"
 #include "backend/host/context.hpp"
+#include "backend/host/internode_ll/state.hpp"
+#include "backend/host/internode_ll/steps.hpp"
 #include "backend/host/intranode/steps.hpp"
 #include "backend/host/private_heap.hpp"
 #include "base/error.hpp"
@@ -38,7 +40,8 @@ class HostBackend final : public Backend {
       : options_(options),
         context_(options),
         heap_(std::make_shared<fabric::Heap>([this](std::int64_t bytes) { return grow(bytes); })),
-        private_heap_(std::make_shared<host::PrivateHeap>()) {}
+        private_heap_(std::make_shared<host::PrivateHeap>()),
+        low_latency_(context_, options) {}
 
   ~HostBackend() override { close(); }
 
@@ -58,6 +61,7 @@ class HostBackend final : public Backend {
 
   void open_handles(const std::vector<std::string>& exported) override {
     context_.open_handles(exported, options_.timeout);
+    low_latency_.open();
   }
 
   std::string findings() override { return context_.why_no_pull(); }
@@ -181,17 +185,26 @@ class HostBackend final : public Backend {
   void combine(const intranode::CombineParams& params) override {
     host::intranode::combine(context_, hashed(params));
   }
-  void dispatch(const internode_ll::DispatchParams&) override { refuse_low_latency(); }
-  void combine(const internode_ll::CombineParams&) override { refuse_low_latency(); }
-  void update_mask(int, bool, Stream) override { refuse_low_latency(); }
-  void query_mask(std::int32_t*, Stream) override { refuse_low_latency(); }
-  void clean_mask(Stream) override { refuse_low_latency(); }
-
- private:
-  [[noreturn]] static void refuse_low_latency() {
-    throw Error(ErrorCode::kUnsupported, "device host: this version has no low-latency mode there");
+  void dispatch(const internode_ll::DispatchParams& params) override {
+    host::internode_ll::dispatch(low_latency_, params);
+  }
+  void combine(const internode_ll::CombineParams& params) override {
+    host::internode_ll::combine(low_latency_, params);
+  }
+  void update_mask(int rank, bool masked, Stream) override {
+    stream_.drain();
+    low_latency_.mask(rank, masked);
+  }
+  void query_mask(std::int32_t* masks, Stream) override {
+    stream_.drain();
+    for (int i = 0; i < options_.num_ranks; ++i) masks[i] = low_latency_.masked(i) ? 1 : 0;
+  }
+  void clean_mask(Stream) override {
+    stream_.drain();
+    for (int i = 0; i < options_.num_ranks; ++i) low_latency_.mask(i, false);
   }
 
+ private:
   /// With the hash of the handle's routing in the record, for the ranks to compare.
   template <class Params>
   Params hashed(Params params) const {
@@ -216,6 +229,7 @@ class HostBackend final : public Backend {
   mutable host::Context context_;
   std::shared_ptr<fabric::Heap> heap_;
   std::shared_ptr<host::PrivateHeap> private_heap_;
+  host::internode_ll::State low_latency_;
   host::CommStream stream_;
 };
 

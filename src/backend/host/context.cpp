@@ -49,6 +49,7 @@ struct Introduction {
   std::int32_t num_threads;
   env::CombinePath path;
   std::int64_t inbox;
+  std::uint64_t first_ticket;
   fabric::Beacon::Sight sight;
 };
 
@@ -91,7 +92,8 @@ std::string Context::export_handles(std::int64_t heap_bytes) {
   own_doorbell_ =
       protocol::ControlBlock::carve(carver, control_shape(num_ranks_, inbox_bytes(num_ranks_)))
           .doorbell;
-  const Introduction intro{pool_.size(), path_, inbox_bytes(num_ranks_), beacon_.sight()};
+  const Introduction intro{pool_.size(), path_, inbox_bytes(num_ranks_), env::first_ticket(),
+                           beacon_.sight()};
   return std::string(reinterpret_cast<const char*>(&intro), sizeof intro) +
          fabric_.export_handles();
 }
@@ -110,6 +112,12 @@ void Context::open_handles(const std::vector<std::string>& exported,
       throw Error(ErrorCode::kDisagreement,
                   fmt::format("DEEP_EP_INBOX_BYTES gives {} bytes on rank {} and {} on rank {}",
                               inbox, rank_, intro.inbox, i),
+                  {i});
+    }
+    if (intro.first_ticket != env::first_ticket()) {
+      throw Error(ErrorCode::kDisagreement,
+                  fmt::format("DEEP_EP_FIRST_TICKET is {} on rank {} and {} on rank {}",
+                              env::first_ticket(), rank_, intro.first_ticket, i),
                   {i});
     }
     if (intro.path != path_) {

@@ -9,6 +9,8 @@
 #include <cstring>
 #include <type_traits>
 
+#include "plan/numerics.hpp"
+
 // A race detector does not see streaming stores and non-vector code is easier on it: plain stores
 // there.
 #if defined(__SANITIZE_THREAD__)
@@ -108,6 +110,16 @@ struct Bf16 {
   }
 };
 
+// Where fma is one instruction.
+struct WeightedBf16 : Bf16 {
+  void add(const Word* in, float weight) {
+    const auto words = hn::LoadU(Bits(), reinterpret_cast<const std::uint32_t*>(in));
+    const auto factor = hn::Set(F32(), weight);
+    even = hn::MulAdd(factor, hn::BitCast(F32(), hn::ShiftLeft<16>(words)), even);
+    odd = hn::MulAdd(factor, hn::BitCast(F32(), hn::And(words, hn::Set(Bits(), 0xffff0000))), odd);
+  }
+};
+
 struct Fp16 {
   using Word = std::uint16_t;
   using Out = Half;
@@ -151,6 +163,19 @@ std::int64_t lanes_of() {
                                    sizeof(typename Sums::Word));
 }
 
+// add(source) or add(source, weight) for each, in the order of the sum.
+template <class Sums, class Add>
+void add_sources(const SumPiece& piece, Add&& add) {
+  if constexpr (std::is_same_v<Sums, WeightedBf16>) {
+    for (int s = 0; s < piece.num_sources; ++s) add(piece.sources[s], piece.weights[s]);
+  } else {
+    for (int s = 0; s < piece.num_sources; ++s) add(piece.sources[s]);
+    for (const std::byte* bias : piece.bias) {
+      if (bias != nullptr) add(bias);
+    }
+  }
+}
+
 // Sums kVectors vectors from element `i` on: several, so that the additions of one source do not
 // wait for each other.
 template <class Sums, int kVectors, class Store>
@@ -160,15 +185,12 @@ void sum_at(const SumPiece& piece, std::int64_t i, Store&& store) {
   Sums sums[kVectors];
 #pragma GCC unroll 8
   for (Sums& sum : sums) sum.clear();
-  const auto add = [&](const std::byte* source) {
+  const auto add = [&](const std::byte* source, auto... weight) {
     const Word* words = reinterpret_cast<const Word*>(source) + i;
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) sums[v].add(words + v * lanes);
+    for (int v = 0; v < kVectors; ++v) sums[v].add(words + v * lanes, weight...);
   };
-  for (int s = 0; s < piece.num_sources; ++s) add(piece.sources[s]);
-  for (const std::byte* bias : piece.bias) {
-    if (bias != nullptr) add(bias);
-  }
+  add_sources<Sums>(piece, add);
   auto witness = hn::Zero(F32());
 #pragma GCC unroll 8
   for (const Sums& sum : sums) witness = hn::Add(witness, sum.witness());
@@ -216,14 +238,10 @@ void sum(const SumPiece& piece, bool streaming) {
   HWY_ALIGN Word tail[HWY_MAX_BYTES / sizeof(Word)] = {};
   Sums total;
   total.clear();
-  const auto add = [&](const std::byte* source) {
+  add_sources<Sums>(piece, [&](const std::byte* source, auto... weight) {
     std::memcpy(tail, source + i * static_cast<std::int64_t>(sizeof(Word)), rest);
-    total.add(tail);
-  };
-  for (int s = 0; s < piece.num_sources; ++s) add(piece.sources[s]);
-  for (const std::byte* bias : piece.bias) {
-    if (bias != nullptr) add(bias);
-  }
+    total.add(tail, weight...);
+  });
   keep(total.template round<true>(), tail);
   std::memcpy(piece.out + i * static_cast<std::int64_t>(sizeof(Word)), tail, rest);
 }
@@ -231,6 +249,20 @@ void sum(const SumPiece& piece, bool streaming) {
 void sum_bf16(const SumPiece& piece, bool streaming) { sum<Bf16>(piece, streaming); }
 void sum_fp16(const SumPiece& piece, bool streaming) { sum<Fp16>(piece, streaming); }
 void sum_fp32(const SumPiece& piece, bool streaming) { sum<Fp32>(piece, streaming); }
+void sum_weighted_bf16(const SumPiece& piece, [[maybe_unused]] bool streaming) {
+#if HWY_NATIVE_FMA
+  sum<WeightedBf16>(piece, streaming);
+#else
+  for (std::int64_t i = 0; i < piece.count; ++i) {
+    float total = 0;
+    for (int s = 0; s < piece.num_sources; ++s) {
+      const auto* source = reinterpret_cast<const plan::Bfloat16*>(piece.sources[s]);
+      total = plan::accumulate(total, piece.weights[s], plan::to_float(source[i]));
+    }
+    reinterpret_cast<plan::Bfloat16*>(piece.out)[i] = plan::from_float<plan::Bfloat16>(total);
+  }
+#endif
+}
 
 }  // namespace deep_ep::host::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();
@@ -244,6 +276,7 @@ HWY_EXPORT(finish);
 HWY_EXPORT(sum_bf16);
 HWY_EXPORT(sum_fp16);
 HWY_EXPORT(sum_fp32);
+HWY_EXPORT(sum_weighted_bf16);
 
 namespace {
 
@@ -276,6 +309,7 @@ void finish_stores() { HWY_DYNAMIC_DISPATCH(finish)(); }
 
 void sum_piece(const SumPiece& piece, Stores stores) {
   const bool streaming = stores == Stores::kStreaming && !DEEP_EP_PLAIN_STORES;
+  if (piece.weights != nullptr) return HWY_DYNAMIC_DISPATCH(sum_weighted_bf16)(piece, streaming);
   switch (piece.dtype) {
     case DType::kBfloat16:
       return HWY_DYNAMIC_DISPATCH(sum_bf16)(piece, streaming);

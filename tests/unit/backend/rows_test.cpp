@@ -80,6 +80,39 @@ TEST(SumPiece, Float16HasTheBitsOfThePlan) {
 }
 TEST(SumPiece, Float32HasTheBitsOfThePlan) { expect_sums_of_all_shapes<float>(DType::kFloat32); }
 
+TEST(SumPiece, WeightedBfloat16HasTheBitsOfThePlan) {
+  std::mt19937_64 random(9);
+  for (const std::size_t count : {8u, 24u, 1000u, 2048u, 4104u})
+    for (const int num_sources : {0, 1, 2, 7})
+      for (const int wild_percent : {0, 1, 100}) {
+        std::vector<std::vector<plan::Bfloat16>> inputs;
+        std::vector<const std::byte*> sources;
+        for (int i = 0; i < num_sources; ++i)
+          inputs.push_back(random_bits<plan::Bfloat16>(random, count, wild_percent));
+        for (const auto& input : inputs)
+          sources.push_back(reinterpret_cast<const std::byte*>(input.data()));
+        // Thirds: products need more bits than fp32 has, so that fma and two roundings differ.
+        std::vector<float> weights;
+        for (int i = 0; i < num_sources; ++i)
+          weights.push_back(static_cast<float>(static_cast<int>(random() % 999) - 500) / 3);
+        std::vector<plan::Bfloat16> out(count);
+        SumPiece piece;
+        piece.count = static_cast<std::int64_t>(count);
+        piece.sources = sources.data();
+        piece.num_sources = num_sources;
+        piece.weights = weights.data();
+        piece.out = reinterpret_cast<std::byte*>(out.data());
+        sum_piece(piece, Stores::kCached);
+        for (std::size_t i = 0; i < count; ++i) {
+          float sum = 0;
+          for (int s = 0; s < num_sources; ++s)
+            sum = plan::accumulate(sum, weights[s], plan::to_float(inputs[s][i]));
+          ASSERT_EQ(out[i].bits, plan::from_float<plan::Bfloat16>(sum).bits)
+              << "element " << i << " of " << count << ", sources " << num_sources;
+        }
+      }
+}
+
 TEST(CopyRow, StreamingStoresCopyExactlyTheRow) {
   std::mt19937_64 random(7);
   const auto from = random_bits<float>(random, 1024, 100);

@@ -1,4 +1,3 @@
-#include "backend/cuda/device/launch.cuh"
 #include "backend/cuda/device/sums.cuh"
 #include "backend/cuda/internode_ll/announce.cuh"
 #include "backend/cuda/internode_ll/route.cuh"
@@ -411,7 +410,8 @@ __device__ __noinline__ void fill_nan(const CombineArgs& args) {
 }
 
 /// Sends, receives, or both.
-__global__ void __launch_bounds__(kThreads, 1) combine(const __grid_constant__ CombineArgs args) {
+__global__ void __launch_bounds__(kThreads, kBlocksAnSm)
+    combine(const __grid_constant__ CombineArgs args) {
   const Route route(args.shared);
   const Ticket ticket = take_ticket(args);
   bool good = warp_id() != kWarps - 1 || may_begin(args, ticket);
@@ -425,13 +425,13 @@ __global__ void __launch_bounds__(kThreads, 1) combine(const __grid_constant__ C
 
 }  // namespace
 
-cudaError_t launch_combine(const CombineArgs& given, int num_blocks, cudaStream_t stream) {
+cudaError_t launch_combine(const CombineArgs& given, int num_sms, cudaStream_t stream) {
   CombineArgs args = given;
   args.shared = plan_shared(args);
   const cudaError_t status = allow_shared<combine>(kMaxSharedBytes);
   if (status != cudaSuccess) return status;
   if (args.shared.used > kMaxSharedBytes) return cudaErrorInvalidValue;
-  combine<<<num_blocks, kThreads, args.shared.used, stream>>>(args);
+  combine<<<num_blocks(args, num_sms), kThreads, args.shared.used, stream>>>(args);
   return cudaGetLastError();
 }
 

@@ -1,4 +1,3 @@
-#include "backend/cuda/device/launch.cuh"
 #include "backend/cuda/internode_ll/announce.cuh"
 #include "backend/cuda/internode_ll/route.cuh"
 #include "backend/cuda/internode_ll/stage.cuh"
@@ -424,7 +423,8 @@ __device__ bool receive(const DispatchArgs& args, const Ticket& ticket, bool goo
 
 /// Sends, receives, or both.
 template <bool kQuantize>
-__global__ void __launch_bounds__(kThreads, 1) dispatch(const __grid_constant__ DispatchArgs args) {
+__global__ void __launch_bounds__(kThreads, kBlocksAnSm)
+    dispatch(const __grid_constant__ DispatchArgs args) {
   // All that the first token needs is on its way before anything is waited for.
   const std::int64_t token = args.sends ? blockIdx.x : args.num_tokens;
   const RouteIds ids(args, token);
@@ -444,21 +444,20 @@ __global__ void __launch_bounds__(kThreads, 1) dispatch(const __grid_constant__ 
 }
 
 template <bool kQuantize>
-cudaError_t launch(const DispatchArgs& given, int num_blocks, cudaStream_t stream) {
+cudaError_t launch(const DispatchArgs& given, int num_sms, cudaStream_t stream) {
   DispatchArgs args = given;
   args.shared = plan_shared(args);
   const cudaError_t status = allow_shared<dispatch<kQuantize>>(kMaxSharedBytes);
   if (status != cudaSuccess) return status;
   if (args.shared.used > kMaxSharedBytes) return cudaErrorInvalidValue;
-  dispatch<kQuantize><<<num_blocks, kThreads, args.shared.used, stream>>>(args);
+  dispatch<kQuantize><<<num_blocks(args, num_sms), kThreads, args.shared.used, stream>>>(args);
   return cudaGetLastError();
 }
 
 }  // namespace
 
-cudaError_t launch_dispatch(const DispatchArgs& args, int num_blocks, cudaStream_t stream) {
-  return args.quantize ? launch<true>(args, num_blocks, stream)
-                       : launch<false>(args, num_blocks, stream);
+cudaError_t launch_dispatch(const DispatchArgs& args, int num_sms, cudaStream_t stream) {
+  return args.quantize ? launch<true>(args, num_sms, stream) : launch<false>(args, num_sms, stream);
 }
 
 cudaError_t load_dispatch() {

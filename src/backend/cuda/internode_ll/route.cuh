@@ -139,9 +139,10 @@ struct RankSet {
   std::uint32_t words[kWords] = {};
 
   /// By a warp: adds every lane's rank, if it is not negative.
-  __device__ void add(int rank) {
+  __device__ void add(int rank, int num_ranks) {
 #pragma unroll
     for (int w = 0; w < kWords; ++w) {
+      if (w * 32 >= num_ranks) break;
       const std::uint32_t mine = rank >= 0 && rank / 32 == w ? 1u << rank % 32 : 0;
       words[w] |= __reduce_or_sync(0xffffffff, mine);
     }
@@ -168,11 +169,11 @@ struct RankSet {
 
 /// By one warp: from the experts and messages, the rest of a route. route.rank has every entry's
 /// rank before.
-__device__ inline void list_ranks(const Route& route, int topk) {
+__device__ inline void list_ranks(const Route& route, int topk, int num_ranks) {
   const int lane = lane_id();
   RankSet all;
   for (int base = 0; base < topk; base += 32)
-    all.add(base + lane < topk ? route.rank[base + lane] : -1);
+    all.add(base + lane < topk ? route.rank[base + lane] : -1, num_ranks);
   RankSet before;
   for (int base = 0; base < topk; base += 32) {
     const int k = base + lane;
@@ -184,7 +185,7 @@ __device__ inline void list_ranks(const Route& route, int topk) {
     bool first_of_expert = (__match_any_sync(0xffffffff, expert) & lower) == 0;
     for (int other = 0; other < base && first_of_expert; ++other)
       first_of_expert = route.expert[other] != expert;
-    before.add(rank);
+    if (base + 32 < topk) before.add(rank, num_ranks);
     if (rank < 0) continue;
     if (first_of_rank) {
       route.to_rank[all.below(rank)] = rank;
@@ -233,7 +234,7 @@ __device__ inline bool find_route(const StepArgs& args, std::int64_t token, cons
   for (int from = 0; from < topk; from += 32)
     good = count_before(args, route, token, from, ids.first) && good;
   if (__syncthreads_and(good) == 0) return false;
-  if (threadIdx.x < 32) list_ranks(route, topk);
+  if (threadIdx.x < 32) list_ranks(route, topk, args.comm.num_ranks);
   __syncthreads();
   return true;
 }

@@ -10,11 +10,6 @@ __device__ inline float2 widen_bfloat16(std::uint32_t pair) {
   return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
 }
 
-/// Out of line: divisions are long.
-__device__ __noinline__ inline plan::Fp8Scale fp8_scale(float amax, bool power_of_two) {
-  return power_of_two ? plan::fp8_power_of_two_scale(amax) : plan::fp8_scale(amax);
-}
-
 /// Eight values, one lane's share of a group of 128, as FP8; its half warp has the others. The
 /// scale is the same in all of the half warp.
 __device__ inline uint2 quantize(const uint4& values, Scaling scaling, float& scale) {
@@ -29,7 +24,8 @@ __device__ inline uint2 quantize(const uint4& values, Scaling scaling, float& sc
 #pragma unroll
   for (int distance = 8; distance > 0; distance /= 2)
     amax = plan::fp8_amax(amax, __shfl_xor_sync(half, amax, distance));
-  const plan::Fp8Scale both = fp8_scale(amax, scaling != Scaling::kFloat);
+  const plan::Fp8Scale both =
+      scaling == Scaling::kFloat ? plan::fp8_scale(amax) : plan::fp8_power_of_two_scale(amax);
   scale = both.scale;
   std::uint32_t codes[4];
 #pragma unroll
@@ -44,7 +40,7 @@ __device__ inline uint2 quantize(const uint4& values, Scaling scaling, float& sc
 /// A thread's first units of 16 bytes of a row, on their way before anybody waits for them.
 template <bool kQuantize>
 struct RowUnits {
-  static constexpr int kUnits = 2;
+  static constexpr int kUnits = 4;
   const uint4* from;
   int count;  // of the row
   uint4 first[kUnits];

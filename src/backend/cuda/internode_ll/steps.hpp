@@ -92,7 +92,7 @@ struct DispatchArgs : StepArgs {
   std::int32_t* cumulative_stats = nullptr;  // += [L] or null
 };
 /// Error: cudaErrorInvalidValue if a row or the experts are too many for shared memory.
-cudaError_t launch_dispatch(const DispatchArgs& args, int num_blocks, cudaStream_t stream);
+cudaError_t launch_dispatch(const DispatchArgs& args, int num_sms, cudaStream_t stream);
 
 struct CombineArgs : StepArgs {
   const std::byte* x = nullptr;         // [L, R * M, H] or [R, M, H] bfloat16
@@ -101,7 +101,7 @@ struct CombineArgs : StepArgs {
   const std::int64_t* layout_range = nullptr;
   std::byte* combined_x = nullptr;  // [N, H]
 };
-cudaError_t launch_combine(const CombineArgs& args, int num_blocks, cudaStream_t stream);
+cudaError_t launch_combine(const CombineArgs& args, int num_sms, cudaStream_t stream);
 
 /// masks[rank] = value; all of them if rank is negative.
 cudaError_t launch_set_mask(std::int32_t* masks, int num_ranks, int rank, std::int32_t value,

@@ -1,5 +1,8 @@
 #pragma once
 
+#include <algorithm>
+
+#include "backend/cuda/device/launch.cuh"
 #include "backend/cuda/device/waiting.cuh"
 #include "backend/cuda/internode_ll/steps.hpp"
 
@@ -10,9 +13,22 @@ namespace deep_ep::cuda::internode_ll {
 
 using plan::Packet;
 
-// Enough threads for the rows of one token, and registers for each.
-constexpr int kThreads = 512;
+// A block moves one token's row at a time, and must have done a lot by then that costs the same
+// with many threads as with few.
+constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
+
+// Registers allow so many; all of a kernel must run at once, since they wait for other ranks.
+constexpr int kBlocksAnSm = 2;
+
+/// Blocks of a kernel: all that fit, unless there can never be that many messages.
+inline unsigned num_blocks(const StepArgs& args, int num_sms) {
+  constexpr unsigned kSystemBytes = 1024;
+  const int here = std::min<int>(kBlocksAnSm, kMaxSharedBytes / (args.shared.used + kSystemBytes));
+  const std::int64_t most = args.shape.max_tokens * args.comm.num_ranks + 1;
+  return static_cast<unsigned>(std::min<std::int64_t>(
+      {std::int64_t{num_sms} * std::max(here, 1), most, LowLatencyState::kMaxBlocks}));
+}
 
 __device__ inline int lane_id() { return static_cast<int>(threadIdx.x % 32); }
 __device__ inline int warp_id() { return static_cast<int>(threadIdx.x / 32); }
@@ -231,16 +247,18 @@ __device__ __noinline__ inline void tell_consumed(const StepArgs& args) {
   }
 }
 
-/// By all blocks: counts what the kernel has done.
+/// By all blocks: counts what the kernel has done; block 0 also for the blocks that are not there.
 __device__ inline void count(const StepArgs& args, const Ticket& ticket) {
   LowLatencyState& state = args.comm.local->low_latency;
-  // Block 0 also for the blocks that are not there.
-  int block = static_cast<int>(blockIdx.x);
-  if (block == 0 && threadIdx.x > 0) block = static_cast<int>(gridDim.x + threadIdx.x) - 1;
-  if ((blockIdx.x > 0 && threadIdx.x > 0) || block >= LowLatencyState::kMaxBlocks) return;
-  if (args.sends) state.blocks[block].sent[static_cast<int>(args.kind)] = ticket.number;
-  state.blocks[block].live[ticket.part] = args.receives ? 0 : 1;
-  if (blockIdx.x != 0 || threadIdx.x != 0) return;
+  const auto note = [&](unsigned block) {
+    if (args.sends) state.blocks[block].sent[static_cast<int>(args.kind)] = ticket.number;
+    state.blocks[block].live[ticket.part] = args.receives ? 0 : 1;
+  };
+  if (threadIdx.x == 0) note(blockIdx.x);
+  if (blockIdx.x != 0) return;
+  for (unsigned i = gridDim.x + threadIdx.x; i < LowLatencyState::kMaxBlocks; i += kThreads)
+    note(i);
+  if (threadIdx.x != 0) return;
   if (args.receives) state.consumed[ticket.part] = ticket.number;
   if (!args.receives) *args.ticket = ticket.number;
 }

@@ -1,0 +1,285 @@
+#include <algorithm>
+#include <cstring>
+
+#include "backend/host/internode_ll/calls.hpp"
+#include "backend/host/internode_ll/packets.hpp"
+#include "backend/host/internode_ll/steps.hpp"
+#include "backend/host/internode_ll/work.hpp"
+#include "backend/host/rows.hpp"
+#include "base/error.hpp"
+#include "plan/numerics.hpp"
+
+namespace deep_ep::host::internode_ll {
+
+using deep_ep::internode_ll::CombineParams;
+using deep_ep::internode_ll::has;
+using deep_ep::internode_ll::Phases;
+using plan::HeadEntry;
+using plan::Packet;
+
+namespace {
+
+/// Rows of one source within a group of rows: one element of layout_range.
+struct Range {
+  explicit Range(std::int64_t packed)
+      : begin(packed >> 32), count(packed & std::int64_t{0xffffffff}) {}
+  std::int64_t begin;
+  std::int64_t count;
+};
+
+[[noreturn]] void throw_wrong_handle(const CombineParams& params, int rank, int source) {
+  throw Error(ErrorCode::kInvalidArgument,
+              fmt::format("{} (call {}) on rank {}: the topk_idx of rank {} is not what dispatch "
+                          "was given when it made this handle",
+                          params.call.operation, params.call.epoch, rank, source));
+}
+
+/// The part before anything is waited for at home: weights to the ranks of the experts, and what
+/// these ranks send back.
+class Send {
+ public:
+  Send(State& state, const CombineParams& params, Exchange& exchange)
+      : state_(state), params_(params), exchange_(exchange), routing_(state.routing) {}
+
+  void run() {
+    exchange_.begin_send();
+    if (!params_.rank_major) send_weights();
+    for (int i = 0; i < state_.num_ranks(); ++i) {
+      const int rank = state_.context().peer_in_turn(i);
+      if (!state_.masked(rank)) exchange_.publish_call(rank, routing_.num_messages[rank]);
+    }
+    if (!params_.rank_major) exchange_.wait_calls();
+    for (int i = 0; i < state_.num_ranks(); ++i) {
+      const int source = state_.context().peer_in_turn(i);
+      if (state_.masked(source)) continue;
+      send_home(source);
+      state_.context().ring_doorbell(source);
+    }
+  }
+
+ private:
+  void send_weights() {
+    std::vector<HeadEntry> entries;
+    for (std::int64_t token = 0; token < routing_.num_tokens; ++token) {
+      for (int rank = 0; rank < state_.num_ranks(); ++rank) {
+        const std::int32_t message = routing_.message_of[token * state_.num_ranks() + rank];
+        if (message < 0 || state_.masked(rank)) continue;
+        find_entries(token, rank, entries);
+        Packet* head = exchange_.at(rank).messages.head(state_.rank(), message);
+        put(head[0], exchange_.tag(),
+            ThreeWords{{static_cast<std::uint32_t>(token),
+                        static_cast<std::uint32_t>(entries.size()), 0}});
+        entries.resize(params_.shape.num_topk, HeadEntry{-1, 0, 0.0f});
+        for (int k = 0; k < params_.shape.num_topk; ++k)
+          put(head[1 + k], exchange_.tag(), entries[k]);
+      }
+    }
+  }
+
+  /// The token's experts at `rank`, ascending; weights of one that is named several times are added
+  /// in the order of k.
+  void find_entries(std::int64_t token, int rank, std::vector<HeadEntry>& entries) const {
+    entries.clear();
+    const int topk = params_.shape.num_topk;
+    for (int k = 0; k < topk; ++k) {
+      const Routing::Entry& one = routing_.entries[token * topk + k];
+      if (one.rank != rank) continue;
+      auto at = std::find_if(entries.begin(), entries.end(), [&](const HeadEntry& entry) {
+        return entry.local_expert >= one.local_expert;
+      });
+      if (at == entries.end() || at->local_expert != one.local_expert)
+        at = entries.insert(at, {one.local_expert, one.index, 0.0f});
+      at->weight = plan::add(at->weight, params_.topk_weights[token * topk + k]);
+    }
+  }
+
+  void send_home(int source) {
+    const std::int64_t messages =
+        params_.rank_major ? rows_of(source).count : exchange_.call_of(source).num_messages;
+    const std::int64_t read_bytes = 2 * messages * params_.shape.row_bytes;  // two experts, or more
+    share(state_.context(), params_.call, {messages, read_bytes},
+          [&](int, std::int64_t begin, std::int64_t end) {
+            Scratch scratch(params_.shape.num_topk);
+            for (std::int64_t j = begin; j < end; ++j) {
+              protocol::schedule_point(protocol::Point::kCopy);
+              const plan::MessageArea& area = exchange_.at(source).returns;
+              std::byte* to = area.plain_row(state_.rank(), j);
+              const std::uint32_t token =
+                  params_.rank_major ? copy(source, j, to) : reduce(source, j, scratch, to);
+              put(*area.head(state_.rank(), j), exchange_.tag(), ThreeWords{{token, 0, 0}});
+            }
+          });
+  }
+
+  Range rows_of(int source) const {
+    const Range range(params_.layout_range[source]);
+    const std::int64_t all = params_.shape.num_ranks * params_.shape.max_tokens;
+    require(range.begin >= 0 && range.count <= params_.shape.max_tokens &&
+                range.begin + range.count <= all,
+            "handle.layout_range[0, {}] says rows {} to {}, allowed are up to {} within {}", source,
+            range.begin, range.begin + range.count, params_.shape.max_tokens, all);
+    return range;
+  }
+
+  std::uint32_t copy(int source, std::int64_t message, std::byte* to) const {
+    const std::int64_t row = rows_of(source).begin + message;
+    std::memcpy(to, params_.x + row * params_.shape.row_bytes, params_.shape.row_bytes);
+    return static_cast<std::uint32_t>(params_.src_info[row]);
+  }
+
+  struct Scratch {
+    explicit Scratch(int topk) : rows(topk), weights(topk) {}
+    std::vector<const std::byte*> rows;
+    std::vector<float> weights;
+  };
+
+  std::uint32_t reduce(int source, std::int64_t message, Scratch& scratch, std::byte* to) const {
+    const Packet* head = exchange_.at(state_.rank()).messages.head(source, message);
+    const auto first = read<ThreeWords>(head[0]);
+    const std::uint32_t token = first.words[0];
+    const auto count = static_cast<int>(first.words[1]);
+    if (count < 1 || count > params_.shape.num_topk)
+      throw_wrong_handle(params_, state_.rank(), source);
+    for (int i = 0; i < count; ++i) {
+      const auto entry = read<HeadEntry>(head[1 + i]);
+      scratch.rows[i] = find_row(source, static_cast<std::int32_t>(token), entry);
+      scratch.weights[i] = entry.weight;
+    }
+    SumPiece piece;
+    piece.count = params_.hidden;
+    piece.sources = scratch.rows.data();
+    piece.num_sources = count;
+    piece.weights = scratch.weights.data();
+    piece.out = to;
+    sum_piece(piece, Stores::kCached);
+    return token;
+  }
+
+  const std::byte* find_row(int source, std::int32_t token, const HeadEntry& entry) const {
+    const std::int64_t rows = params_.shape.num_ranks * params_.shape.max_tokens;
+    if (entry.local_expert >= 0 && entry.local_expert < params_.shape.num_local_experts()) {
+      const Range range(
+          params_.layout_range[std::int64_t{entry.local_expert} * state_.num_ranks() + source]);
+      const std::int64_t row = range.begin + entry.index;
+      const std::int64_t at = entry.local_expert * rows + row;
+      if (entry.index >= 0 && entry.index < range.count && row >= 0 && row < rows &&
+          params_.src_info[at] == token)
+        return params_.x + at * params_.shape.row_bytes;
+    }
+    throw_wrong_handle(params_, state_.rank(), source);
+  }
+
+  State& state_;
+  const CombineParams& params_;
+  Exchange& exchange_;
+  const Routing& routing_;
+};
+
+/// The part at home.
+class Receive {
+ public:
+  Receive(State& state, const CombineParams& params, Exchange& exchange)
+      : state_(state),
+        params_(params),
+        exchange_(exchange),
+        returns_(exchange.at(state.rank()).returns),
+        routing_(state.routing),
+        num_here_(state.num_ranks(), 0) {}
+
+  void run() {
+    if (params_.rank_major) {
+      exchange_.wait_calls();
+      check_counts();
+    }
+    wait_rows();
+    const std::int64_t tokens = routing_.num_tokens;
+    share(state_.context(), params_.call,
+          {tokens, 2 * tokens * params_.shape.row_bytes},  // two ranks, or more
+          [&](int, std::int64_t begin, std::int64_t end) {
+            std::vector<const std::byte*> rows(state_.num_ranks());
+            for (std::int64_t token = begin; token < end; ++token) sum_token(token, rows);
+          });
+    exchange_.finish();
+  }
+
+ private:
+  void check_counts() const {
+    for (int source = 0; source < state_.num_ranks(); ++source) {
+      const SourceCall& call = exchange_.call_of(source);
+      if (call.here && call.num_messages != Range(params_.layout_range[source]).count)
+        throw_wrong_handle(params_, state_.rank(), source);
+    }
+  }
+
+  bool complete(int rank) const {
+    return state_.masked(rank) || num_here_[rank] == routing_.num_messages[rank];
+  }
+
+  void wait_rows() {
+    exchange_.start_waiting();
+    const auto look = [&] {
+      bool all = true;
+      for (int rank = 0; rank < state_.num_ranks(); ++rank) {
+        if (complete(rank)) continue;
+        // acquire: the packet behind each row that send_home() of the rank writes.
+        while (num_here_[rank] < routing_.num_messages[rank] &&
+               has_tag(*returns_.head(rank, num_here_[rank]), exchange_.tag()))
+          ++num_here_[rank];
+        if (complete(rank)) {
+          exchange_.arrived(rank);
+        } else {
+          all = false;
+        }
+      }
+      return all;
+    };
+    state_.wait(params_.call, "its sums", look, [&] {
+      std::vector<Missing> missing;
+      for (int rank = 0; rank < state_.num_ranks(); ++rank)
+        if (!complete(rank))
+          missing.push_back({rank, static_cast<std::uint64_t>(routing_.num_messages[rank]),
+                             static_cast<std::uint64_t>(num_here_[rank])});
+      return missing;
+    });
+  }
+
+  void sum_token(std::int64_t token, std::vector<const std::byte*>& rows) const {
+    protocol::schedule_point(protocol::Point::kCopy);
+    const std::int32_t* messages = routing_.message_of.data() + token * state_.num_ranks();
+    int count = 0;
+    for (int rank = 0; rank < state_.num_ranks(); ++rank) {
+      if (messages[rank] < 0 || num_here_[rank] != routing_.num_messages[rank] ||
+          state_.masked(rank))
+        continue;
+      rows[count++] = returns_.plain_row(rank, messages[rank]);
+    }
+    SumPiece piece;
+    piece.count = params_.hidden;
+    piece.sources = rows.data();
+    piece.num_sources = count;
+    piece.out = params_.combined_x + token * params_.shape.row_bytes;
+    sum_piece(piece, Stores::kCached);
+  }
+
+  State& state_;
+  const CombineParams& params_;
+  Exchange& exchange_;
+  const plan::MessageArea& returns_;
+  const Routing& routing_;
+  std::vector<std::int32_t> num_here_;  // by rank
+};
+
+}  // namespace
+
+void combine(State& state, const CombineParams& params) {
+  Exchange exchange(state, plan::LowLatencyKind::kCombine, params);
+  state.routing.build(params.shape, params.topk_idx);
+  if (has(params.phases, Phases::kSend)) {
+    Send(state, params, exchange).run();
+  } else {
+    exchange.find_ticket();
+  }
+  if (has(params.phases, Phases::kReceive)) Receive(state, params, exchange).run();
+}
+
+}  // namespace deep_ep::host::internode_ll

@@ -1,0 +1,100 @@
+#include "backend/host/internode_ll/state.hpp"
+
+#include <algorithm>
+
+#include "base/env.hpp"
+#include "base/log.hpp"
+#include "protocol/atomic.hpp"
+
+namespace deep_ep::host::internode_ll {
+
+using plan::LowLatencyKind;
+
+State::State(Context& context, const BackendOptions& options)
+    : context_(context),
+      bytes_(options.low_latency_bytes),
+      enable_shrink_(options.enable_shrink),
+      first_ticket_(env::first_ticket()),
+      tickets_{first_ticket_, first_ticket_},
+      masked_(options.num_ranks),
+      scratch_(context.pool().size()) {}
+
+void State::open() {
+  const std::int64_t begin = Context::control_bytes(num_ranks());
+  for (int i = 0; i < num_ranks(); ++i) {
+    layouts_.push_back(
+        plan::LowLatencyLayout::carve(context_.fabric().base(i, 0) + begin, bytes_, num_ranks()));
+  }
+}
+
+void State::wait_consumed(const Call& call, LowLatencyKind kind, std::uint64_t ticket) {
+  if (ticket < first_ticket_ + 2) return;
+  const std::uint64_t before = ticket - 2;
+  const auto consumed = [&](int rank) {
+    // acquire: pairs with publish_consumed() of the reader.
+    return masked(rank) || layouts_[this->rank()].consumed_by(kind, ticket, rank).reached(before);
+  };
+  wait(
+      call, "the call before the last to be received",
+      [&] {
+        for (int i = 0; i < num_ranks(); ++i)
+          if (!consumed(i)) return false;
+        return true;
+      },
+      [&] {
+        std::vector<Missing> missing;
+        for (int i = 0; i < num_ranks(); ++i)
+          if (!consumed(i))
+            missing.push_back(
+                {i, before, layouts_[this->rank()].consumed_by(kind, ticket, i).seen()});
+        return missing;
+      });
+}
+
+// Also at masked ranks: they may be let in again.
+void State::publish_consumed(LowLatencyKind kind, std::uint64_t ticket) {
+  scrub(kind, ticket);
+  for (int i = 0; i < num_ranks(); ++i) {
+    const int to = context_.peer_in_turn(i);
+    layouts_[to].consumed_by(kind, ticket, rank()).publish(ticket);
+    context_.ring_doorbell(to);
+  }
+}
+
+// A tag means a ticket of 2^32 - 1 calls ago as well: by then every packet that was not written
+// again has been cleared, a stripe at each call.
+void State::scrub(LowLatencyKind kind, std::uint64_t ticket) {
+  constexpr std::int64_t kCallsOfAParity = std::int64_t{1} << 16;
+  const plan::LowLatencyLayout& own = layouts_[rank()];
+  const std::int64_t packets =
+      own.packet_part_bytes / static_cast<std::int64_t>(sizeof(plan::Packet));
+  const std::int64_t stripe = (packets + kCallsOfAParity - 1) / kCallsOfAParity;
+  const std::int64_t begin = static_cast<std::int64_t>(ticket / 2 % kCallsOfAParity) * stripe;
+  auto* packet = reinterpret_cast<plan::Packet*>(
+      own.packets + plan::LowLatencyLayout::part(kind, ticket) * own.packet_part_bytes);
+  for (std::int64_t i = begin; i < std::min(begin + stripe, packets); ++i)
+    protocol::store_relaxed(&packet[i].tag, std::uint32_t{0});
+}
+
+bool State::mask_missing(const Error& error, const std::vector<Missing>& missing) {
+  const bool absent = error.code() == ErrorCode::kTimeout || error.code() == ErrorCode::kPeerFailed;
+  if (!enable_shrink_ || !absent || missing.empty() ||
+      context_.own().fault->load() != protocol::FaultRecord::kNone)
+    return false;
+  // Those that keep the others from coming, as far as that is known.
+  std::vector<int> ranks;
+  for (const int rank : error.ranks())
+    if (rank != this->rank() && !masked(rank)) ranks.push_back(rank);
+  if (ranks.empty()) {
+    for (const Missing& one : missing)
+      if (one.rank != this->rank()) ranks.push_back(one.rank);
+  }
+  for (const int rank : ranks) {
+    mask(rank, true);
+    log::warn("rank {} leaves rank {} out of low latency from here on: {}", this->rank(), rank,
+              error.what());
+  }
+  return !ranks.empty();
+}
+
+}  // namespace deep_ep::host::internode_ll

@@ -1,0 +1,264 @@
+#include <fmt/format.h>
+
+#include "contract/program.hpp"
+
+namespace deep_ep::test {
+namespace {
+
+using verify::Hooks;
+using verify::LowLatencyCase;
+using verify::LowLatencyPayload;
+using verify::Routing;
+
+/// Collects programs under their names; those that need more ranks than there are are left out.
+class List {
+ public:
+  explicit List(const Limits& limits) : limits_(limits) {}
+
+  void add(std::string name, std::vector<LowLatencyCase> cases, std::int64_t first_ticket = 0) {
+    Program program;
+    program.name = "corner/" + std::move(name);
+    program.ranks = cases.front().ranks;
+    program.first_ticket = first_ticket;
+    if (program.ranks > limits_.max_ranks) return;
+    for (LowLatencyCase& c : cases) {
+      fit(c, limits_.bytes);
+      // Masks need a Buffer that allows them.
+      program.own_buffers = program.own_buffers || c.masked != LowLatencyCase::kNobody;
+      Step step;
+      step.low_latency = std::move(c);
+      program.steps.push_back(std::move(step));
+    }
+    programs_.push_back(std::move(program));
+  }
+
+  std::vector<Program> take() { return std::move(programs_); }
+
+ private:
+  Limits limits_;
+  std::vector<Program> programs_;
+};
+
+LowLatencyCase small(int ranks) {
+  LowLatencyCase c;
+  c.ranks = ranks;
+  c.experts = ranks * 8;
+  c.topk = 4;
+  return c;
+}
+
+void add_shapes(List& list) {
+  for (int ranks = 1; ranks <= 8; ++ranks) {
+    list.add(fmt::format("ranks_{}", ranks), {small(ranks)});
+    LowLatencyCase c = small(ranks);
+    c.rank_major = true;
+    list.add(fmt::format("ranks_{}_rank_major", ranks), {c});
+  }
+  LowLatencyCase c = small(4);
+  c.tokens = {128};
+  c.hidden = 7168;
+  c.topk = 8;
+  c.experts = 256;
+  list.add("deepseek_fp8", {c});
+  c.payload = LowLatencyPayload::kBfloat16;
+  c.hooks = Hooks::kEach;
+  list.add("deepseek_bf16_hooks", {c});
+  c.payload = LowLatencyPayload::kScaledFp8;
+  c.rank_major = true;
+  list.add("deepseek_rank_major_given_fp8", {c});
+  c = small(4);
+  c.tokens = {1};
+  c.max_tokens = 256;
+  list.add("one_token_of_256", {c});
+  c.max_tokens = 1;
+  list.add("capacity_1", {c});
+  c.rank_major = true;
+  list.add("capacity_1_rank_major", {c});
+  c = small(3);
+  c.payload = LowLatencyPayload::kBfloat16;
+  c.hidden = 8;
+  c.tokens = {64};
+  list.add("shortest_rows", {c});
+  c = small(2);
+  c.payload = LowLatencyPayload::kBytes;
+  c.hidden = 16;
+  list.add("shortest_rows_of_bytes", {c});
+  c = small(2);
+  c.hidden = 16384;
+  list.add("longest_rows", {c});
+  c.payload = LowLatencyPayload::kFloat32;
+  list.add("longest_rows_fp32", {c});
+  for (const int topk : {9, 10, 32, 40}) {
+    c = small(5);
+    c.experts = 40;
+    c.topk = topk;
+    list.add(fmt::format("topk_{}", topk), {c});
+  }
+}
+
+void add_routings(List& list) {
+  for (const bool rank_major : {false, true}) {
+    const char* suffix = rank_major ? "_rank_major" : "";
+    const auto add = [&](const char* name, LowLatencyCase c) {
+      c.rank_major = rank_major;
+      list.add(fmt::format("{}{}", name, suffix), {c});
+    };
+    LowLatencyCase c = small(4);
+    c.routing = Routing::kDuplicates;
+    c.topk = 8;
+    add("duplicates", c);
+    c.experts = 4;  // one a rank: all entries of a rank are one expert
+    c.topk = 12;
+    add("more_topk_than_experts", c);
+    c = small(4);
+    c.routing = Routing::kHoles;
+    add("holes", c);
+    c.routing = Routing::kNone;
+    add("nothing_is_sent", c);
+    c = small(8);
+    c.tokens = {64};
+    c.routing = Routing::kToRankZero;
+    add("all_tokens_to_one_rank", c);
+    c.routing = Routing::kZipf;
+    add("skew", c);
+    c = small(4);
+    c.tokens = {0};
+    add("no_tokens_anywhere", c);
+    c.tokens = {0, 0, 33, 0};
+    add("one_rank_has_tokens", c);
+    c.tokens = {1, 100, 0, 7};
+    add("very_ragged", c);
+    c = small(4);
+    c.routing = Routing::kToSelf;
+    add("nothing_leaves_its_rank", c);
+  }
+}
+
+void add_reuse(List& list) {
+  for (const Hooks hooks : {Hooks::kEach, Hooks::kTwoInOrder, Hooks::kTwoReversed,
+                            Hooks::kTwoByRank, Hooks::kCrossed}) {
+    for (const bool rank_major : {false, true}) {
+      LowLatencyCase c = small(4);
+      c.rank_major = rank_major;
+      c.hooks = hooks;
+      c.dispatches = 6;
+      c.combines = 9;
+      c.stats = true;
+      list.add(fmt::format("hooks_{}{}", verify::to_string(hooks), rank_major ? "_rank_major" : ""),
+               {c});
+      c.zero_copy = c.own_outputs = c.clone_handle = true;
+      list.add(fmt::format("hooks_{}{}_views", verify::to_string(hooks),
+                           rank_major ? "_rank_major" : ""),
+               {c});
+    }
+  }
+  LowLatencyCase c = small(3);
+  c.dispatches = 8;
+  c.combines = 24;
+  c.clone_handle = true;
+  list.add("cloned_handles_combined_in_any_order", {c});
+  c.async = true;
+  list.add("async_chain", {c});
+  c = small(2);
+  c.combines = 60;
+  c.zero_copy = true;
+  list.add("combined_60_times_zero_copy", {c});
+}
+
+/// Neighbouring calls differ in everything, so that what one leaves behind meets the next.
+std::vector<LowLatencyCase> alternating(int ranks) {
+  LowLatencyCase wide = small(ranks);
+  wide.hidden = 8192;
+  wide.tokens = {97};
+  wide.payload = LowLatencyPayload::kBfloat16;
+  LowLatencyCase narrow = small(ranks);
+  narrow.hidden = 16;
+  narrow.payload = LowLatencyPayload::kBytes;
+  narrow.topk = 1;
+  LowLatencyCase scaled = small(ranks);
+  scaled.payload = LowLatencyPayload::kScaledPacked;
+  scaled.tokens = {5};
+  scaled.rank_major = true;
+  scaled.hooks = Hooks::kTwoByRank;
+  LowLatencyCase empty = small(ranks);
+  empty.tokens = {0};
+  LowLatencyCase few = small(ranks);
+  few.tokens = {1};
+  few.max_tokens = 256;
+  few.topk = 16;
+  few.topk_dtype = DType::kInt32;
+  std::vector<LowLatencyCase> cases;
+  for (std::uint64_t round = 0; round < 4; ++round) {
+    for (LowLatencyCase c : {wide, narrow, scaled, empty, few}) {
+      c.seed = round * 10 + cases.size();
+      c.dispatches = 1 + static_cast<int>(round);  // so that parities meet differently
+      c.combines = 2;
+      cases.push_back(c);
+    }
+  }
+  return cases;
+}
+
+void add_orders(List& list) {
+  for (int ranks : {2, 4, 8})
+    list.add(fmt::format("alternating_shapes_{}", ranks), alternating(ranks));
+  LowLatencyCase growing = small(4);
+  std::vector<LowLatencyCase> cases;
+  for (std::int64_t tokens : {1, 8, 64, 128, 3}) {
+    growing.tokens = {tokens};
+    growing.max_tokens = 128;
+    growing.hidden = 4096;
+    cases.push_back(growing);
+  }
+  list.add("token_counts_change", cases);
+}
+
+/// Calls on both sides of every place where a ticket, or what is made of it, wraps.
+void add_wraps(List& list) {
+  constexpr std::int64_t kTag = (std::int64_t{1} << 31) - 1;  // tags repeat from here on
+  const std::pair<const char*, std::int64_t> wraps[] = {
+      {"16_bits", std::int64_t{1} << 16}, {"scrubbing", std::int64_t{1} << 17},
+      {"31_bits", std::int64_t{1} << 31}, {"tags", kTag},
+      {"tags_again", 2 * kTag},           {"32_bits", std::int64_t{1} << 32},
+      {"33_bits", std::int64_t{1} << 33},
+  };
+  for (const auto& [name, at] : wraps) {
+    LowLatencyCase c = small(4);
+    c.dispatches = 9;
+    c.combines = 9;
+    LowLatencyCase other = small(4);
+    other.hooks = Hooks::kTwoReversed;
+    other.rank_major = true;
+    other.dispatches = 4;
+    list.add(fmt::format("tickets_wrap_at_{}", name), {c, other}, at - 5);
+  }
+}
+
+void add_masks(List& list) {
+  for (const bool rank_major : {false, true}) {
+    for (const int masked : {0, 2}) {
+      LowLatencyCase c = small(4);
+      c.rank_major = rank_major;
+      c.masked = masked;
+      c.dispatches = 5;
+      c.combines = 5;
+      c.hooks = masked == 0 ? Hooks::kNone : Hooks::kTwoByRank;
+      list.add(fmt::format("masked_rank_{}{}", masked, rank_major ? "_rank_major" : ""), {c});
+    }
+  }
+}
+
+}  // namespace
+
+std::vector<Program> low_latency_corner_programs(const Limits& limits) {
+  List list(limits);
+  add_shapes(list);
+  add_routings(list);
+  add_reuse(list);
+  add_orders(list);
+  add_wraps(list);
+  add_masks(list);
+  return list.take();
+}
+
+}  // namespace deep_ep::test
