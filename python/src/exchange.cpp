@@ -43,7 +43,7 @@ const Exchange* exchange_of(PyTypeObject* type) {
   if (type != known) {
     exchange = find_exchange(type);
     known = type;
-    Py_INCREF(type);  // so that no other type gets its address
+    Py_INCREF(reinterpret_cast<PyObject*>(type));  // so that no other type gets its address
   }
   return exchange;
 }
