@@ -46,7 +46,8 @@ python_stage() {
 }
 
 # build/gpu/python: the package with its GPU part, which needs nothing of the other machine but
-# Python, 3.12 or newer if ours is, and torch; its tests, and pytest.
+# Python (3.12 or newer if ours is), torch, and a libstdc++ that is not older than ours; its tests,
+# and pytest. DEEP_EP_PYTHON names the Python to build with.
 gpu_python() {
   local python=${DEEP_EP_PYTHON:-python3} folder=build/gpu/python venv=build/gpu-venv
   install_packages "${python_packages[@]}" || return
@@ -54,7 +55,7 @@ gpu_python() {
   [[ -x $venv/bin/pip ]] || "$python" -m venv $venv || return
   CUDACXX=${CUDACXX:-$(find_nvcc)} $venv/bin/pip wheel -q --no-deps -w build/gpu-wheel . \
     -C cmake.define.DEEP_EP_CUDA=ON -C cmake.define.DEEP_EP_FMT_INSIDE=ON \
-    -C cmake.define.DEEP_EP_STATIC_RUNTIME=ON -C build-dir='build/gpu-{wheel_tag}' &&
+    -C build-dir='build/gpu-{wheel_tag}' &&
     $venv/bin/pip install -q --no-deps --target $folder build/gpu-wheel/deep_ep-*.whl &&
     $venv/bin/pip install -q --target $folder pytest || return
   ldd $folder/deep_ep/*.so | awk '/=> .*libhwy/ {print $3}' | sort -u |
