@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "backend/cuda/check.hpp"
+#include "base/env.hpp"
 #include "base/error.hpp"
 
 namespace deep_ep::cuda {
@@ -31,9 +32,24 @@ LowLatency::LowLatency(Context& context, const BackendOptions& options)
     : context_(context),
       bytes_(options.low_latency_bytes),
       num_ranks_(options.num_ranks),
-      may_shrink_(options.enable_shrink) {
+      may_shrink_(options.enable_shrink),
+      last_ticket_(env::first_ticket() - 1) {
+  start_tickets();
   // Not at first use, which may lie in a capture.
   if (may_shrink_) (void)mask_words_.get(num_ranks_ * std::int64_t{4});
+}
+
+/// Memory that begins as zeros counts from 1.
+void LowLatency::start_tickets() {
+  if (last_ticket_ == 0) return;
+  const DeviceGuard guard(context_.device());
+  auto state = std::make_unique<LowLatencyState>();
+  *state = {};
+  for (LowLatencyState::Block& block : state->blocks)
+    block.sent[0] = block.sent[1] = last_ticket_;
+  check(cudaMemcpy(&context_.comm({}).local->low_latency, state.get(), sizeof *state,
+                   cudaMemcpyHostToDevice),
+        "cudaMemcpy");
 }
 
 void LowLatency::fill(const deep_ep::internode_ll::Step& step, plan::LowLatencyKind kind,
@@ -56,6 +72,7 @@ void LowLatency::fill(const deep_ep::internode_ll::Step& step, plan::LowLatencyK
   args.places = args.layout.places(kind, 0, step.shape);
   args.topk_idx = {step.topk_idx.data, step.topk_idx.dtype == DType::kInt64};
   args.num_tokens = step.call.record.num_tokens;
+  args.first_ticket = last_ticket_;
   args.ticket = step.ticket;
   if (may_shrink_)
     args.masks = static_cast<std::int32_t*>(mask_words_.get(num_ranks_ * std::int64_t{4}));

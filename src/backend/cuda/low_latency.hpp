@@ -21,6 +21,7 @@ class LowLatency {
   void clean_mask(Stream stream);
 
  private:
+  void start_tickets();
   void fill(const deep_ep::internode_ll::Step& step, plan::LowLatencyKind kind,
             internode_ll::StepArgs& args);
 
@@ -28,6 +29,7 @@ class LowLatency {
   std::int64_t bytes_;
   int num_ranks_;
   bool may_shrink_;
+  std::uint64_t last_ticket_;  // tickets begin behind it
   ZeroedWords mask_words_;
 };
 

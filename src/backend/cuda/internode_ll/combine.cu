@@ -28,7 +28,7 @@ SharedOffsets plan_shared(const CombineArgs& args) {
 
 // Which block does what only one has to.
 __device__ bool counts_for_others() { return blockIdx.x == gridDim.x - 1; }
-__device__ bool compares() { return blockIdx.x == (gridDim.x - 1) / 2; }
+__device__ bool compares() { return tells(); }
 
 __device__ std::int32_t range_count(std::int64_t range) {
   return static_cast<std::int32_t>(range & 0xffffffff);
@@ -285,10 +285,7 @@ __device__ bool send_all_home(const CombineArgs& args, const Ticket& ticket) {
 }
 
 __device__ bool send(const CombineArgs& args, const Ticket& ticket, bool good, const Route& route) {
-  if (counts_for_others()) {
-    if (!send_call(args, ticket, good)) return false;
-    if (warp_id() == 0) tell_consumed(args);
-  }
+  if (counts_for_others() && !send_call(args, ticket, good)) return false;
   if (!args.rank_major) {
     good = send_all_weights(args, ticket, good, route);
     const Announced announced(args.shared, args.comm.num_ranks);
@@ -414,9 +411,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSm)
     combine(const __grid_constant__ CombineArgs args) {
   const Route route(args.shared);
   const Ticket ticket = take_ticket(args);
+  if (tells() && warp_id() == 0) tell_consumed(args);
   bool good = warp_id() != kWarps - 1 || may_begin(args, ticket);
   if (args.sends) good = send(args, ticket, good, route);
-  if (!args.sends && counts_for_others() && warp_id() == 0) tell_consumed(args);
   // Without sending the threads of the block have not agreed yet.
   if (args.receives && (good || !args.sends)) good = receive(args, ticket, good, route);
   if (args.receives && !good) fill_nan(args);

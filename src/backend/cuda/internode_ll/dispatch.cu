@@ -32,7 +32,7 @@ SharedOffsets plan_shared(const DispatchArgs& args) {
 
 // Which block does what only one has to.
 __device__ bool counts_for_others() { return blockIdx.x == gridDim.x - 1; }
-__device__ bool writes_counts() { return blockIdx.x == (gridDim.x - 1) / 2; }
+__device__ bool writes_counts() { return tells(); }
 
 // --- sending ---------------------------------------------------------------------------
 
@@ -128,10 +128,7 @@ template <bool kQuantize>
 __device__ bool send(const DispatchArgs& args, const Ticket& ticket, bool good,
                      const RouteIds& first_ids, const RowUnits<kQuantize>& first_units) {
   const Route route(args.shared);
-  if (counts_for_others()) {
-    if (!send_counts(args, ticket, good)) return false;
-    if (warp_id() == 0) tell_consumed(args);
-  }
+  if (counts_for_others() && !send_counts(args, ticket, good)) return false;
   auto* row = shared_at<std::byte>(args.shared.row);
   RouteIds ids = first_ids;
   RowUnits<kQuantize> units = first_units;
@@ -430,9 +427,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSm)
   const RouteIds ids(args, token);
   const RowUnits<kQuantize> units(args, token);
   const Ticket ticket = take_ticket(args);
+  if (tells() && warp_id() == 0) tell_consumed(args);
   bool good = warp_id() != kWarps - 1 || may_begin(args, ticket);
   if (args.sends) good = send<kQuantize>(args, ticket, good, ids, units);
-  if (!args.sends && counts_for_others() && warp_id() == 0) tell_consumed(args);
   // Without sending the threads of the block have not agreed yet.
   if (args.receives && (good || !args.sends)) good = receive(args, ticket, good);
   end_step(args, ticket, good);

@@ -226,9 +226,12 @@ __device__ inline void scrub(const StepArgs& args, int part, std::uint64_t ticke
     memory[i].tag = 0;
 }
 
-/// By one warp of one block: tells the sources what earlier kernels of this rank have received. So
-/// a ticket's memory is read for the last time before its reader's next kernel begins, and no
-/// kernel has to wait at its end until all its blocks have read.
+/// The block that does so, seldom one with a row of its own.
+__device__ inline bool tells() { return blockIdx.x == (gridDim.x - 1) / 2; }
+
+/// By one warp of one block, before anything that waits: tells the sources what earlier kernels of
+/// this rank have received. So a ticket's memory is read for the last time before its reader's next
+/// kernel begins, and no kernel has to wait at its end until all its blocks have read.
 __device__ __noinline__ inline void tell_consumed(const StepArgs& args) {
   const Comm& comm = args.comm;
   LowLatencyState& state = comm.local->low_latency;
