@@ -31,11 +31,13 @@ struct Options {
   std::string routing{};
   std::uint64_t seed = 1;
   bool async = false;
+  bool prepare = false;
+  bool grouped = false;
   bool verbose = false;
 
   bool has_shape() const {
     return !tokens.empty() || hidden || topk || experts || !dtype.empty() || !routing.empty() ||
-           async;
+           async || prepare || grouped;
   }
 };
 
@@ -52,6 +54,9 @@ Case shape_case(const Options& options, int ranks) {
   if (c.dtype == DType::kFloat8E4m3) c.scales = verify::Scales::kFloat32;
   if (!options.routing.empty()) c.routing = verify::routing_from(options.routing);
   c.async = options.async;
+  c.prepare = options.prepare;
+  if (options.prepare) c.outputs = verify::Outputs::kPrivate;
+  if (options.grouped) c.groups = verify::Groups::kWeighted;
   c.seed = options.seed;
   return c;
 }
@@ -100,9 +105,12 @@ void add_verify(CLI::App& app, int& status) {
                       "uniform, zipf, grouped, all-to-all, to-rank-zero, to-self, none, holes or "
                       "duplicates");
   command->add_flag("--async", options->async, "Calls return at once and are chained by events");
+  command->add_flag("--prepare", options->prepare,
+                    "Counts first, then a dispatch to memory of the caller's");
+  command->add_flag("--grouped", options->grouped, "Rows grouped by expert, there and back");
   command->add_option("--seed", options->seed, "Of routing and payload");
   command->add_flag("-v,--verbose", options->verbose, "Print each case's numbers");
-  command->footer("Without a shape (tokens to async) a covering set of cases runs.");
+  command->footer("Without a shape (tokens to grouped) a covering set of cases runs.");
   add_verify_low_latency(*command, status);
   command->callback([command, options, &status] {
     if (command->get_subcommands().empty()) status = verify_command(*options);

@@ -10,6 +10,7 @@
 #include "verify/checks.hpp"
 #include "verify/expected.hpp"
 #include "verify/inputs.hpp"
+#include "verify/outputs.hpp"
 #include "verify/transfer.hpp"
 
 namespace deep_ep::verify {
@@ -21,6 +22,11 @@ IntranodeHandle clone(const IntranodeHandle& handle) {
   return {clone(handle.rank_prefix_matrix),         clone(handle.channel_prefix_matrix),
           clone(handle.recv_channel_prefix_matrix), clone(handle.recv_src_idx),
           clone(handle.is_token_in_rank),           clone(handle.send_head)};
+}
+
+RowGroups clone(const RowGroups& groups) {
+  return {clone(groups.group_offsets), clone(groups.grouped_rows), clone(groups.recv_rows),
+          groups.weights.defined() ? clone(groups.weights) : Tensor()};
 }
 
 /// The calls of one case, in order, with the check of each one's outputs. Without async a call is
@@ -69,6 +75,12 @@ class Run {
     return handle;
   }
 
+  RowGroups passed(RowGroups groups) const {
+    if (case_.clone_handle) groups = clone(groups);
+    for (Tensor* tensor : {&groups.grouped_rows, &groups.recv_rows}) *tensor = passed(*tensor);
+    return groups;
+  }
+
   CallOptions options() const {
     CallOptions options;
     options.stream = own_stream();
@@ -93,6 +105,10 @@ class Run {
   }
 
   void find_layout();
+  void prepare(DispatchArgs& args);
+  BroughtOutputs bring_outputs(DispatchArgs& args) {
+    return {buffer_, case_, args, inputs_.result_rows(), inputs_.grouped_rows()};
+  }
   void dispatch();
   void dispatch_cached(int round);
   void combine(int round);
@@ -105,6 +121,7 @@ class Run {
   EventHandle event_{};
   DispatchLayout layout_{};
   IntranodeHandle handle_{};
+  RowGroups groups_{};
   std::vector<std::function<void()>> late_checks_{};
 };
 
@@ -112,6 +129,17 @@ void Run::find_layout() {
   const Tensor ids = input(inputs_.topk_idx());
   layout_ = buffer_.get_dispatch_layout(passed(ids), case_.experts, options());
   finish(layout_.event, "layout", [this, ids] { checks_.layout(on_host(layout_)); });
+}
+
+void Run::prepare(DispatchArgs& args) {
+  if (!case_.prepare) return;
+  args.prepared = buffer_.prepare_dispatch(args);
+  checks_.stage("prepare", EventHandle());
+  checks_.prepared(*args.prepared);
+  if (case_.seed % 2 == 0) {  // they are known by now
+    args.layout = {};
+    args.num_experts = 0;
+  }
 }
 
 void Run::dispatch() {
@@ -134,13 +162,19 @@ void Run::dispatch() {
   args.config = case_.config;
   args.dispatch_wait_recv_cost_stats = stats;
   args.options = options();
+  args.group_rows = case_.groups != Groups::kNone;
+  prepare(args);
+  const BroughtOutputs brought = bring_outputs(args);
   DispatchResult got = buffer_.dispatch(args);
   handle_ = got.handle;
+  groups_ = got.groups;
   const EventHandle event = got.event;
-  finish(event, "dispatch", [this, x, scales, ids, weights, stats, got = std::move(got)] {
+  finish(event, "dispatch", [this, x, scales, ids, weights, stats, brought, got = std::move(got)] {
+    brought.check(checks_.compare(), got);
     const DispatchResult here = on_host(got);
     checks_.first_dispatch(here);
     checks_.payload(here, 0);
+    checks_.groups(here, 0, true);
     checks_.unchanged_x(on_host(x), 0);
     checks_.stats(on_host(stats));
   });
@@ -158,16 +192,22 @@ void Run::dispatch_cached(int round) {
   args.config = case_.late_config;
   args.dispatch_wait_recv_cost_stats = stats;
   args.options = options();
+  args.group_rows = case_.groups != Groups::kNone;
+  if (args.group_rows) args.groups = passed(groups_);
+  const BroughtOutputs brought = bring_outputs(args);
   DispatchResult got = buffer_.dispatch(args);
   const EventHandle event = got.event;
-  finish(event, fmt::format("cached dispatch {}", round),
-         [this, x, scales, stats, handle, round, got = std::move(got)] {
-           const DispatchResult here = on_host(got);
-           checks_.cached_dispatch(here);
-           checks_.payload(here, round);
-           checks_.unchanged_x(on_host(x), round);
-           checks_.stats(on_host(stats));
-         });
+  finish(
+      event, fmt::format("cached dispatch {}", round),
+      [this, x, scales, stats, handle, groups = args.groups, round, brought, got = std::move(got)] {
+        brought.check(checks_.compare(), got);
+        const DispatchResult here = on_host(got);
+        checks_.cached_dispatch(here);
+        checks_.payload(here, round);
+        checks_.groups(here, round, false);
+        checks_.unchanged_x(on_host(x), round);
+        checks_.stats(on_host(stats));
+      });
 }
 
 void Run::combine(int round) {
@@ -185,10 +225,13 @@ void Run::combine(int round) {
   args.config = case_.late_config;
   args.combine_wait_recv_cost_stats = stats;
   args.options = options();
+  if (case_.groups != Groups::kNone) args.groups = passed(groups_);
+  if (case_.groups == Groups::kUnweighted) args.groups->weights = {};
   CombineResult got = buffer_.combine(args);
   const EventHandle event = got.event;
   finish(event, fmt::format("combine {}", round),
-         [this, x, weights, bias0, bias1, stats, handle, round, got = std::move(got)] {
+         [this, x, weights, bias0, bias1, stats, handle, groups = args.groups, round,
+          got = std::move(got)] {
            checks_.combined(on_host(got), round);
            checks_.stats(on_host(stats));
          });
@@ -200,12 +243,13 @@ std::string Case::describe() const {
   const auto flag = [](bool on, const char* text) { return on ? text : ""; };
   return fmt::format(
       "ranks={} tokens={} hidden={} dtype={} combine_dtype={} scales={} topk={} experts={} "
-      "routing={} seed={} {} alignment={} worst={} cached={} combines={} biases={} sms={}/{}{}{}{}"
-      "{}{}{}",
+      "routing={} seed={} {} alignment={} worst={} cached={} combines={} biases={} sms={}/{} "
+      "outputs={} groups={}{}{}{}{}{}{}{}",
       ranks, fmt::join(tokens, ","), hidden, to_string(dtype), to_string(combine_dtype),
       static_cast<int>(scales), topk, experts, to_string(routing), seed, to_string(topk_dtype),
       expert_alignment, num_worst_tokens, cached_repeats, combines, biases, config.num_sms,
-      late_config.num_sms, flag(!pass_topk, " no-topk"), flag(!weights, " no-weights"),
+      late_config.num_sms, static_cast<int>(outputs), static_cast<int>(groups),
+      flag(prepare, " prepared"), flag(!pass_topk, " no-topk"), flag(!weights, " no-weights"),
       flag(async, " async"), flag(clone_handle, " cloned-handle"),
       flag(hold_results, " held-results"), flag(wait_stats, " wait-stats"));
 }
@@ -239,6 +283,10 @@ void validate(const Case& c) {
   require(c.biases >= 0 && c.biases <= 2, "biases = {} must be 0, 1 or 2", c.biases);
   require(c.num_worst_tokens == 0 || c.pass_topk, "num_worst_tokens = {} needs pass_topk",
           c.num_worst_tokens);
+  require(!c.prepare || c.num_worst_tokens == 0, "num_worst_tokens = {} goes without prepare",
+          c.num_worst_tokens);
+  require(c.groups == Groups::kNone || c.pass_topk, "groups needs pass_topk");
+  require(c.groups != Groups::kWeighted || c.weights, "weighted groups need weights");
 }
 
 CaseResult run_case(Buffer& buffer, const Case& c) {

@@ -15,6 +15,14 @@ namespace deep_ep::verify {
 /// Dtype and memory order of the scales that go with x.
 enum class Scales { kNone, kFloat32, kFloat32ColumnMajor, kPacked, kPackedColumnMajor };
 
+/// Where the results of a dispatch lie: where the library puts them, in memory of the caller that
+/// peers do not map, in a result of another dispatch, or by turns on even ranks there and on odd
+/// ones in memory that peers do not map.
+enum class Outputs { kLibrary, kPrivate, kInResults, kMixed };
+
+/// Whether rows are grouped by expert, and if so whether combine weighs them.
+enum class Groups { kNone, kWeighted, kUnweighted };
+
 struct Case {
   /// For num_worst_tokens: exactly the sum of all ranks' tokens.
   static constexpr std::int64_t kWorstFits = -1;
@@ -44,8 +52,11 @@ struct Case {
       false;  ///< cached dispatch and combine get deep copies of the handle's tensors
   bool hold_results = false;  ///< all results stay live to the end and are then compared once more
   bool wait_stats = false;    ///< pass the wait statistics; they may only grow
-  Config config{};            ///< of dispatch
-  Config late_config{};       ///< of the cached dispatches and combines; differing num_sms is legal
+  bool prepare = false;       ///< counts by prepare_dispatch; without num_worst_tokens
+  Outputs outputs = Outputs::kLibrary;
+  Groups groups = Groups::kNone;  ///< needs pass_topk, and weights to be weighted
+  Config config{};                ///< of dispatch
+  Config late_config{};  ///< of the cached dispatches and combines; differing num_sms is legal
 
   std::int64_t tokens_of(int rank) const {
     return tokens.size() == 1 ? tokens[0] : tokens[static_cast<std::size_t>(rank)];

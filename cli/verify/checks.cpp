@@ -32,16 +32,27 @@ void Checks::layout(const DispatchLayout& layout) {
                   "num_tokens_per_rdma_rank is undefined on one node");
 }
 
-void Checks::first_dispatch(const DispatchResult& got) {
-  const bool worst = case_.num_worst_tokens != 0;
-  compare_.expect(got.num_recv_tokens == (worst ? -1 : expected_.received.num_rows),
-                  fmt::format("num_recv_tokens = {} is {}", got.num_recv_tokens,
-                              worst ? -1 : expected_.received.num_rows));
+void Checks::counts(std::int64_t rows, const std::vector<std::int32_t>& list, bool worst) {
+  compare_.expect(
+      rows == (worst ? -1 : expected_.received.num_rows),
+      fmt::format("num_recv_tokens = {} is {}", rows, worst ? -1 : expected_.received.num_rows));
   const auto want =
       worst ? std::vector<std::int32_t>() : expected_.received.num_tokens_per_local_expert;
-  compare_.expect(got.num_recv_tokens_per_expert_list == want,
-                  fmt::format("num_recv_tokens_per_expert_list = {} is {}",
-                              got.num_recv_tokens_per_expert_list, want));
+  compare_.expect(list == want,
+                  fmt::format("num_recv_tokens_per_expert_list = {} is {}", list, want));
+}
+
+void Checks::prepared(const PreparedDispatch& got) {
+  counts(got.num_recv_tokens, got.num_recv_tokens_per_expert_list, false);
+  compare_.expect(
+      got.num_experts == case_.experts && got.expert_alignment == case_.expert_alignment,
+      "num_experts and expert_alignment are those that were given");
+  compare_.expect(!got.handle.recv_src_idx.defined(),
+                  "recv_src_idx is undefined before the dispatch");
+}
+
+void Checks::first_dispatch(const DispatchResult& got) {
+  counts(got.num_recv_tokens, got.num_recv_tokens_per_expert_list, case_.num_worst_tokens != 0);
   topk(got);
   handle(got.handle);
 }

@@ -22,14 +22,20 @@ class Checks {
   void first_dispatch(const DispatchResult& got);
   void cached_dispatch(const DispatchResult& got);
   void payload(const DispatchResult& got, int round);
+  void prepared(const PreparedDispatch& got);
+  /// Rows by expert: `found` by this dispatch, else of the groups that it was given.
+  void groups(const DispatchResult& got, int round, bool found);
   void handle(const IntranodeHandle& handle);
   void combined(const CombineResult& got, int round);
   void unchanged_x(const Tensor& x, int round);
   void stats(const Tensor& stats);
 
+  Comparator& compare() { return compare_; }
   const CaseResult& result() const { return result_; }
 
  private:
+  void counts(std::int64_t rows, const std::vector<std::int32_t>& list, bool worst);
+  void grouped_rows(const DispatchResult& got, int round);
   void topk(const DispatchResult& got);
   void channels(const IntranodeHandle& handle);
   std::vector<std::byte> expected_rows(int round) const;

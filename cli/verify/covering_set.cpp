@@ -188,6 +188,34 @@ void add_calls(Builder& builder) {
   });
 }
 
+void add_groups(Builder& builder) {
+  builder.add("rows grouped by expert, padded to 16", [](Case& c) {
+    c.groups = Groups::kWeighted;
+    c.expert_alignment = 16;
+  });
+  builder.add("grouped, an expert twice, not weighed", [](Case& c) {
+    c.groups = Groups::kUnweighted;
+    c.routing = Routing::kDuplicates;
+  });
+  builder.add("grouped, worst tokens, fp8 with scales", [](Case& c) {
+    c.groups = Groups::kWeighted;
+    c.num_worst_tokens = Case::kWorstFits;
+    c.tokens = {20};
+    c.dtype = DType::kFloat8E4m3;
+    c.scales = Scales::kFloat32;
+  });
+  builder.add("prepared, outputs of the caller", [](Case& c) {
+    c.prepare = true;
+    c.outputs = Outputs::kPrivate;
+    c.groups = Groups::kWeighted;
+  });
+  builder.add("prepared, rows into an earlier result", [](Case& c) {
+    c.prepare = true;
+    c.outputs = Outputs::kInResults;
+    c.tokens = {44};
+  });
+}
+
 }  // namespace
 
 std::vector<Case> covering_set(int ranks, std::uint64_t seed) {
@@ -196,6 +224,7 @@ std::vector<Case> covering_set(int ranks, std::uint64_t seed) {
   add_routings(builder, ranks);
   add_sizes(builder, ranks);
   add_calls(builder);
+  add_groups(builder);
   return builder.take();
 }
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <map>
 #include <set>
 
 #include "base/error.hpp"
@@ -42,6 +43,49 @@ void count_layout(const Case& c, Expected& expected) {
       expected.send_head[token * ranks + target] = expected.num_tokens_per_rank[target]++;
     }
   }
+}
+
+RemoteGroups remote_groups(const plan::reference::RowGroups& groups,
+                           const std::vector<RemoteRow>& remote) {
+  RemoteGroups found;
+  std::map<std::int64_t, std::int32_t> index;
+  for (const RemoteRow& row : remote)
+    index.emplace(row.row, static_cast<std::int32_t>(index.size()));
+  for (std::size_t g = 0; g < groups.recv_rows.size(); ++g) {
+    const auto at = index.find(groups.recv_rows[g]);
+    if (at == index.end()) continue;
+    found.rows.push_back(static_cast<std::int64_t>(g));
+    found.recv_rows.push_back(at->second);
+    found.weights.push_back(groups.weights[g]);
+  }
+  return found;
+}
+
+void find_groups(const Case& c, const std::vector<plan::reference::DispatchOutput>& outputs,
+                 Expected& expected) {
+  for (std::size_t rank = 0; rank < outputs.size(); ++rank) {
+    auto groups =
+        plan::reference::group_rows(outputs[rank], c.topk, c.experts / c.ranks, c.expert_alignment);
+    expected.remote_groups.push_back(remote_groups(groups, expected.remote[rank]));
+    if (static_cast<int>(rank) == expected.rank) expected.groups = std::move(groups);
+  }
+}
+
+/// What the rows of combine at `target` that are this rank's hold in columns [first, first +
+/// count).
+std::vector<std::byte> reduced_rows(const Case& c, const Expected& expected, std::size_t target,
+                                    int round, std::int64_t first, std::int64_t count) {
+  const RemoteGroups& groups = expected.remote_groups[target];
+  const auto row_bytes = static_cast<std::size_t>(count) * size_of(c.combine_dtype);
+  plan::reference::GroupedInput input;
+  input.recv_rows = groups.recv_rows;
+  if (c.groups == Groups::kWeighted) input.weights = groups.weights;
+  input.x.resize(groups.rows.size() * row_bytes);
+  for (std::size_t i = 0; i < groups.rows.size(); ++i)
+    fill_row(row_key(c, Rows::kCombine, round, static_cast<int>(target), groups.rows[i]),
+             c.combine_dtype, first, count, input.x.data() + i * row_bytes);
+  return plan::reference::reduce_rows(
+      c.combine_dtype, count, static_cast<std::int64_t>(expected.remote[target].size()), input);
 }
 
 }  // namespace
@@ -115,6 +159,7 @@ Expected make_expected(const Case& c, const std::vector<RankRouting>& routings, 
       if (outputs[target].src_rank[row] == rank)
         expected.remote[target].push_back(
             {static_cast<std::int64_t>(row), outputs[target].src_idx[row]});
+  if (c.groups != Groups::kNone) find_groups(c, outputs, expected);
   expected.received = std::move(outputs[static_cast<std::size_t>(rank)]);
   expected.sources.resize(static_cast<std::size_t>(expected.received.num_rows));
   // memcpy refuses the null pointers of empty vectors.
@@ -138,13 +183,16 @@ plan::reference::CombineOutput expected_combine(const Case& c, const Expected& e
     routing[target].num_rows = static_cast<std::int64_t>(remote.size());
     routing[target].src_rank.assign(remote.size(), expected.rank);
     inputs[target].x.resize(remote.size() * row_bytes);
+    if (c.groups != Groups::kNone)
+      inputs[target].x = reduced_rows(c, expected, target, round, first, count);
     if (weights)
       inputs[target].topk_weights.resize(remote.size() * static_cast<std::size_t>(c.topk));
     for (std::size_t i = 0; i < remote.size(); ++i) {
       routing[target].src_idx.push_back(remote[i].token);
       const int rank = static_cast<int>(target);
-      fill_row(row_key(c, Rows::kCombine, round, rank, remote[i].row), c.combine_dtype, first,
-               count, inputs[target].x.data() + i * row_bytes);
+      if (c.groups == Groups::kNone)
+        fill_row(row_key(c, Rows::kCombine, round, rank, remote[i].row), c.combine_dtype, first,
+                 count, inputs[target].x.data() + i * row_bytes);
       if (weights)
         fill_weights(row_key(c, Rows::kCombineWeights, round, rank, remote[i].row), c.topk,
                      inputs[target].topk_weights.data() + i * static_cast<std::size_t>(c.topk));

@@ -37,6 +37,13 @@ struct RemoteRow {
   std::int32_t token;  // of this rank
 };
 
+/// Grouped rows at another rank that hold rows of this rank's tokens.
+struct RemoteGroups {
+  std::vector<std::int64_t> rows;       // their indices among the other rank's grouped rows
+  std::vector<std::int32_t> recv_rows;  // of each: which RemoteRow
+  std::vector<float> weights;
+};
+
 /// What one rank must see, from plan/reference on the routing of all ranks. Rows of payload are not
 /// stored: the reference moves their names, and fill_row makes their content.
 struct Expected {
@@ -49,6 +56,8 @@ struct Expected {
   plan::reference::DispatchOutput received;
   std::vector<RowSource> sources;              // [Nr]
   std::vector<std::vector<RemoteRow>> remote;  // [R]: the rows that combine must bring back
+  plan::reference::RowGroups groups;           // if the case has groups, and
+  std::vector<RemoteGroups> remote_groups;     // [R]
 };
 
 /// All ranks' routing as the case describes it.

@@ -13,6 +13,15 @@ CaseInputs::CaseInputs(const Case& c, const Expected& expected)
       tokens_(c.tokens_of(expected.rank)),
       rows_(c.num_worst_tokens == 0 ? expected.received.num_rows : num_worst_tokens(c)) {}
 
+std::int64_t CaseInputs::grouped_rows() const {
+  const auto needed = static_cast<std::int64_t>(expected_.groups.recv_rows.size());
+  // The caller who brings outputs says how many there may be: as many as there are.
+  if (case_.num_worst_tokens == 0 || case_.outputs == Outputs::kPrivate) return needed;
+  const std::int64_t entries = rows_ * case_.topk;
+  return entries + std::min<std::int64_t>(entries, case_.experts / case_.ranks) *
+                       (case_.expert_alignment - 1);
+}
+
 Tensor CaseInputs::token_rows(DType dtype, std::int64_t columns, Rows kind, int round) const {
   Tensor rows = Tensor::empty(dtype, {tokens_, columns});
   const std::int64_t row_bytes = columns * static_cast<std::int64_t>(size_of(dtype));
@@ -64,15 +73,21 @@ Tensor CaseInputs::topk_idx() const {
   return ids;
 }
 
-// Rows behind the received ones are NaN: a combine that read them would show it.
+// Rows that nobody may read are NaN: a combine that read them would show it.
 Tensor CaseInputs::combine_x(int round) const {
-  Tensor rows = Tensor::empty(case_.combine_dtype, {rows_, case_.hidden});
-  if (rows_ == 0) return rows;
-  const std::int64_t row_bytes = static_cast<std::int64_t>(rows.nbytes()) / rows_;
+  const bool grouped = case_.groups != Groups::kNone;
+  const std::int64_t count = grouped ? grouped_rows() : rows_;
+  Tensor rows = Tensor::empty(case_.combine_dtype, {count, case_.hidden});
+  if (count == 0) return rows;
+  const std::int64_t row_bytes = static_cast<std::int64_t>(rows.nbytes()) / count;
   std::memset(rows.data, 0xff, rows.nbytes());
-  for (std::int64_t row = 0; row < expected_.received.num_rows; ++row)
+  const auto used = grouped ? static_cast<std::int64_t>(expected_.groups.recv_rows.size())
+                            : expected_.received.num_rows;
+  for (std::int64_t row = 0; row < used; ++row) {
+    if (grouped && expected_.groups.recv_rows[static_cast<std::size_t>(row)] < 0) continue;
     fill_row(row_key(case_, Rows::kCombine, round, expected_.rank, row), rows.dtype, 0,
              case_.hidden, rows.as<std::byte>() + row * row_bytes);
+  }
   return rows;
 }
 

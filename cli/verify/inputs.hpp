@@ -17,6 +17,8 @@ class CaseInputs {
   std::int64_t tokens() const { return tokens_; }
   /// Rows of a dispatch's results: as many as are received, or num_worst_tokens.
   std::int64_t result_rows() const { return rows_; }
+  /// Grouped rows of a dispatch's results.
+  std::int64_t grouped_rows() const;
 
   Tensor topk_idx() const;
   Tensor topk_weights() const;

@@ -30,7 +30,9 @@ DispatchLayout on_host(DispatchLayout layout) {
 
 DispatchResult on_host(DispatchResult result) {
   for (Tensor* tensor :
-       {&result.recv_x, &result.recv_x_scales, &result.recv_topk_idx, &result.recv_topk_weights})
+       {&result.recv_x, &result.recv_x_scales, &result.recv_topk_idx, &result.recv_topk_weights,
+        &result.grouped_x, &result.grouped_x_scales, &result.groups.group_offsets,
+        &result.groups.grouped_rows, &result.groups.recv_rows, &result.groups.weights})
     *tensor = on_host(*tensor);
   result.handle = on_host(result.handle);
   return result;

@@ -72,6 +72,33 @@ struct DispatchArgs {
   /// or SM cycles (CUDA).
   TensorView dispatch_wait_recv_cost_stats{};
   CallOptions options{};
+
+  /// From prepare_dispatch, in place of its counting: nothing waits for counts. Other arguments are
+  /// those of that call (layout, num_experts and expert_alignment are not looked at again); without
+  /// handle and num_worst_tokens. Ranks agree on whether it is given.
+  std::optional<PreparedDispatch> prepared{};
+
+  // Outputs that the caller brings, each optional: contiguous memory of the Buffer's device with
+  // the result's dtype and columns, at least as many rows as the result has, on GPUs from a
+  // multiple of 16 bytes on. The result's tensor is then a view of its first rows, and the caller
+  // keeps it alive. Peers write to memory that they map: recv_x that lies in a result of this
+  // Buffer (recv_x of an earlier dispatch, say) they write directly, and nothing else may use it
+  // meanwhile. Anything else arrives in a block of the Buffer, which the call gives back, and is
+  // copied from there once all rows are here. Which of the two is each rank's own matter.
+  TensorView recv_x{};
+  TensorView recv_x_scales{};
+  TensorView recv_topk_idx{};
+  TensorView recv_topk_weights{};
+
+  /// True: the result has the rows once more, grouped by local expert and padded to
+  /// expert_alignment. Needs topk_idx or, with a handle, `groups`.
+  bool group_rows = false;
+  /// With a handle: groups of the dispatch that it is of.
+  std::optional<RowGroups> groups{};
+  /// Outputs as above, with group_rows: written directly, wherever they lie. With num_worst_tokens
+  /// the rows of grouped_x say how many grouped rows there may be; more are Error(kCapacity).
+  TensorView grouped_x{};
+  TensorView grouped_x_scales{};
 };
 
 /// Rows are in (source rank, token index) order. Nr = num_recv_tokens, or num_worst_tokens if that
@@ -90,6 +117,13 @@ struct DispatchResult {
   std::int64_t num_recv_tokens = 0;
   IntranodeHandle handle;  ///< undefined tensors if cached
   EventHandle event;       ///< of the end of the call; see Buffer on who has waited for it
+
+  // With group_rows. G is the sum of num_recv_tokens_per_expert_list or, with num_worst_tokens, the
+  // rows of the given grouped_x, else Nr * K + min(L, Nr * K) * (expert_alignment - 1); if cached,
+  // that of the given groups.
+  Tensor grouped_x;  ///< [G, H], dtype of x: a copy of the received row for each local expert
+  Tensor grouped_x_scales;  ///< [G, S] row-major, if x_scales was given
+  RowGroups groups;         ///< if cached, the given ones
 };
 
 struct CombineArgs {
@@ -105,6 +139,11 @@ struct CombineArgs {
   Config config{};
   TensorView combine_wait_recv_cost_stats{};  ///< as in DispatchArgs
   CallOptions options{};
+  /// Of the dispatch that the handle is of: x is then [G, H] or longer, a row per grouped row, and
+  /// each received row's local experts are summed here first: fma(weight, row, sum) in fp32 in
+  /// ascending expert, rounded once to the dtype of x. groups.weights weighs them; undefined: rows
+  /// count as they are. Padding is not read. topk_weights stays [Nr, K].
+  std::optional<RowGroups> groups{};
 };
 
 struct CombineResult {
@@ -124,7 +163,8 @@ struct CombineResult {
 /// On the host a call has happened when it returns, unless async_finish. On GPUs it is queued on
 /// the Buffer's communication stream when it returns, and unless async_finish the caller's stream
 /// (CallOptions::stream, a stream of the Buffer's device) waits for it; only a dispatch that has
-/// neither a handle nor num_worst_tokens, and barrier, wait on the host. What a kernel finds wrong,
+/// neither a handle nor num_worst_tokens nor was prepared, prepare_dispatch, and barrier, wait on
+/// the host. What a kernel finds wrong,
 /// or is told by another rank, is thrown by calls that come when it has ended, by check() and by
 /// waiting for its event on the host. Results go back to the Buffer behind the work that the call's
 /// stream, and any that Tensor::release named, have then.
@@ -155,6 +195,10 @@ class DEEP_EP_API Buffer {
   DispatchLayout get_dispatch_layout(const TensorView& topk_idx, int num_experts,
                                      const CallOptions& options = {});
 
+  /// The counts of a coming dispatch, so that the caller can make its own outputs: takes the
+  /// arguments of one that has no handle and no num_worst_tokens, moves nothing, and waits for the
+  /// counts on the host. Then pass the result as DispatchArgs::prepared. Collective.
+  PreparedDispatch prepare_dispatch(const DispatchArgs& args);
   /// Sends every token's row once to each rank that owns one of its experts. Collective.
   DispatchResult dispatch(const DispatchArgs& args);
   /// Brings rows back to their tokens and sums them. Collective.

@@ -43,6 +43,37 @@ struct IntranodeHandle {
   Tensor send_head;
 };
 
+/// How received rows are grouped by local expert, as data like a handle: for every (received row,
+/// local expert that it names) one grouped row, those of an expert next to each other in ascending
+/// received row. G grouped rows in all, padding included.
+struct RowGroups {
+  /// int32 [L + 1]: local expert e has the grouped rows from element [e] to [e + 1]: one for each
+  /// entry of recv_topk_idx that names it (as in num_recv_tokens_per_expert_list), rounded up to
+  /// expert_alignment. Those behind its last row (an expert twice in a token's top-k makes one row)
+  /// are padding, which is zero. Rows from element [L] on belong to nobody and are undefined.
+  Tensor group_offsets;
+  /// int32 [Nr, K]: the grouped row of entry k of a received row, -1 where recv_topk_idx is -1.
+  /// Entries of a row that name the same expert have the same grouped row.
+  Tensor grouped_rows;
+  Tensor recv_rows;  ///< int32 [G]: the received row of each grouped row, -1 for padding
+  /// float32 [G]: the sum, in ascending k from +0, of the weights of its entries; 0 for padding.
+  /// Undefined without topk_weights.
+  Tensor weights;
+};
+
+/// What Buffer::prepare_dispatch found out about a coming dispatch, as data: of use any number of
+/// times, as long as the routing is this one.
+struct PreparedDispatch {
+  /// Without recv_src_idx and recv_channel_prefix_matrix, which come with the rows: the handle in
+  /// the dispatch's result has them.
+  IntranodeHandle handle;
+  std::int64_t num_recv_tokens = 0;
+  /// As in DispatchResult; empty without counts.
+  std::vector<std::int32_t> num_recv_tokens_per_expert_list;
+  int num_experts = 0;       ///< 0 without counts
+  int expert_alignment = 1;  ///< to which the list is rounded up, and groups are
+};
+
 /// What every communication call has in common.
 struct CallOptions {
   /// The caller's compute stream. On the host: the calling thread.

@@ -274,6 +274,10 @@ DispatchLayout Buffer::get_dispatch_layout(const TensorView& topk_idx, int num_e
 DispatchResult Buffer::dispatch(const DispatchArgs& args) { return intranode_dispatch(args); }
 CombineResult Buffer::combine(const CombineArgs& args) { return intranode_combine(args); }
 
+PreparedDispatch Buffer::prepare_dispatch(const DispatchArgs& args) {
+  trace::step("Buffer::prepare_dispatch");
+  return impl_->prepare_dispatch(args);
+}
 DispatchResult Buffer::intranode_dispatch(const DispatchArgs& args) {
   trace::step("Buffer::intranode_dispatch");
   return impl_->intranode_dispatch(args);

@@ -7,9 +7,33 @@ namespace deep_ep {
 /// One combine from validation to its event.
 struct Buffer::Impl::CombineJob {
   CombineArgs args;
+  intranode::ReduceParams reduce;  // if the rows are grouped
+  Backend::Results reduced;
   intranode::CombineParams params;
   CombineResult result;
 };
+
+/// A row for each received one, where peers can read it; on GPUs it goes back behind this call.
+void Buffer::Impl::reduce_first(CombineJob& job) {
+  const RowGroups& groups = *job.args.groups;
+  intranode::CombineParams& params = job.params;
+  intranode::ReduceParams& reduce = job.reduce;
+  reduce.call = params.call;
+  reduce.dtype = params.dtype;
+  reduce.hidden = params.call.record.hidden;
+  reduce.x = params.x;
+  reduce.num_grouped_rows = groups.recv_rows.shape[0];
+  reduce.weights = groups.weights.as<const float>();
+  reduce.rank_prefix_matrix = params.rank_prefix_matrix;
+  reduce.grouped_rows = groups.grouped_rows.as<const std::int32_t>();
+  reduce.num_rows = params.handle_rows;
+  reduce.num_topk = groups.grouped_rows.shape[1];
+  const std::int64_t row_bytes = reduce.hidden * static_cast<std::int64_t>(size_of(reduce.dtype));
+  job.reduced = backend_->allocate_results(reduce.num_rows * row_bytes, backend_->comm_stream());
+  reduce.reduced = job.reduced.data;
+  params.x = reduce.reduced;
+  params.num_rows = reduce.num_rows;
+}
 
 CombineResult Buffer::Impl::intranode_combine(const CombineArgs& args) {
   return collective("intranode_combine", [&] {
@@ -45,9 +69,12 @@ CombineResult Buffer::Impl::intranode_combine(const CombineArgs& args) {
       params.topk_weights = args.topk_weights.as<const float>();
       params.combined_topk_weights = result.combined_topk_weights.as<float>();
     }
+    if (args.groups) reduce_first(*job);
     params.wait_stats = args.combine_wait_recv_cost_stats.as<std::int64_t>();
 
     result.event = backend_->submit(args.options, stage(number, true, [this, job] {
+                                      if (job->args.groups)
+                                        intranode::reduce_rows(*backend_, job->reduce);
                                       intranode::cached_notify_combine(*backend_, job->params);
                                       intranode::combine(*backend_, job->params);
                                     }));

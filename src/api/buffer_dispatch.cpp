@@ -1,27 +1,13 @@
 #include <algorithm>
+#include <utility>
 
-#include "api/buffer_impl.hpp"
+#include "api/dispatch_job.hpp"
 #include "api/validate.hpp"
 #include "base/error.hpp"
-#include "modes/internode.hpp"
-#include "modes/intranode.hpp"
 #include "plan/layout.hpp"
 #include "plan/recv_arrays.hpp"
 
 namespace deep_ep {
-
-/// One dispatch from validation to its event: everything that its stages use, kept alive by them.
-struct Buffer::Impl::DispatchJob {
-  DispatchArgs args;
-  std::uint64_t number = 0;                       // in the log
-  std::optional<internode::LayoutParams> layout;  // if the call has to find it
-  intranode::NotifyDispatchParams notify;
-  intranode::DispatchParams dispatch;
-  std::int64_t num_recv_rows = 0;
-  std::vector<std::int64_t> tokens_per_expert;  // received, of the local experts
-  Backend::Results block;
-  DispatchResult result;
-};
 
 namespace {
 
@@ -32,40 +18,44 @@ int num_channels(const Config& config) { return std::clamp(config.num_sms / 2, 1
 
 }  // namespace
 
-std::shared_ptr<Buffer::Impl::DispatchJob> Buffer::Impl::prepare_dispatch(
-    const DispatchArgs& given) {
+std::shared_ptr<Buffer::Impl::DispatchJob> Buffer::Impl::make_dispatch(const char* operation,
+                                                                       const DispatchArgs& given) {
   const int num_ranks = bootstrap_->size();
   auto job = std::make_shared<DispatchJob>();
   job->args = given;
   const DispatchArgs& args = job->args;
-  if (args.num_experts != 0) {
+  if (args.num_experts != 0 && !args.prepared) {
     validate_num_experts(args);
     job->layout = allocate_layout(args.topk_idx, args.num_experts, args.options, job->args.layout);
   }
   const DispatchShape shape = validate_dispatch(args, num_ranks, options_.device);
-  Call call = make_call("intranode_dispatch", args.config);
+  Call call = make_call(operation, args.config);
   call.record = shape.record;
   job->number = log_.begin(call.operation, epoch_, call.record);
 
   intranode::DispatchParams& dispatch = job->dispatch;
   dispatch.call = call;
-  dispatch.cached = args.handle.has_value();
+  dispatch.cached = args.handle || args.prepared;
   dispatch.format = shape.format;
   dispatch.source = {args.x.as<const std::byte>(), args.x_scales, args.topk_idx,
                      args.topk_weights.as<const float>()};
   dispatch.wait_stats = args.dispatch_wait_recv_cost_stats.as<std::int64_t>();
-  if (dispatch.cached) {
-    dispatch.rank_prefix_matrix = args.handle->rank_prefix_matrix.as<const std::int32_t>();
-    dispatch.send_head = args.handle->send_head.as<const std::int32_t>();
+  if (!dispatch.cached) {
+    make_notify(*job);
     return job;
   }
-
-  prepare_notify(*job);
+  const IntranodeHandle& handle = args.prepared ? args.prepared->handle : *args.handle;
+  dispatch.rank_prefix_matrix = handle.rank_prefix_matrix.as<const std::int32_t>();
+  dispatch.send_head = handle.send_head.as<const std::int32_t>();
+  if (args.prepared) {
+    dispatch.num_channels = static_cast<int>(handle.channel_prefix_matrix.shape[1]);
+    job->result.handle = handle;
+  }
   return job;
 }
 
 /// What a dispatch has to find out that has no handle.
-void Buffer::Impl::prepare_notify(DispatchJob& job) {
+void Buffer::Impl::make_notify(DispatchJob& job) {
   const DispatchArgs& args = job.args;
   const int num_ranks = bootstrap_->size();
   const int channels = num_channels(args.config);
@@ -106,25 +96,50 @@ void Buffer::Impl::prepare_notify(DispatchJob& job) {
 }
 
 void Buffer::Impl::place_results(DispatchJob& job, std::int64_t rows) {
-  const plan::RowFormat& format = job.dispatch.format;
   const DispatchArgs& args = job.args;
+  intranode::DispatchParams& dispatch = job.dispatch;
   DispatchResult& result = job.result;
-  job.block = allocate_results(plan::RecvArrays::bytes(format, rows), args.options);
-  Carver carver(job.block.data);
-  const plan::RecvArrays arrays = plan::RecvArrays::carve(carver, format, rows);
-  const auto view = [&](const std::byte* data, const TensorView& like) {
-    return Tensor(TensorView(data, like.dtype, {rows, like.shape[1]}, options_.device),
-                  job.block.owner);
+  bool all_given = true;
+  // What the caller brings is a result as it is; `copy_to` is then where its rows are copied to.
+  const auto place = [&](const char* name, const TensorView& like, const TensorView& given,
+                         std::byte*& copy_to, Tensor& to) {
+    validate_output(name, given, like, rows, options_.device);
+    if (!like.defined()) return;
+    to = TensorView(given.data, like.dtype, {rows, like.shape[1]}, options_.device);
+    copy_to = given.as<std::byte>();
+    all_given = all_given && given.defined();
   };
-  result.recv_x = view(arrays.x, args.x);
-  if (args.x_scales.defined()) result.recv_x_scales = view(arrays.scales, args.x_scales);
-  if (args.topk_idx.defined()) result.recv_topk_idx = view(arrays.topk_idx, args.topk_idx);
-  if (args.topk_weights.defined()) {
-    result.recv_topk_weights = view(arrays.topk_weights, args.topk_weights);
+  place("recv_x", args.x, args.recv_x, dispatch.outputs.x, result.recv_x);
+  place("recv_x_scales", args.x_scales, args.recv_x_scales, dispatch.outputs.scales,
+        result.recv_x_scales);
+  place("recv_topk_idx", args.topk_idx, args.recv_topk_idx, dispatch.outputs.topk_idx,
+        result.recv_topk_idx);
+  place("recv_topk_weights", args.topk_weights, args.recv_topk_weights,
+        dispatch.outputs.topk_weights, result.recv_topk_weights);
+  std::byte* x = nullptr;  // if peers can write to the caller's memory
+  if (args.recv_x.defined() && rows > 0) {
+    dispatch.x_block = backend_->locate(args.recv_x.data, rows * dispatch.format.x_bytes);
+    if (dispatch.x_block.segment >= 0) x = std::exchange(dispatch.outputs.x, nullptr);
   }
-  if (!job.dispatch.cached) place_handle(job, rows);
-  job.dispatch.block = job.block.block;
-  job.dispatch.block_rows = rows;
+  // A block without views is read by nobody but this call.
+  const std::int64_t bytes =
+      plan::RecvArrays::bytes(x == nullptr ? dispatch.format : dispatch.format.without_x(), rows);
+  job.block = all_given ? backend_->allocate_results(bytes, backend_->comm_stream())
+                        : allocate_results(bytes, args.options);
+  Carver carver(job.block.data);
+  const plan::RecvArrays arrays = plan::RecvArrays::carve(carver, dispatch.format, rows, x);
+  const auto keep = [&](std::byte* data, const TensorView& given, Tensor& to) {
+    if (!to.defined() || given.defined()) return;
+    to.data = data;
+    to = Tensor(to, job.block.owner);
+  };
+  keep(arrays.x, args.recv_x, result.recv_x);
+  keep(arrays.scales, args.recv_x_scales, result.recv_x_scales);
+  keep(arrays.topk_idx, args.recv_topk_idx, result.recv_topk_idx);
+  keep(arrays.topk_weights, args.recv_topk_weights, result.recv_topk_weights);
+  if (!args.handle) place_handle(job, rows);
+  dispatch.block = job.block.block;
+  dispatch.block_rows = rows;
 }
 
 void Buffer::Impl::place_handle(DispatchJob& job, std::int64_t rows) {
@@ -151,34 +166,67 @@ void Buffer::Impl::notify(DispatchJob& job) {
   intranode::notify_dispatch(*backend_, job.notify);
 }
 
+void Buffer::Impl::wait_counts(const std::shared_ptr<DispatchJob>& job, Backend::Part part) {
+  CallOptions now = job->args.options;
+  now.async_finish = false;
+  backend_->submit(now, stage(job->number, false, [this, job] { notify(*job); }), part);
+  job->result.num_recv_tokens = job->num_recv_rows;
+  for (const std::int64_t count : job->tokens_per_expert) {
+    job->result.num_recv_tokens_per_expert_list.push_back(
+        plan::aligned_expert_count(count, job->args.expert_alignment));
+  }
+}
+
+void Buffer::Impl::find_counts(const std::shared_ptr<DispatchJob>& job) {
+  const DispatchArgs& args = job->args;
+  DispatchResult& result = job->result;
+  if (args.handle) {
+    result.num_recv_tokens = args.handle->recv_src_idx.shape[0];
+  } else if (args.prepared) {
+    result.num_recv_tokens = args.prepared->num_recv_tokens;
+    result.num_recv_tokens_per_expert_list = args.prepared->num_recv_tokens_per_expert_list;
+  } else if (args.num_worst_tokens > 0) {
+    result.num_recv_tokens = -1;
+  } else {
+    wait_counts(job, Backend::Part::kBegin);
+  }
+}
+
+PreparedDispatch Buffer::Impl::prepare_dispatch(const DispatchArgs& args) {
+  return collective("prepare_dispatch", [&] {
+    validate_prepare(args);
+    const std::shared_ptr<DispatchJob> job = make_dispatch("prepare_dispatch", args);
+    job->notify.call.record.kind = protocol::OpKind::kPrepareDispatch;
+    wait_counts(job, Backend::Part::kWhole);
+    log_.finish(job->number, "done");
+    PreparedDispatch prepared;
+    prepared.handle = job->result.handle;
+    prepared.num_recv_tokens = job->result.num_recv_tokens;
+    prepared.num_recv_tokens_per_expert_list =
+        std::move(job->result.num_recv_tokens_per_expert_list);
+    prepared.num_experts = job->notify.call.record.num_experts;
+    prepared.expert_alignment = args.expert_alignment;
+    return prepared;
+  });
+}
+
 DispatchResult Buffer::Impl::intranode_dispatch(const DispatchArgs& args) {
   return collective("intranode_dispatch", [&] {
-    const std::shared_ptr<DispatchJob> job = prepare_dispatch(args);
-    const bool counted = !job->dispatch.cached && args.num_worst_tokens == 0;
+    const std::shared_ptr<DispatchJob> job = make_dispatch("intranode_dispatch", args);
     DispatchResult& result = job->result;
-    if (counted) {
-      // The counts are needed here and now: how many rows there will be.
-      CallOptions now = args.options;
-      now.async_finish = false;
-      backend_->submit(now, stage(job->number, false, [this, job] { notify(*job); }),
-                       Backend::Part::kBegin);
-      result.num_recv_tokens = job->num_recv_rows;
-      for (const std::int64_t count : job->tokens_per_expert) {
-        result.num_recv_tokens_per_expert_list.push_back(
-            plan::aligned_expert_count(count, args.expert_alignment));
-      }
-    } else if (job->dispatch.cached) {
-      result.num_recv_tokens = args.handle->recv_src_idx.shape[0];
-    } else {
-      result.num_recv_tokens = -1;
-    }
-    place_results(*job,
-                  counted || job->dispatch.cached ? result.num_recv_tokens : args.num_worst_tokens);
+    find_counts(job);
+    const bool counts_come_late = !job->dispatch.cached && args.num_worst_tokens > 0;
+    const std::int64_t rows = counts_come_late ? args.num_worst_tokens : result.num_recv_tokens;
+    place_results(*job, rows);
+    if (args.group_rows) allocate_groups(*job, rows);
+    const bool counted = !job->dispatch.cached && !counts_come_late;
     result.event = backend_->submit(args.options,
                                     stage(job->number, true,
-                                          [this, job, counted] {
-                                            if (!counted && !job->dispatch.cached) notify(*job);
+                                          [this, job, counts_come_late] {
+                                            if (counts_come_late) notify(*job);
                                             intranode::dispatch(*backend_, job->dispatch);
+                                            if (job->args.group_rows)
+                                              intranode::group_rows(*backend_, job->group);
                                           }),
                                     counted ? Backend::Part::kEnd : Backend::Part::kWhole);
     return result;

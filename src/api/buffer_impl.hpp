@@ -29,6 +29,7 @@ class __attribute__((visibility("hidden"))) Buffer::Impl {  // a member of an ex
   void destroy();
   DispatchLayout get_dispatch_layout(const TensorView& topk_idx, int num_experts,
                                      const CallOptions& options);
+  PreparedDispatch prepare_dispatch(const DispatchArgs& args);
   DispatchResult intranode_dispatch(const DispatchArgs& args);
   CombineResult intranode_combine(const CombineArgs& args);
   LowLatencyDispatchResult low_latency_dispatch(const LowLatencyDispatchArgs& args);
@@ -132,11 +133,18 @@ class __attribute__((visibility("hidden"))) Buffer::Impl {  // a member of an ex
   Backend::Results allocate_results(std::int64_t bytes, const CallOptions& options);
   internode::LayoutParams allocate_layout(const TensorView& topk_idx, int num_experts,
                                           const CallOptions& options, DispatchLayout& layout);
-  std::shared_ptr<DispatchJob> prepare_dispatch(const DispatchArgs& args);
-  void prepare_notify(DispatchJob& job);
+  std::shared_ptr<DispatchJob> make_dispatch(const char* operation, const DispatchArgs& args);
+  void make_notify(DispatchJob& job);
+  /// What the result has of counts; waits for them if they are not known.
+  void find_counts(const std::shared_ptr<DispatchJob>& job);
+  void wait_counts(const std::shared_ptr<DispatchJob>& job, Backend::Part part);
   void place_results(DispatchJob& job, std::int64_t rows);
+  void allocate_groups(DispatchJob& job, std::int64_t rows);
+  static void set_arrays(DispatchJob& job);
+  std::int64_t choose_grouped_rows(const DispatchJob& job) const;
   void place_handle(DispatchJob& job, std::int64_t rows);
   void notify(DispatchJob& job);
+  void reduce_first(CombineJob& job);
 
   std::uint64_t epoch_ = 0;
   LowLatencyCalls low_latency_dispatches_;

@@ -7,14 +7,39 @@ namespace deep_ep {
 
 namespace {
 
-void expect_handle(const IntranodeHandle& handle, int num_ranks, Device device) {
+/// What a dispatch takes of a handle.
+void expect_sends(const IntranodeHandle& handle, int num_ranks, Device device) {
   const std::int64_t ranks = num_ranks;
   expect(handle.rank_prefix_matrix,
          {"handle.rank_prefix_matrix", device, {DType::kInt32}, {ranks, ranks}});
-  expect(handle.recv_src_idx, {"handle.recv_src_idx", device, {DType::kInt32}, {-1}});
   expect(handle.is_token_in_rank, {"handle.is_token_in_rank", device, {DType::kBool}, {-1, ranks}});
   expect(handle.send_head,
          {"handle.send_head", device, {DType::kInt32}, {handle.is_token_in_rank.shape[0], ranks}});
+}
+
+void expect_handle(const IntranodeHandle& handle, int num_ranks, Device device) {
+  expect_sends(handle, num_ranks, device);
+  expect(handle.recv_src_idx, {"handle.recv_src_idx", device, {DType::kInt32}, {-1}});
+}
+
+void expect_groups(const RowGroups& groups, const IntranodeHandle& handle, Device device) {
+  const std::int64_t rows = handle.recv_src_idx.shape[0];
+  expect(groups.group_offsets, {"groups.group_offsets", device, {DType::kInt32}, {-1}});
+  require(groups.group_offsets.shape[0] >= 2,
+          "groups.group_offsets is {}, it needs an element for each local expert and one more",
+          groups.group_offsets.describe());
+  expect(groups.grouped_rows, {"groups.grouped_rows", device, {DType::kInt32}, {rows, -1}});
+  expect(groups.recv_rows, {"groups.recv_rows", device, {DType::kInt32}, {-1}});
+  if (groups.weights.defined()) {
+    expect(groups.weights,
+           {"groups.weights", device, {DType::kFloat32}, {groups.recv_rows.shape[0]}});
+  }
+}
+
+void expect_tokens(const IntranodeHandle& handle, const TensorView& x) {
+  require(handle.is_token_in_rank.shape[0] == x.shape[0],
+          "x is {}, but the handle is of a dispatch of {} tokens", x.describe(),
+          handle.is_token_in_rank.shape[0]);
 }
 
 void expect_stats(const TensorView& stats, const char* name, int num_ranks, Device device) {
@@ -45,6 +70,29 @@ void refuse_with_handle(const DispatchArgs& args) {
           args.num_worst_tokens);
 }
 
+void add_topk(const DispatchArgs& args, Device device, DispatchShape& shape);
+
+/// Of a dispatch with counts that were found before.
+void add_prepared(const DispatchArgs& args, int num_ranks, Device device, DispatchShape& shape) {
+  const PreparedDispatch& prepared = *args.prepared;
+  require(!args.handle, "prepared and handle are both given, only one of them is allowed");
+  require(args.num_worst_tokens == 0,
+          "num_worst_tokens is {}, it must be 0 together with prepared, whose rows are known",
+          args.num_worst_tokens);
+  expect_sends(prepared.handle, num_ranks, device);
+  expect(prepared.handle.channel_prefix_matrix,
+         {"handle.channel_prefix_matrix", device, {DType::kInt32}, {num_ranks, -1}});
+  require(prepared.num_recv_tokens >= 0 && prepared.num_recv_tokens <= INT32_MAX,
+          "prepared.num_recv_tokens is {}, must be in [0, 2^31)", prepared.num_recv_tokens);
+  require(prepared.num_experts >= 0 && prepared.num_experts % num_ranks == 0,
+          "prepared.num_experts is {}, must be a multiple of the {} ranks", prepared.num_experts,
+          num_ranks);
+  require(prepared.expert_alignment >= 1, "prepared.expert_alignment is {}, must be at least 1",
+          prepared.expert_alignment);
+  shape.record.num_experts = prepared.num_experts;
+  add_topk(args, device, shape);
+}
+
 void add_routing(const DispatchArgs& args, int num_ranks, Device device, DispatchShape& shape) {
   const std::int64_t tokens = args.x.shape[0];
   const DispatchLayout& layout = args.layout;
@@ -59,11 +107,16 @@ void add_routing(const DispatchArgs& args, int num_ranks, Device device, Dispatc
             experts, num_ranks);
     shape.record.num_experts = static_cast<std::int32_t>(experts);
   }
-  require(args.topk_idx.defined() || !args.topk_weights.defined(),
-          "topk_weights is given without topk_idx");
   require(args.num_worst_tokens == 0 || args.topk_idx.defined(),
           "num_worst_tokens is {}, which needs topk_idx", args.num_worst_tokens);
+  add_topk(args, device, shape);
+}
+
+void add_topk(const DispatchArgs& args, Device device, DispatchShape& shape) {
+  require(args.topk_idx.defined() || !args.topk_weights.defined(),
+          "topk_weights is given without topk_idx");
   if (!args.topk_idx.defined()) return;
+  const std::int64_t tokens = args.x.shape[0];
   require(shape.record.num_experts > 0, "topk_idx is given without num_tokens_per_expert");
   expect(args.topk_idx, {"topk_idx", device, {DType::kInt32, DType::kInt64}, {tokens, -1}});
   const std::int64_t topk = args.topk_idx.shape[1];
@@ -78,6 +131,21 @@ void add_routing(const DispatchArgs& args, int num_ranks, Device device, Dispatc
   expect(args.topk_weights, {"topk_weights", device, {DType::kFloat32}, {tokens, topk}});
   shape.record.has_topk_weights = 1;
   shape.format.topk_weights_bytes = topk * 4;
+}
+
+void validate_groups(const DispatchArgs& args, Device device) {
+  const auto without = [](bool given, const char* name) {
+    require(!given, "{} is given without group_rows", name);
+  };
+  without(!args.group_rows && args.groups, "groups");
+  without(!args.group_rows && args.grouped_x.defined(), "grouped_x");
+  without(!args.group_rows && args.grouped_x_scales.defined(), "grouped_x_scales");
+  if (!args.group_rows) return;
+  require(!args.groups || args.handle, "groups is given without handle");
+  require(args.groups || !args.handle,
+          "group_rows is true and handle is given, which needs groups, those of its dispatch");
+  require(args.groups || args.topk_idx.defined(), "group_rows is true, which needs topk_idx");
+  if (args.groups) expect_groups(*args.groups, *args.handle, device);
 }
 
 }  // namespace
@@ -140,22 +208,48 @@ DispatchShape validate_dispatch(const DispatchArgs& args, int num_ranks, Device 
                device);
   DispatchShape shape{};
   shape.record.scale_dtype = shape.record.topk_dtype = -1;
-  shape.record.kind = args.handle ? protocol::OpKind::kCachedDispatch : protocol::OpKind::kDispatch;
+  shape.record.kind = args.prepared ? protocol::OpKind::kPreparedDispatch
+                      : args.handle ? protocol::OpKind::kCachedDispatch
+                                    : protocol::OpKind::kDispatch;
   shape.record.x_dtype = static_cast<std::int32_t>(args.x.dtype);
   shape.record.hidden = args.x.shape[1];
   shape.record.num_tokens = args.x.shape[0];
   shape.format.x_bytes = row_bytes(args.x);
   add_scales(args.x_scales, args.x.shape[0], device, shape);
-  if (args.handle) {
+  if (args.prepared) {
+    add_prepared(args, num_ranks, device, shape);
+    expect_tokens(args.prepared->handle, args.x);
+  } else if (args.handle) {
     refuse_with_handle(args);
     expect_handle(*args.handle, num_ranks, device);
-    require(args.handle->is_token_in_rank.shape[0] == args.x.shape[0],
-            "x is {}, but the handle is of a dispatch of {} tokens", args.x.describe(),
-            args.handle->is_token_in_rank.shape[0]);
+    expect_tokens(*args.handle, args.x);
   } else {
     add_routing(args, num_ranks, device, shape);
   }
+  validate_groups(args, device);
   return shape;
+}
+
+void validate_prepare(const DispatchArgs& args) {
+  require(!args.handle, "handle is given, prepare_dispatch is for a dispatch without one");
+  require(!args.prepared, "prepared is given, prepare_dispatch is what gives it");
+  require(args.num_worst_tokens == 0,
+          "num_worst_tokens is {}, it must be 0: prepare_dispatch waits for the counts",
+          args.num_worst_tokens);
+}
+
+void validate_output(const char* name, const TensorView& output, const TensorView& like,
+                     std::int64_t rows, Device device) {
+  if (!output.defined()) return;
+  require(like.defined(), "{} is given without the input that it is of", name);
+  expect(output, {name, device, {like.dtype}, {-1, like.shape[1]}});
+  require(output.shape[0] >= rows, "{} is {}, it needs at least {} rows", name, output.describe(),
+          rows);
+  constexpr std::uintptr_t kAlignment = 16;
+  require(device.type == DeviceType::kHost ||
+              reinterpret_cast<std::uintptr_t>(output.data) % kAlignment == 0,
+          "{} begins at {}, on GPUs it must be a multiple of {} bytes", name, output.data,
+          kAlignment);
 }
 
 protocol::CallRecord validate_combine(const CombineArgs& args, int num_ranks, Device device) {
@@ -164,6 +258,14 @@ protocol::CallRecord validate_combine(const CombineArgs& args, int num_ranks, De
   expect_rows(args.x,
               {"x", device, {DType::kBfloat16, DType::kFloat16, DType::kFloat32}, {-1, -1}});
   expect_handle(args.handle, num_ranks, device);
+  std::int64_t rows = args.x.shape[0];
+  if (args.groups) {
+    expect_groups(*args.groups, args.handle, device);
+    require(rows >= args.groups->recv_rows.shape[0],
+            "x is {}, but groups.recv_rows has {} grouped rows", args.x.describe(),
+            args.groups->recv_rows.shape[0]);
+    rows = args.handle.recv_src_idx.shape[0];
+  }
   const std::int64_t tokens = args.handle.is_token_in_rank.shape[0];
   protocol::CallRecord record{};
   record.kind = protocol::OpKind::kCombine;
@@ -172,7 +274,7 @@ protocol::CallRecord validate_combine(const CombineArgs& args, int num_ranks, De
   record.scale_dtype = record.topk_dtype = -1;
   record.num_tokens = tokens;
   if (args.topk_weights.defined()) {
-    expect(args.topk_weights, {"topk_weights", device, {DType::kFloat32}, {args.x.shape[0], -1}});
+    expect(args.topk_weights, {"topk_weights", device, {DType::kFloat32}, {rows, -1}});
     require(args.topk_weights.shape[1] >= 1 && args.topk_weights.shape[1] <= INT32_MAX,
             "topk_weights is {}, it needs at least one column", args.topk_weights.describe());
     record.has_topk_weights = 1;

@@ -23,6 +23,11 @@ struct DispatchShape {
   protocol::CallRecord record;
 };
 DispatchShape validate_dispatch(const DispatchArgs& args, int num_ranks, Device device);
+/// What must not be given to prepare_dispatch.
+void validate_prepare(const DispatchArgs& args);
+/// An output that the caller brings, if it does, of `rows` rows like those of the input `like`.
+void validate_output(const char* name, const TensorView& output, const TensorView& like,
+                     std::int64_t rows, Device device);
 
 protocol::CallRecord validate_combine(const CombineArgs& args, int num_ranks, Device device);
 

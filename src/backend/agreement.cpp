@@ -18,6 +18,10 @@ std::string operation_name(std::int64_t kind) {
       return "dispatch with a handle";
     case protocol::OpKind::kCombine:
       return "combine";
+    case protocol::OpKind::kPrepareDispatch:
+      return "prepare_dispatch";
+    case protocol::OpKind::kPreparedDispatch:
+      return "dispatch of what was prepared";
     case protocol::OpKind::kLowLatencyDispatch:
       return "low_latency_dispatch";
     case protocol::OpKind::kLowLatencyCombine:

@@ -46,6 +46,8 @@ class Backend {
   /// A block that somebody else hands out: goes back behind the work of the streams that it is
   /// released on, and of no other.
   virtual Results allocate_mapped(std::int64_t bytes) = 0;
+  /// Where `bytes` bytes of memory lie in what peers map of this rank; segment -1: they do not.
+  virtual fabric::Block locate(const void* memory, std::int64_t bytes) const = 0;
   /// Memory of the device for what no peer writes: the views with data, in one block if that costs
   /// less.
   virtual std::vector<Tensor> allocate(std::vector<TensorView> views, Stream stream) = 0;
@@ -54,8 +56,6 @@ class Backend {
   /// Local: grows until a block of `bytes` fits.
   virtual void reserve(std::int64_t bytes) = 0;
   virtual int num_segments() const = 0;
-  /// `bytes` at `data` as a block of this rank's segments; segment -1: they lie in none.
-  virtual fabric::Block locate(const void* data, std::int64_t bytes) const = 0;
   /// Waits until so many segments of each rank are mapped here.
   virtual void wait_mapped(const std::vector<int>& num_segments) = 0;
   virtual std::int64_t mapped_bytes() const = 0;
@@ -94,6 +94,8 @@ class Backend {
   virtual void barrier(const intranode::BarrierParams& params) = 0;
   virtual void notify_dispatch(const intranode::NotifyDispatchParams& params) = 0;
   virtual void dispatch(const intranode::DispatchParams& params) = 0;
+  virtual void group_rows(const intranode::GroupParams& params) = 0;
+  virtual void reduce_rows(const intranode::ReduceParams& params) = 0;
   virtual void cached_notify_combine(const intranode::CombineParams& params) = 0;
   virtual void combine(const intranode::CombineParams& params) = 0;
   virtual void dispatch(const internode_ll::DispatchParams& params) = 0;

@@ -7,6 +7,7 @@
 
 #include "deep_ep/tensor.hpp"
 #include "fabric/heap.hpp"
+#include "plan/groups.hpp"
 #include "plan/layout.hpp"
 #include "plan/low_latency.hpp"
 #include "plan/recv_arrays.hpp"
@@ -68,9 +69,17 @@ struct DispatchSource {
   const float* topk_weights = nullptr;
 };
 
+/// Where the caller wants results copied to, row by row; null: they stay in the block.
+struct DispatchOutputs {
+  std::byte* x = nullptr;
+  std::byte* scales = nullptr;
+  std::byte* topk_idx = nullptr;
+  std::byte* topk_weights = nullptr;
+};
+
 struct DispatchParams {
   Call call;
-  bool cached = false;  // no notify_dispatch came before
+  bool cached = false;  // the routing is a handle's: no notify_dispatch of this call came before
   DispatchSource source;
   plan::RowFormat format;
   const std::int32_t* rank_prefix_matrix = nullptr;  // [R, R]
@@ -78,10 +87,45 @@ struct DispatchParams {
   int num_channels = 1;
   fabric::Block block;                                 // this rank's results
   std::int64_t block_rows = 0;                         // rows it was carved for
-  fabric::Block handle_block;                          // plan::HandleArrays, if not cached
-  std::int32_t* recv_src_idx = nullptr;                // there, out [block_rows], null if cached
-  std::int32_t* recv_channel_prefix_matrix = nullptr;  // there, out [R, C], null if cached
+  fabric::Block x_block;                               // rows of x, if not there; segment -1: there
+  DispatchOutputs outputs;                             // filled when all rows are here
+  fabric::Block handle_block;                          // plan::HandleArrays, if to be filled
+  std::int32_t* recv_src_idx = nullptr;                // there, out [block_rows], or null
+  std::int32_t* recv_channel_prefix_matrix = nullptr;  // there, out [R, C], or null
   std::int64_t* wait_stats = nullptr;                  // += [R], ns, or null
+};
+
+/// Local: received rows to where their experts' groups are. All arrays are this rank's; see
+/// RowGroups.
+struct GroupParams {
+  Call call;
+  plan::GroupShape shape;
+  const std::int32_t* rank_prefix_matrix = nullptr;  // [R, R]
+  bool known = false;        // the groups are the caller's, else they are found here
+  TensorView recv_topk_idx;  // [rows, K], unless known
+  const float* recv_topk_weights = nullptr;  // [rows, K] or null
+  plan::RowGroupArrays groups;
+  std::int64_t x_bytes = 0;
+  std::int64_t scale_bytes = 0;
+  const std::byte* x = nullptr;           // [rows, x_bytes]
+  const std::byte* scales = nullptr;      // [rows, scale_bytes]
+  std::byte* grouped_x = nullptr;         // out [G, x_bytes]
+  std::byte* grouped_x_scales = nullptr;  // out [G, scale_bytes]
+};
+
+/// Local: one row for each received row, the sum of its experts'.
+struct ReduceParams {
+  Call call;
+  DType dtype = DType::kBfloat16;
+  std::int64_t hidden = 0;
+  const std::byte* x = nullptr;  // [num_grouped_rows, H]
+  std::int64_t num_grouped_rows = 0;
+  const float* weights = nullptr;                    // [num_grouped_rows] or null
+  const std::int32_t* rank_prefix_matrix = nullptr;  // [R, R]
+  const std::int32_t* grouped_rows = nullptr;        // [num_rows, K]
+  std::int64_t num_rows = 0;
+  std::int64_t num_topk = 0;
+  std::byte* reduced = nullptr;  // out [num_rows, H]
 };
 
 struct CombineParams {

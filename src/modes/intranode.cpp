@@ -19,6 +19,16 @@ void dispatch(Backend& backend, const DispatchParams& params) {
   backend.dispatch(params);
 }
 
+void group_rows(Backend& backend, const GroupParams& params) {
+  trace::step("intranode::group_rows");
+  backend.group_rows(params);
+}
+
+void reduce_rows(Backend& backend, const ReduceParams& params) {
+  trace::step("intranode::reduce_rows");
+  backend.reduce_rows(params);
+}
+
 void cached_notify_combine(Backend& backend, const CombineParams& params) {
   trace::step("intranode::cached_notify_combine");
   backend.cached_notify_combine(params);

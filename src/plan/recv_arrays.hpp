@@ -15,6 +15,10 @@ struct RowFormat {
   std::int64_t topk_idx_bytes = 0;      // 0: no topk
   std::int64_t topk_weights_bytes = 0;  // 0: no weights
 
+  DEEP_EP_HD RowFormat without_x() const {
+    return {0, scale_bytes, topk_idx_bytes, topk_weights_bytes};
+  }
+
   friend bool operator==(const RowFormat&, const RowFormat&) = default;
 };
 
@@ -28,9 +32,11 @@ struct RecvArrays {
   std::byte* topk_weights;
   std::int32_t* src_idx;
 
-  DEEP_EP_HD static RecvArrays carve(Carver& carver, const RowFormat& format, std::int64_t rows) {
+  /// `x`, unless null, is where the rows of x lie, which are not in the block then.
+  DEEP_EP_HD static RecvArrays carve(Carver& carver, const RowFormat& format, std::int64_t rows,
+                                     std::byte* x = nullptr) {
     RecvArrays arrays;
-    arrays.x = carver.take<std::byte>(rows * format.x_bytes);
+    arrays.x = x != nullptr ? x : carver.take<std::byte>(rows * format.x_bytes);
     arrays.scales = carver.take<std::byte>(rows * format.scale_bytes);
     arrays.topk_idx = carver.take<std::byte>(rows * format.topk_idx_bytes);
     arrays.topk_weights = carver.take<std::byte>(rows * format.topk_weights_bytes);

@@ -202,6 +202,44 @@ void check(const CombineInput& input, const CombineSizes& sizes) {
             sizes.row_bytes);
 }
 
+/// The weights of a received row's entries that name an expert, or nothing if none does.
+struct Entries {
+  int count = 0;
+  float weight = 0.0f;
+};
+Entries entries_of(const DispatchOutput& received, std::int64_t row, int num_topk,
+                   std::int64_t expert) {
+  Entries found;
+  for (int k = 0; k < num_topk; ++k) {
+    const std::int64_t entry = row * num_topk + k;
+    if (received.topk_idx[entry] != expert) continue;
+    ++found.count;
+    if (!received.topk_weights.empty())
+      found.weight = add(found.weight, received.topk_weights[entry]);
+  }
+  found.weight = from_float<float>(found.weight);
+  return found;
+}
+
+template <class T>
+std::vector<std::byte> sum_groups(std::int64_t hidden, std::int64_t num_rows,
+                                  const GroupedInput& input) {
+  std::vector<std::vector<float>> sums(num_rows, std::vector<float>(hidden, 0.0f));
+  for (std::size_t g = 0; g < input.recv_rows.size(); ++g) {
+    if (input.recv_rows[g] < 0) continue;
+    std::vector<float>& row = sums[input.recv_rows[g]];
+    for (std::int64_t h = 0; h < hidden; ++h) {
+      T value;
+      std::memcpy(&value, input.x.data() + (g * hidden + h) * sizeof(T), sizeof(T));
+      row[h] = input.weights.empty() ? add(row[h], to_float(value))
+                                     : accumulate(row[h], input.weights[g], to_float(value));
+    }
+  }
+  std::vector<std::byte> out;
+  for (const std::vector<float>& row : sums) append_rounded<T>(out, row);
+  return out;
+}
+
 }  // namespace
 
 std::vector<DispatchOutput> dispatch(const DispatchShape& shape,
@@ -216,6 +254,53 @@ std::vector<DispatchOutput> dispatch(const DispatchShape& shape,
   const std::vector<std::int32_t> matrix = prefix_matrix(outputs);
   for (DispatchOutput& output : outputs) output.rank_prefix_matrix = matrix;
   return outputs;
+}
+
+RowGroups group_rows(const DispatchOutput& received, int num_topk, int num_local_experts,
+                     int expert_alignment) {
+  require(expert_alignment >= 1, "expert_alignment {}", expert_alignment);
+  RowGroups groups;
+  groups.grouped_rows.assign(received.topk_idx.size(), -1);
+  groups.group_offsets.push_back(0);
+  for (int expert = 0; expert < num_local_experts; ++expert) {
+    std::int64_t room = 0;
+    for (std::int64_t row = 0; row < received.num_rows; ++row) {
+      const Entries entries = entries_of(received, row, num_topk, expert);
+      if (entries.count == 0) continue;
+      room += entries.count;
+      for (int k = 0; k < num_topk; ++k)
+        if (received.topk_idx[row * num_topk + k] == expert)
+          groups.grouped_rows[row * num_topk + k] =
+              static_cast<std::int32_t>(groups.recv_rows.size());
+      groups.recv_rows.push_back(static_cast<std::int32_t>(row));
+      if (!received.topk_weights.empty()) groups.weights.push_back(entries.weight);
+    }
+    groups.group_offsets.push_back(groups.group_offsets.back() +
+                                   rounded_up(room, expert_alignment));
+    groups.recv_rows.resize(groups.group_offsets.back(), -1);
+    if (!received.topk_weights.empty()) groups.weights.resize(groups.group_offsets.back(), 0.0f);
+  }
+  return groups;
+}
+
+std::vector<std::byte> reduce_rows(DType dtype, std::int64_t hidden, std::int64_t num_rows,
+                                   const GroupedInput& input) {
+  const auto groups = static_cast<std::int64_t>(input.recv_rows.size());
+  const std::int64_t bytes = summation_of(dtype).element_bytes;
+  require(has_rows(input.x, groups, hidden * bytes), "x has {} bytes for {} rows of {}",
+          input.x.size(), groups, hidden * bytes);
+  require(input.weights.empty() || has_rows(input.weights, groups, 1), "{} weights for {} rows",
+          input.weights.size(), groups);
+  for (const std::int32_t row : input.recv_rows)
+    require(row >= -1 && row < num_rows, "received row {} of {}", row, num_rows);
+  switch (dtype) {
+    case DType::kBfloat16:
+      return sum_groups<Bfloat16>(hidden, num_rows, input);
+    case DType::kFloat16:
+      return sum_groups<Float16>(hidden, num_rows, input);
+    default:
+      return sum_groups<float>(hidden, num_rows, input);
+  }
 }
 
 std::vector<CombineOutput> combine(DType dtype, std::int64_t hidden, int num_topk,

@@ -47,6 +47,27 @@ struct DispatchShape {
 std::vector<DispatchOutput> dispatch(const DispatchShape& shape,
                                      const std::vector<DispatchInput>& inputs);
 
+/// One rank's received rows by local expert, as RowGroups in deep_ep/handle.hpp describes them.
+struct RowGroups {
+  std::vector<std::int32_t> group_offsets;  // [L + 1]
+  std::vector<std::int32_t> grouped_rows;   // [Nr, K]
+  std::vector<std::int32_t> recv_rows;      // [G]
+  std::vector<float> weights;               // [G], empty without topk_weights
+};
+RowGroups group_rows(const DispatchOutput& received, int num_topk, int num_local_experts,
+                     int expert_alignment);
+
+/// `num_rows` rows of dtype: row r is the sum of the grouped rows g of x with recv_rows[g] == r, in
+/// ascending g: sum = fma(weights[g], x[g], sum) in fp32 from +0, or without weights sum + x[g];
+/// rounded once by from_float.
+struct GroupedInput {
+  std::vector<std::byte> x;             // [G, H]
+  std::vector<std::int32_t> recv_rows;  // [G]
+  std::vector<float> weights;           // [G] or empty
+};
+std::vector<std::byte> reduce_rows(DType dtype, std::int64_t hidden, std::int64_t num_rows,
+                                   const GroupedInput& input);
+
 /// One rank's input to combine: a row per received row of `routing`; x may be longer. topk_weights
 /// are absent if they are empty on every rank.
 struct CombineInput {

@@ -18,6 +18,8 @@ enum class OpKind : std::uint32_t {
   kDispatch,
   kCachedDispatch,
   kCombine,
+  kPrepareDispatch,
+  kPreparedDispatch,
   kLowLatencyDispatch,
   kLowLatencyCombine
 };
@@ -83,6 +85,9 @@ struct InboxPlace {
   std::int32_t num_channels;
   std::int32_t handle_segment;
   std::int64_t handle_offset;
+  // Where rows of x go if they do not lie in the block; segment -1: they do.
+  std::int32_t x_segment;
+  std::int64_t x_offset;
 };
 
 /// Where an expert's rank has the rows of a combine, for ranks that read them there.

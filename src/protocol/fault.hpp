@@ -8,19 +8,23 @@ namespace deep_ep::protocol {
 
 /// What a GPU found, which composes no texts; the values are numbers for the text.
 enum class Finding : std::uint32_t {
-  kText,          // not a GPU's: the text says all
-  kTimeout,       // ranks: who; values: Wait, expected, seen
-  kGone,          // the same, of a rank that has died (value 3: 0) or left in good order (1)
-  kDisagreement,  // ranks: with whom; values: field of CallRecord::agreed(), mine, theirs
-  kBadExpert,     // values: token, k, id, num_experts
-  kNotInRank,     // values: token, k, id, rank: is_token_in_rank says otherwise
-  kCounts,        // values: rank, num_tokens_per_rank, tokens of is_token_in_rank
-  kTooManyRows,   // the matrix of counts overflows; value: rank
-  kCapacity,      // values: rows, num_worst_tokens
-  kBadPosition,   // values: token, rank, send_head, rows that go there
-  kBadMatrix,     // values: rank, rows by the matrix, rows that there is room for
-  kOtherRouting,  // values: token of a source, its expert here, row, what src_info says; rank: source
-  kThirdLive,     // value: ticket that has not been received
+  kText,           // not a GPU's: the text says all
+  kTimeout,        // ranks: who; values: Wait, expected, seen
+  kGone,           // the same, of a rank that has died (value 3: 0) or left in good order (1)
+  kDisagreement,   // ranks: with whom; values: field of CallRecord::agreed(), mine, theirs
+  kBadExpert,      // values: token, k, id, num_experts
+  kNotInRank,      // values: token, k, id, rank: is_token_in_rank says otherwise
+  kCounts,         // values: rank, num_tokens_per_rank, tokens of is_token_in_rank
+  kTooManyRows,    // the matrix of counts overflows; value: rank
+  kCapacity,       // values: rows, num_worst_tokens
+  kBadPosition,    // values: token, rank, send_head, rows that go there
+  kBadMatrix,      // values: rank, rows by the matrix, rows that there is room for
+  kGroupCapacity,  // values: grouped rows, how many there may be
+  kBadGroup,       // values: received row, k, grouped row, how many there are
+  kBadOffsets,     // values: local experts, rows of all groups, how many there are
+  kOtherRouting,   // values: token of a source, its expert here, row, what src_info says; rank:
+                   // source
+  kThirdLive,      // value: ticket that has not been received
 };
 
 /// What a wait waits for.

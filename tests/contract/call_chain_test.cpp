@@ -141,6 +141,34 @@ TEST_F(CallChain, CombineNotifiesThenCombines) {
   EXPECT_EQ(take_steps(), expected);
 }
 
+TEST_F(CallChain, APreparedDispatchIsNotifiedBefore) {
+  const auto buffer = make_buffer();
+  const Inputs inputs;
+  DispatchArgs args = inputs.args(*buffer);
+  take_steps();
+  args.prepared = buffer->prepare_dispatch(args);
+  EXPECT_THAT(take_steps(), ElementsAre("Buffer::prepare_dispatch", "intranode::notify_dispatch"));
+  buffer->dispatch(args);
+  EXPECT_THAT(take_steps(), ElementsAre("Buffer::intranode_dispatch", "intranode::dispatch"));
+}
+
+TEST_F(CallChain, RowsAreGroupedBehindADispatchAndReducedBeforeACombine) {
+  const auto buffer = make_buffer();
+  const Inputs inputs;
+  DispatchArgs args = inputs.args(*buffer);
+  args.group_rows = true;
+  take_steps();
+  const DispatchResult dispatched = buffer->dispatch(args);
+  EXPECT_THAT(take_steps(), ElementsAre("Buffer::intranode_dispatch", "intranode::notify_dispatch",
+                                        "intranode::dispatch", "intranode::group_rows"));
+  CombineArgs back = combine_args(dispatched);
+  back.x = dispatched.grouped_x;
+  back.groups = dispatched.groups;
+  buffer->combine(back);
+  EXPECT_THAT(take_steps(), ElementsAre("Buffer::intranode_combine", "intranode::reduce_rows",
+                                        "intranode::cached_notify_combine", "intranode::combine"));
+}
+
 TEST_F(CallChain, TheBarrierIsTheModes) {
   const auto buffer = make_buffer();
   take_steps();

@@ -139,6 +139,77 @@ void add_reuse(List& list) {
   list.add("handle_used_with_fewer_sms", {c});
 }
 
+void add_groups(List& list) {
+  using verify::Groups;
+  using verify::Outputs;
+  Case c = large(4);
+  c.experts = 64;
+  c.expert_alignment = 128;
+  c.groups = Groups::kWeighted;
+  list.add("grouped_bf16", {c});
+  c.dtype = DType::kFloat8E4m3;
+  c.scales = Scales::kFloat32ColumnMajor;
+  c.prepare = true;
+  c.outputs = Outputs::kPrivate;
+  list.add("grouped_fp8_prepared", {c});
+
+  c = small(3);
+  c.groups = Groups::kWeighted;
+  c.topk = 9;
+  c.routing = Routing::kDuplicates;
+  list.add("grouped_duplicates", {c});
+  c.experts = c.topk = 3 * 40;
+  c.routing = Routing::kUniform;
+  list.add("grouped_all_experts", {c});
+  c = small(2);
+  c.groups = Groups::kUnweighted;
+  c.experts = 2 * 4096;
+  list.add("grouped_most_local_experts", {c});
+  c = small(2);
+  c.groups = Groups::kWeighted;
+  c.num_worst_tokens = Case::kWorstFits;
+  c.expert_alignment = 16;
+  list.add("grouped_worst_case", {c});
+  c.outputs = Outputs::kPrivate;
+  list.add("grouped_worst_case_as_many_as_given", {c});
+  c = small(4);
+  c.groups = Groups::kWeighted;
+  c.tokens = {0, 0, 33, 0};
+  c.routing = Routing::kToRankZero;
+  list.add("grouped_empty_ranks", {c});
+  c.tokens = {0};
+  list.add("grouped_no_tokens", {c});
+  c = small(4);
+  c.groups = Groups::kWeighted;
+  c.async = c.hold_results = c.clone_handle = true;
+  c.cached_repeats = c.combines = 3;
+  c.outputs = Outputs::kMixed;
+  list.add("grouped_async_chain", {c});
+}
+
+void add_outputs(List& list) {
+  using verify::Outputs;
+  for (const auto& [outputs, name] :
+       {std::pair{Outputs::kLibrary, "library"}, std::pair{Outputs::kPrivate, "private"},
+        std::pair{Outputs::kInResults, "in_results"}, std::pair{Outputs::kMixed, "mixed"}}) {
+    Case c = small(4);
+    c.outputs = outputs;
+    c.dtype = DType::kFloat8E4m3;
+    c.scales = Scales::kFloat32;
+    c.prepare = true;
+    c.cached_repeats = 3;
+    list.add(fmt::format("prepared_outputs_{}", name), {c});
+    c.prepare = false;
+    c.async = true;
+    c.num_worst_tokens = Case::kWorstFits;
+    list.add(fmt::format("worst_case_outputs_{}", name), {c});
+  }
+  Case c = large(4);
+  c.prepare = true;
+  c.outputs = Outputs::kInResults;
+  list.add("prepared_deepseek", {c});
+}
+
 /// Neighbouring calls differ in everything, so that what one leaves behind meets the next.
 std::vector<Case> alternating(int ranks) {
   Case wide = small(ranks);
@@ -152,11 +223,15 @@ std::vector<Case> alternating(int ranks) {
   scaled.dtype = DType::kFloat8E4m3;
   scaled.scales = Scales::kPackedColumnMajor;
   scaled.tokens = {5};
+  scaled.prepare = true;
+  scaled.groups = verify::Groups::kUnweighted;
   Case empty = small(ranks);
   empty.tokens = {0};
   Case worst = small(ranks);
   worst.num_worst_tokens = Case::kWorstFits;
   worst.topk_dtype = DType::kInt32;
+  worst.groups = verify::Groups::kWeighted;
+  worst.outputs = verify::Outputs::kMixed;
   std::vector<Case> cases;
   for (std::uint64_t round = 0; round < 4; ++round) {
     for (Case c : {wide, narrow, scaled, empty, worst}) {
@@ -204,6 +279,8 @@ std::vector<Program> corner_programs(const Limits& limits) {
   add_shapes(list);
   add_routings(list);
   add_reuse(list);
+  add_groups(list);
+  add_outputs(list);
   add_orders(list);
   return list.take();
 }

@@ -52,6 +52,9 @@ enum Factor {
   kConfigFactor,
   kLateConfigFactor,
   kIdFactor,
+  kOutputsFactor,
+  kGroupsFactor,
+  kPrepareFactor,
   kNumFactors
 };
 
@@ -76,6 +79,9 @@ std::vector<int> factor_levels() {
   levels[kConfigFactor] = 3;
   levels[kLateConfigFactor] = 3;
   levels[kIdFactor] = 2;
+  levels[kOutputsFactor] = 4;
+  levels[kGroupsFactor] = 3;
+  levels[kPrepareFactor] = 2;
   return levels;
 }
 
@@ -143,6 +149,10 @@ Case case_of(const std::vector<int>& row, std::uint64_t seed) {
   c.routing = kRoutings[static_cast<std::size_t>(row[kRoutingFactor])];
   c.topk_dtype = row[kIdFactor] == 0 ? DType::kInt64 : DType::kInt32;
   set_arguments(c, row[kArgumentsFactor]);
+  c.outputs = static_cast<verify::Outputs>(row[kOutputsFactor]);
+  if (c.pass_topk) c.groups = static_cast<verify::Groups>(row[kGroupsFactor]);
+  if (c.groups == verify::Groups::kWeighted && !c.weights) c.groups = verify::Groups::kUnweighted;
+  c.prepare = row[kPrepareFactor] == 1 && c.num_worst_tokens == 0;
   c.expert_alignment = kAlignments[static_cast<std::size_t>(row[kAlignmentFactor])];
   c.biases = row[kBiasFactor];
   constexpr std::array kCached{0, 1, 3, 2};
@@ -178,10 +188,18 @@ std::int64_t estimate_bytes(const Case& c) {
       tokens * std::min(c.ranks, c.topk) + std::max<std::int64_t>(c.num_worst_tokens, 0) * c.ranks;
   const auto row = c.hidden * static_cast<std::int64_t>(size_of(c.dtype));
   const auto sum_row = c.hidden * static_cast<std::int64_t>(size_of(c.combine_dtype));
+  // Every row once more for each of its experts, padded.
+  std::int64_t grouped = 0;
+  if (c.groups != verify::Groups::kNone) {
+    const std::int64_t most = c.num_worst_tokens != 0 ? tokens * c.ranks * c.topk : tokens * c.topk;
+    grouped = most + std::min<std::int64_t>(most, c.experts) * (c.expert_alignment - 1);
+  }
   // An input and an output of a dispatch; rows, biases and sums of a combine; the check holds as
   // much again.
-  const std::int64_t dispatch = (tokens + received) * (row + 12 * c.topk + 64);
-  const std::int64_t combine = (received + (2 + c.biases) * tokens) * (sum_row + 4 * c.topk);
+  const std::int64_t copies = c.outputs == verify::Outputs::kLibrary ? 1 : 2;
+  const std::int64_t dispatch = (tokens + received + grouped) * (row + 12 * c.topk + 64) * copies;
+  const std::int64_t combine =
+      (received + grouped + (2 + c.biases) * tokens) * (sum_row + 4 * c.topk);
   const std::int64_t live = c.hold_results
                                 ? dispatch * (1 + c.cached_repeats) + combine * c.combines
                                 : dispatch + combine;

@@ -21,6 +21,10 @@ BUDGETS = {
     "notify": (64, 512),
     "dispatch": (96, 512),  # 384 threads
     "combine": (96, 512),  # 640 threads
+    "count_rows": (64, 512),
+    "place_rows": (64, 512),
+    "expand_rows": (96, 512),  # 384 threads
+    "reduce_rows": (128, 512),  # 512 threads
 }
 
 

@@ -212,6 +212,36 @@ void change_dispatch(Mutator& mutator, DispatchArgs& args) {
   }
 }
 
+void change_groups(Mutator& mutator, RowGroups& groups) {
+  const std::array<Tensor*, 4> tensors{&groups.group_offsets, &groups.grouped_rows,
+                                       &groups.recv_rows, &groups.weights};
+  Tensor& tensor = *tensors[mutator.below(tensors.size())];
+  if (mutator.chance(2)) {
+    mutator.scramble(tensor);
+    return;
+  }
+  TensorView view = tensor;
+  view.data = mutator.arena().data();
+  mutator.change(view);
+  tensor = view;
+}
+
+/// Outputs, groups or counts that do not fit. Outputs have memory of their own, which is written.
+void change_extras(Mutator& mutator, DispatchArgs& args, const Tensor& memory) {
+  args.group_rows = mutator.chance(2);
+  constexpr std::array kOutputs{&DispatchArgs::recv_x,        &DispatchArgs::recv_x_scales,
+                                &DispatchArgs::recv_topk_idx, &DispatchArgs::recv_topk_weights,
+                                &DispatchArgs::grouped_x,     &DispatchArgs::grouped_x_scales};
+  TensorView& output = args.*kOutputs[mutator.below(kOutputs.size())];
+  output = {memory.data, DType::kFloat32, {4 * kTokens, kHidden}};
+  if (mutator.chance(2)) mutator.change(output);
+  if (args.prepared && mutator.chance(2)) {
+    args.prepared->num_recv_tokens = mutator.small_int() % 1000;
+    args.prepared->num_experts = mutator.small_int() % 1000;
+  }
+  if (args.prepared && mutator.chance(4)) change_handle(mutator, args.prepared->handle);
+}
+
 void change_combine(Mutator& mutator, CombineArgs& args) {
   switch (mutator.below(5)) {
     case 0:
@@ -249,8 +279,39 @@ void call_combine(Mutator& mutator, Buffer& buffer, const DispatchResult& dispat
   buffer.combine(args).event.host_wait();
 }
 
+/// Rows by expert there and back, prepared or not.
+void call_grouped(Mutator& mutator, Buffer& buffer, const Valid& valid) {
+  DispatchArgs args = valid.dispatch;
+  args.group_rows = true;
+  args.expert_alignment = 1 + static_cast<int>(mutator.below(5));
+  if (mutator.chance(2)) args.prepared = buffer.prepare_dispatch(args);
+  const Tensor memory = Tensor::empty(DType::kUint8, {kArenaBytes});
+  if (mutator.chance(2)) {
+    change_extras(mutator, args, memory);
+    return buffer.dispatch(args).event.host_wait();
+  }
+  const DispatchResult got = buffer.dispatch(args);
+  if (mutator.chance(2)) {
+    DispatchArgs cached;
+    cached.x = args.x;
+    cached.handle = got.handle;
+    cached.group_rows = true;
+    cached.groups = got.groups;
+    change_groups(mutator, *cached.groups);
+    return buffer.dispatch(cached).event.host_wait();
+  }
+  CombineArgs back;
+  back.x = got.grouped_x;
+  back.handle = got.handle;
+  back.groups = got.groups;
+  change_groups(mutator, *back.groups);
+  if (mutator.chance(4)) back.x.data = mutator.arena().data();
+  if (back.x.data == mutator.arena().data()) mutator.change(back.x);
+  buffer.combine(back).event.host_wait();
+}
+
 void call(Mutator& mutator, Buffer& buffer, Valid& valid) {
-  switch (mutator.below(4)) {
+  switch (mutator.below(5)) {
     case 0:
       return call_layout(mutator, buffer, valid);
     case 1: {
@@ -266,6 +327,8 @@ void call(Mutator& mutator, Buffer& buffer, Valid& valid) {
       if (mutator.chance(2)) change_dispatch(mutator, args);
       return buffer.dispatch(args).event.host_wait();
     }
+    case 3:
+      return call_grouped(mutator, buffer, valid);
     default:
       return call_combine(mutator, buffer, buffer.dispatch(valid.dispatch));
   }

@@ -2,8 +2,9 @@
 
 #include "identity.hpp"
 
-// Layout, dispatch without counts, combine, cached dispatch and combine in one CUDA graph, replayed
-// over routing and rows that change; then once without one of the ranks.
+// Layout, dispatch without counts, combine, cached dispatch and combine, and a combine of grouped
+// rows in one CUDA graph, replayed over routing and rows that change; then once without one of the
+// ranks.
 namespace deep_ep::test {
 namespace {
 
@@ -18,7 +19,8 @@ class Replay {
       : buffer_(buffer),
         stream_(stream),
         x_(Tensor::empty(DType::kFloat32, {kShape.tokens, kShape.hidden}, buffer.device())),
-        ids_(Tensor::empty(DType::kInt64, {kShape.tokens, kShape.topk}, buffer.device())) {
+        ids_(Tensor::empty(DType::kInt64, {kShape.tokens, kShape.topk}, buffer.device())),
+        weights_(Tensor::empty(DType::kFloat32, {kShape.tokens, kShape.topk}, buffer.device())) {
     (void)load(0);
     calls();  // what is allocated at the first call is not part of the graph
     check(cudaStreamSynchronize(stream_), "warm-up");
@@ -37,7 +39,7 @@ class Replay {
   std::string run(int number) {
     const Round round = load(number);
     check(cudaGraphLaunch(graph_, stream_), "cudaGraphLaunch");
-    for (const CombineResult* result : {&first_, &second_}) {
+    for (const CombineResult* result : {&first_, &second_, &grouped_}) {
       const Tensor here = result->combined_x.to({}, {stream_});
       buffer_.check();
       const std::string wrong =
@@ -51,7 +53,7 @@ class Replay {
   /// the Error is seen.
   std::string run_alone() {
     check(cudaGraphLaunch(graph_, stream_), "cudaGraphLaunch");
-    for (const CombineResult* result : {&first_, &second_}) {
+    for (const CombineResult* result : {&first_, &second_, &grouped_}) {
       const Tensor here = result->combined_x.to({}, {stream_});
       for (std::int64_t i = 0; i < here.numel(); ++i) {
         if (!std::isnan(here.as<float>()[i]))
@@ -71,6 +73,7 @@ class Replay {
     Round round(kShape, number, buffer_.rank(), buffer_.num_ranks());
     copy_in(x_, round.x.data(), stream_);
     copy_in(ids_, round.ids.data(), stream_);
+    copy_in(weights_, round.weights.data(), stream_);
     return round;
   }
 
@@ -81,6 +84,9 @@ class Replay {
     args.topk_idx = ids_;
     args.layout = buffer_.get_dispatch_layout(ids_, 2 * buffer_.num_ranks(), options);
     args.num_worst_tokens = kShape.tokens * buffer_.num_ranks();
+    args.topk_weights = weights_;
+    args.group_rows = true;
+    args.expert_alignment = 16;
     args.options = options;
     const DispatchResult got = buffer_.dispatch(args);
     CombineArgs back;
@@ -95,12 +101,15 @@ class Replay {
     const DispatchResult cached = buffer_.dispatch(again);
     back.x = cached.recv_x;
     second_ = buffer_.combine(back);
+    back.x = got.grouped_x;
+    back.groups = got.groups;
+    grouped_ = buffer_.combine(back);
   }
 
   Buffer& buffer_;
   cudaStream_t stream_;
-  Tensor x_, ids_;
-  CombineResult first_{}, second_{};
+  Tensor x_, ids_, weights_;
+  CombineResult first_{}, second_{}, grouped_{};
   cudaGraphExec_t graph_ = nullptr;
 };
 

@@ -28,7 +28,8 @@ struct Shape {
 struct Round {
   std::vector<float> x{};
   std::vector<std::int64_t> ids{};
-  std::vector<int> copies{};  // of each token: ranks that it goes to
+  std::vector<float> weights{};  // of each token and rank one is 1, the others are 0
+  std::vector<int> copies{};     // of each token: ranks that it goes to
 
   Round(const Shape& shape, int number, int rank, int ranks) {
     for (std::int64_t token = 0; token < shape.tokens; ++token) {
@@ -41,7 +42,9 @@ struct Round {
         const auto expert =
             static_cast<std::int64_t>((seed >> 33) % static_cast<std::uint64_t>(2 * ranks + 1)) - 1;
         ids.push_back(expert);
-        if (expert >= 0) goes[static_cast<std::size_t>(expert / 2)] = true;
+        const bool first = expert >= 0 && !goes[static_cast<std::size_t>(expert / 2)];
+        weights.push_back(first ? 1.0F : 0.0F);
+        if (first) goes[static_cast<std::size_t>(expert / 2)] = true;
       }
       copies.push_back(static_cast<int>(std::count(goes.begin(), goes.end(), true)));
       for (std::int64_t i = 0; i < shape.hidden; ++i) x.push_back(value(number, rank, token, i));

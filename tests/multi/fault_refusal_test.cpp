@@ -81,6 +81,33 @@ std::string play_too_few_worst_tokens(Worker& worker, bool on_all) {
   return findings.text();
 }
 
+/// grouped_x has room for one row less than rank 1 has.
+std::string play_too_few_grouped_rows(Worker& worker) {
+  BufferOptions options;
+  options.timeout = kTimeout;
+  Buffer buffer(worker.bootstrap(), options);
+  const Exchange exchange(worker.rank(), worker.num_ranks());
+  Findings findings;
+  DispatchArgs args = exchange.dispatch_args(buffer);
+  args.num_worst_tokens = Exchange::kTokens * kRanks;
+  args.group_rows = true;
+  const std::int64_t room =
+      buffer.dispatch(args).groups.group_offsets.as<std::int32_t>()[1];  // an expert a rank
+  const Tensor memory = Tensor::empty(args.x.dtype, {room, Exchange::kHidden});
+  args.grouped_x = memory;
+  args.grouped_x.shape[0] -= worker.rank() == kVictim ? 1 : 0;
+  const auto thrown = thrown_by([&] {
+    buffer.dispatch(args);
+    buffer.barrier();
+  });
+  if (!thrown) return "no Error";
+  findings.expect(thrown->code == ErrorCode::kCapacity,
+                  fmt::format("code {}: {}", deep_ep::to_string(thrown->code), thrown->text));
+  findings.expect_contains(thrown->text, fmt::format("room for {}", room - 1));
+  findings.expect(thrown->after < kAtOnce, "telling took too long");
+  return findings.text();
+}
+
 /// Two threads of rank 0 call at once: one of them is refused, and the call goes on.
 std::string play_overlap(Worker& worker) {
   BufferOptions options;
@@ -166,6 +193,7 @@ std::string play(Worker& worker, const std::string& job) {
   if (job == "leaver") return play_leaver(worker);
   if (job == "worst_on_one") return play_too_few_worst_tokens(worker, false);
   if (job == "worst_on_all") return play_too_few_worst_tokens(worker, true);
+  if (job == "grouped") return play_too_few_grouped_rows(worker);
   return play_situation(worker, std::stoul(job));
 }
 
@@ -199,6 +227,7 @@ INSTANTIATE_TEST_SUITE_P(Situations, AllAreTold,
 
 TEST_F(Refusal, TooFewWorstTokensOnOneRankFailsAll) { run("worst_on_one"); }
 TEST_F(Refusal, TooFewWorstTokensOnAllRanksFailsAll) { run("worst_on_all"); }
+TEST_F(Refusal, TooFewGroupedRowsOnOneRankFailsAll) { run("grouped"); }
 TEST_F(Refusal, OverlappingCallsAreRefusedAndHarmless) { run("overlap"); }
 TEST_F(Refusal, UseAfterDestroyTouchesNobody) { run("after_destroy"); }
 TEST_F(Refusal, WhoLeavesIsNamed) { run("leaver"); }

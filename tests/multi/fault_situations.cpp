@@ -118,6 +118,14 @@ std::vector<Situation> other_disagreements() {
                             scene.dispatched);
        },
        "operation"},
+      {"prepared_and_not",
+       [](const Scene& scene) {
+         DispatchArgs args = scene.exchange.dispatch_args(scene.buffer);
+         const PreparedDispatch prepared = scene.buffer.prepare_dispatch(args);
+         if (scene.victim) args.prepared = prepared;
+         scene.buffer.dispatch(args);
+       },
+       "operation"},
       {"cached_and_not",
        [](const Scene& scene) {
          scene.exchange.run(scene.buffer, scene.victim ? Op::kCachedDispatch : Op::kDispatch,
@@ -169,6 +177,48 @@ std::vector<Situation> dispatch_refusals() {
        "is_token_in_rank"}};
 }
 
+/// Outputs, counts and groups that do not fit.
+std::vector<Situation> grouped_refusals() {
+  return {{"output_rows", dispatch_with([](const Scene&, DispatchArgs& args) {
+             args.recv_x = {spare().data(), DType::kFloat32, {1, kHidden}};
+           }),
+           "recv_x"},
+          {"output_dtype", dispatch_with([](const Scene&, DispatchArgs& args) {
+             args.recv_topk_idx = {spare_ids().data(), DType::kInt32, {1024, kRanks}};
+           }),
+           "recv_topk_idx"},
+          {"groups_without_topk", dispatch_with([](const Scene&, DispatchArgs& args) {
+             args.group_rows = true;
+             args.topk_idx = args.topk_weights = {};
+           }),
+           "group_rows"},
+          {"prepared_ids",
+           [](const Scene& scene) {
+             DispatchArgs args = scene.exchange.dispatch_args(scene.buffer);
+             args.prepared = scene.buffer.prepare_dispatch(args);
+             static std::vector<std::int64_t> ids;
+             ids = scene.exchange.topk_idx;
+             ids[7] = kRanks;
+             if (scene.victim) args.topk_idx = {ids.data(), DType::kInt64, {kTokens, kRanks}};
+             scene.buffer.dispatch(args);
+           },
+           "topk_idx"},
+          {"grouped_rows",
+           [](const Scene& scene) {
+             DispatchArgs args = scene.exchange.dispatch_args(scene.buffer);
+             args.group_rows = true;
+             const DispatchResult got = scene.buffer.dispatch(args);
+             CombineArgs back = Exchange::combine_args(got);
+             back.x = got.grouped_x;
+             back.groups = got.groups;
+             if (scene.victim)
+               got.groups.grouped_rows.as<std::int32_t>()[0] =
+                   static_cast<std::int32_t>(got.grouped_x.shape[0]);
+             scene.buffer.combine(back);
+           },
+           "grouped_rows"}};
+}
+
 std::vector<Situation> other_refusals() {
   return {
       {"handle_and_topk",
@@ -210,7 +260,8 @@ const std::vector<Situation>& disagreements() {
 }
 
 const std::vector<Situation>& refusals() {
-  static const std::vector<Situation> situations = join(dispatch_refusals(), other_refusals());
+  static const std::vector<Situation> situations =
+      join(join(dispatch_refusals(), grouped_refusals()), other_refusals());
   return situations;
 }
 

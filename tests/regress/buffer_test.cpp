@@ -94,5 +94,49 @@ TEST(Regress, LaterCallsThrowWhatTheFailedCallThrew) {
   }
 }
 
+// The rows went past the end of the block, which had been made for the handle's length.
+TEST(Regress, AHandleThatIsShorterThanItsRowsIsRefused) {
+  Buffer buffer(bootstrap_threads(1)[0]);
+  const Input input(1);
+  DispatchArgs args = input.args(buffer);
+  IntranodeHandle handle = buffer.dispatch(args).handle;
+  handle.recv_src_idx.shape[0] -= 1;
+  DispatchArgs cached;
+  cached.x = args.x;
+  cached.handle = handle;
+  EXPECT_THAT(error_of([&] { buffer.dispatch(cached); }), HasSubstr("room for 7 rows"));
+}
+
+// All of rank 1's arrays are empty, and where they point is nobody's business.
+TEST(Regress, ARankWithoutRowsGroupsAndReducesNothing) {
+  run_ranks(2, [](const std::shared_ptr<Bootstrap>& bootstrap) {
+    Buffer buffer(bootstrap);
+    const Input input(2);
+    const std::vector<std::int32_t> to_rank_zero(kTokens * 2, 0);
+    DispatchArgs args;
+    args.x = {input.x.data(), DType::kFloat32, {kTokens, 32}};
+    args.topk_idx = {to_rank_zero.data(), DType::kInt32, {kTokens, 2}};
+    args.num_experts = 2;
+    args.expert_alignment = 4;
+    args.group_rows = true;
+    args.prepared = buffer.prepare_dispatch(args);
+    DispatchResult got = buffer.dispatch(args);
+    const bool first = buffer.rank() == 0;
+    // Every token names expert 0 twice: room for two rows, one row.
+    EXPECT_EQ(got.num_recv_tokens, first ? 2 * kTokens : 0);
+    EXPECT_EQ(got.grouped_x.shape[0], first ? 4 * kTokens : 0);
+    EXPECT_EQ(got.groups.group_offsets.as<std::int32_t>()[1], first ? 4 * kTokens : 0);
+    for (Tensor* tensor :
+         {&got.grouped_x, &got.groups.grouped_rows, &got.groups.recv_rows, &got.recv_x})
+      if (!first) tensor->data = nullptr;
+    CombineArgs back;
+    back.x = got.grouped_x;
+    back.handle = got.handle;
+    back.groups = got.groups;
+    const CombineResult out = buffer.combine(back);
+    for (std::int64_t i = 0; i < kTokens * 32; ++i) EXPECT_EQ(out.combined_x.as<float>()[i], 1.0F);
+  });
+}
+
 }  // namespace
 }  // namespace deep_ep

@@ -4,6 +4,7 @@
 #include "backend/cuda/check.hpp"
 #include "backend/cuda/context.hpp"
 #include "backend/cuda/device_heap.hpp"
+#include "backend/cuda/groups.hpp"
 #include "backend/cuda/intranode/steps.hpp"
 #include "backend/cuda/low_latency.hpp"
 #include "backend/cuda/make_backend.hpp"
@@ -19,17 +20,6 @@ namespace {
 constexpr std::int64_t kGrowthBytes = 32 << 20;
 
 cudaStream_t native(Stream stream) { return static_cast<cudaStream_t>(stream.native); }
-
-Ids ids_of(const TensorView& topk_idx) {
-  return {topk_idx.defined() ? topk_idx.data : nullptr, topk_idx.dtype == DType::kInt64};
-}
-
-/// Bulk copies and wide loads need it, and a GPU does not survive a pointer that is not.
-void require_aligned(const void* data, const char* name) {
-  constexpr std::uintptr_t kAlignment = 16;
-  require(reinterpret_cast<std::uintptr_t>(data) % kAlignment == 0,
-          "{} begins at {}, on GPUs it must be a multiple of {} bytes", name, data, kAlignment);
-}
 
 class CudaBackend final : public Backend {
  public:
@@ -73,6 +63,10 @@ class CudaBackend final : public Backend {
   }
 
   Results allocate_mapped(std::int64_t bytes) override { return heap_->allocate_raw(bytes); }
+  fabric::Block locate(const void* memory, std::int64_t bytes) const override {
+    const fabric::Fabric::Spot spot = context_.fabric().locate(memory, bytes);
+    return {spot.segment, spot.offset, bytes};
+  }
 
   std::vector<Tensor> allocate(std::vector<TensorView> views, Stream stream) override {
     return allocate_from(*heap_, std::move(views), stream);
@@ -83,11 +77,6 @@ class CudaBackend final : public Backend {
 
   void reserve(std::int64_t bytes) override { heap_->reserve(bytes); }
   int num_segments() const override { return context_.fabric().num_own_segments(); }
-
-  fabric::Block locate(const void* data, std::int64_t bytes) const override {
-    const fabric::Fabric::Spot spot = context_.fabric().locate(data, bytes);
-    return {spot.segment, spot.offset, bytes};
-  }
 
   void wait_mapped(const std::vector<int>& num_segments) override {
     const auto deadline = std::chrono::steady_clock::now() + options_.timeout;
@@ -155,6 +144,14 @@ class CudaBackend final : public Backend {
   void barrier(const deep_ep::intranode::BarrierParams& params) override;
   void notify_dispatch(const deep_ep::intranode::NotifyDispatchParams& params) override;
   void dispatch(const deep_ep::intranode::DispatchParams& params) override;
+  void group_rows(const deep_ep::intranode::GroupParams& params) override {
+    const Results counts = allocate_results(
+        params.known ? 0 : intranode::group_count_bytes(params.shape), comm_stream());
+    cuda::group_rows(context_, params, reinterpret_cast<std::int32_t*>(counts.data));
+  }
+  void reduce_rows(const deep_ep::intranode::ReduceParams& params) override {
+    cuda::reduce_rows(context_, params);
+  }
   // The record travels with the place of the inbox, in combine's own kernel.
   void cached_notify_combine(const deep_ep::intranode::CombineParams&) override {}
   void combine(const deep_ep::intranode::CombineParams& params) override;
@@ -204,7 +201,6 @@ class CudaBackend final : public Backend {
       check(cudaStreamWaitEvent(comm, before.get(), 0), "cudaStreamWaitEvent");
     }
   }
-  int sms_of(const Call& call) const { return std::min(call.num_threads, context_.num_sms()); }
   void await_counts(const deep_ep::intranode::NotifyDispatchParams& params,
                     std::uint64_t ticket) const;
 
@@ -284,7 +280,7 @@ void CudaBackend::notify_dispatch(const deep_ep::intranode::NotifyDispatchParams
     }
     args.ticket = ++ticket_;
   }
-  check(intranode::launch_notify(args, sms_of(params.call), context_.comm_stream()),
+  check(intranode::launch_notify(args, sms_of(context_, params.call), context_.comm_stream()),
         "launch of notify");
   if (counted) await_counts(params, args.ticket);
 }
@@ -333,13 +329,17 @@ void CudaBackend::dispatch(const deep_ep::intranode::DispatchParams& params) {
   args.block_segment = params.block.segment;
   args.block_offset = params.block.offset;
   args.block_rows = params.block_rows;
+  args.x_segment = params.x_block.segment;
+  args.x_offset = params.x_block.offset;
   args.num_channels = params.num_channels;
+  args.fills_handle = params.recv_src_idx != nullptr;
   args.handle_segment = params.handle_block.segment;
   args.handle_offset = params.handle_block.offset;
   args.recv_src_idx = params.recv_src_idx;
   args.wait_stats = params.wait_stats;
-  check(intranode::launch_dispatch(args, sms_of(params.call), context_.comm_stream()),
+  check(intranode::launch_dispatch(args, sms_of(context_, params.call), context_.comm_stream()),
         "launch of dispatch");
+  copy_outputs(context_, params);
 }
 
 void CudaBackend::combine(const deep_ep::intranode::CombineParams& params) {
@@ -365,10 +365,8 @@ void CudaBackend::combine(const deep_ep::intranode::CombineParams& params) {
   args.combined_x = params.combined_x;
   args.combined_topk_weights = params.combined_topk_weights;
   args.wait_stats = params.wait_stats;
-  const intranode::SumType type = params.dtype == DType::kBfloat16  ? intranode::SumType::kBfloat16
-                                  : params.dtype == DType::kFloat16 ? intranode::SumType::kFloat16
-                                                                    : intranode::SumType::kFloat32;
-  check(intranode::launch_combine(args, type, sms_of(params.call), context_.comm_stream()),
+  check(intranode::launch_combine(args, sum_type(params.dtype), sms_of(context_, params.call),
+                                  context_.comm_stream()),
         "launch of combine");
 }
 

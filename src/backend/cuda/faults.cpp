@@ -27,7 +27,10 @@ const char* operation_of(std::uint32_t kind) {
       return "barrier";
     case OpKind::kDispatch:
     case OpKind::kCachedDispatch:
+    case OpKind::kPreparedDispatch:
       return "intranode_dispatch";
+    case OpKind::kPrepareDispatch:
+      return "prepare_dispatch";
     case OpKind::kCombine:
       return "intranode_combine";
     case OpKind::kLowLatencyDispatch:
@@ -59,23 +62,11 @@ std::string missing_text(const FaultRecord& record) {
                      record.values[1], record.values[2]);
 }
 
-/// What a kernel found, in words.
-std::string describe(const FaultRecord& record) {
+/// What a kernel found in the arguments, in words.
+std::string describe_argument(const FaultRecord& record) {
   const std::int64_t* v = record.values;
   const int rank = record.ranks[0];
   switch (record.finding) {
-    case Finding::kText:
-      return record.text;
-    case Finding::kTimeout:
-      return fmt::format("rank {} did not arrive in time; {}", rank, missing_text(record));
-    case Finding::kGone:
-      return fmt::format("rank {} {}; {}", rank,
-                         v[3] != 0 ? "has destroyed its Buffer" : "has died", missing_text(record));
-    case Finding::kDisagreement: {
-      const Difference found = describe_difference(static_cast<int>(v[0]), v[1], v[2]);
-      return fmt::format("ranks disagree on {}: {} on rank {}, {} on rank {}", found.field,
-                         found.mine, record.origin, found.theirs, rank);
-    }
     case Finding::kBadExpert:
       return fmt::format("topk_idx[{}, {}] is {}, allowed are -1 and 0 to {} (num_experts - 1)",
                          v[0], v[1], v[2], v[3] - 1);
@@ -101,16 +92,49 @@ std::string describe(const FaultRecord& record) {
           "handle.rank_prefix_matrix names {} rows of rank {}, which has room for "
           "{}",
           v[1], v[0], v[2]);
+    case Finding::kGroupCapacity:
+      return fmt::format("rank {} has {} grouped rows, grouped_x has room for {}", rank, v[0],
+                         v[1]);
+    case Finding::kBadGroup:
+      return fmt::format("groups.grouped_rows[{}, {}] is {}, allowed are -1 and 0 to {}", v[0],
+                         v[1], v[2], v[3] - 1);
+    case Finding::kBadOffsets:
+      return fmt::format(
+          "groups.group_offsets[{}] is {}, must be in [0, {}], the length of groups.recv_rows",
+          v[0], v[1], v[2]);
     case Finding::kOtherRouting:
       return fmt::format(
           "topk_idx of rank {} is not what its dispatch was given: its token {} names local expert "
           "{}, whose row {} is of token {}",
           rank, v[0], v[1], v[2], v[3]);
+    default:
+      return "an unknown finding";
+  }
+}
+
+/// What a kernel found, in words.
+std::string describe(const FaultRecord& record) {
+  const std::int64_t* v = record.values;
+  const int rank = record.ranks[0];
+  switch (record.finding) {
+    case Finding::kText:
+      return record.text;
+    case Finding::kTimeout:
+      return fmt::format("rank {} did not arrive in time; {}", rank, missing_text(record));
+    case Finding::kGone:
+      return fmt::format("rank {} {}; {}", rank,
+                         v[3] != 0 ? "has destroyed its Buffer" : "has died", missing_text(record));
+    case Finding::kDisagreement: {
+      const Difference found = describe_difference(static_cast<int>(v[0]), v[1], v[2]);
+      return fmt::format("ranks disagree on {}: {} on rank {}, {} on rank {}", found.field,
+                         found.mine, record.origin, found.theirs, rank);
+    }
     case Finding::kThirdLive:
       return fmt::format("call {} has not been received, the call after the next cannot be sent",
                          v[0]);
+    default:
+      return describe_argument(record);
   }
-  return "an unknown finding";
 }
 
 }  // namespace

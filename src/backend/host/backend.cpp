@@ -83,6 +83,10 @@ class HostBackend final : public Backend {
   }
 
   Results allocate_mapped(std::int64_t bytes) override { return allocate_results(bytes, {}); }
+  fabric::Block locate(const void* memory, std::int64_t bytes) const override {
+    const fabric::Fabric::Spot spot = context_.fabric().locate(memory, bytes);
+    return {spot.segment, spot.offset, bytes};
+  }
 
   std::vector<Tensor> allocate(std::vector<TensorView> views, Stream stream) override {
     return allocate_private(std::move(views), stream);
@@ -102,11 +106,6 @@ class HostBackend final : public Backend {
 
   void reserve(std::int64_t bytes) override { heap_->reserve(bytes); }
   int num_segments() const override { return context_.fabric().num_own_segments(); }
-
-  fabric::Block locate(const void* data, std::int64_t bytes) const override {
-    const fabric::Fabric::Spot spot = context_.fabric().locate(data, bytes);
-    return {spot.segment, spot.offset, bytes};
-  }
 
   void wait_mapped(const std::vector<int>& num_segments) override {
     const Call call{.operation = "reserve", .timeout = options_.timeout};
@@ -178,6 +177,12 @@ class HostBackend final : public Backend {
   }
   void dispatch(const intranode::DispatchParams& params) override {
     host::intranode::dispatch(context_, params.cached ? hashed(params) : params);
+  }
+  void group_rows(const intranode::GroupParams& params) override {
+    host::intranode::group_rows(context_, params);
+  }
+  void reduce_rows(const intranode::ReduceParams& params) override {
+    host::intranode::reduce_rows(context_, params);
   }
   void cached_notify_combine(const intranode::CombineParams& params) override {
     host::intranode::cached_notify_combine(context_, hashed(params));

@@ -6,10 +6,9 @@
 #include <hwy/foreach_target.h>
 #include <hwy/highway.h>
 
+#include <cmath>
 #include <cstring>
 #include <type_traits>
-
-#include "plan/numerics.hpp"
 
 // A race detector does not see streaming stores and non-vector code is easier on it: plain stores
 // there.
@@ -80,6 +79,37 @@ hn::Vec<Bits> or_nan(hn::Vec<F32> value, hn::Vec<Bits> rounded, std::uint32_t na
 // is (and for some infinities); without one, round<false>() is enough. clear() instead of
 // initialisers: the compiler's own constructors are not built for the target.
 
+// acc + weight * value with one rounding, also where that is no instruction.
+hn::Vec<F32> multiply_add(hn::Vec<F32> acc, hn::Vec<F32> weight, hn::Vec<F32> value) {
+#if HWY_NATIVE_FMA
+  return hn::MulAdd(weight, value, acc);
+#else
+  HWY_ALIGN float sums[HWY_MAX_BYTES / sizeof(float)];
+  HWY_ALIGN float weights[HWY_MAX_BYTES / sizeof(float)];
+  HWY_ALIGN float values[HWY_MAX_BYTES / sizeof(float)];
+  hn::Store(acc, F32(), sums);
+  hn::Store(weight, F32(), weights);
+  hn::Store(value, F32(), values);
+  for (std::size_t i = 0; i < hn::Lanes(F32()); ++i) {
+    sums[i] = std::fma(weights[i], values[i], sums[i]);
+  }
+  return hn::Load(F32(), sums);
+#endif
+}
+
+// How a source joins the sums.
+struct Plain {
+  hn::Vec<F32> operator()(hn::Vec<F32> acc, hn::Vec<F32> value) const {
+    return hn::Add(acc, value);
+  }
+};
+struct Weighted {
+  float weight;
+  hn::Vec<F32> operator()(hn::Vec<F32> acc, hn::Vec<F32> value) const {
+    return multiply_add(acc, hn::Set(F32(), weight), value);
+  }
+};
+
 // Two elements a 32-bit word, widened and rounded where they lie: nothing crosses lanes.
 struct Bf16 {
   using Word = std::uint16_t;
@@ -87,10 +117,11 @@ struct Bf16 {
   hn::Vec<F32> even, odd;
 
   void clear() { even = odd = hn::Zero(F32()); }
-  void add(const Word* in) {
+  template <class Join>
+  void add(const Word* in, const Join& join) {
     const auto words = hn::LoadU(Bits(), reinterpret_cast<const std::uint32_t*>(in));
-    even = hn::Add(even, hn::BitCast(F32(), hn::ShiftLeft<16>(words)));
-    odd = hn::Add(odd, hn::BitCast(F32(), hn::And(words, hn::Set(Bits(), 0xffff0000))));
+    even = join(even, hn::BitCast(F32(), hn::ShiftLeft<16>(words)));
+    odd = join(odd, hn::BitCast(F32(), hn::And(words, hn::Set(Bits(), 0xffff0000))));
   }
   hn::Vec<F32> witness() const { return hn::Add(even, odd); }
   template <bool kNan>
@@ -110,26 +141,17 @@ struct Bf16 {
   }
 };
 
-// Where fma is one instruction.
-struct WeightedBf16 : Bf16 {
-  void add(const Word* in, float weight) {
-    const auto words = hn::LoadU(Bits(), reinterpret_cast<const std::uint32_t*>(in));
-    const auto factor = hn::Set(F32(), weight);
-    even = hn::MulAdd(factor, hn::BitCast(F32(), hn::ShiftLeft<16>(words)), even);
-    odd = hn::MulAdd(factor, hn::BitCast(F32(), hn::And(words, hn::Set(Bits(), 0xffff0000))), odd);
-  }
-};
-
 struct Fp16 {
   using Word = std::uint16_t;
   using Out = Half;
   hn::Vec<F32> sum;
 
   void clear() { sum = hn::Zero(F32()); }
-  void add(const Word* in) {
+  template <class Join>
+  void add(const Word* in, const Join& join) {
     const hn::Rebind<hwy::float16_t, F32> half;
     const auto values = hn::LoadU(half, reinterpret_cast<const hwy::float16_t*>(in));
-    sum = hn::Add(sum, hn::PromoteTo(F32(), values));
+    sum = join(sum, hn::PromoteTo(F32(), values));
   }
   hn::Vec<F32> witness() const { return sum; }
   template <bool kNan>
@@ -147,7 +169,10 @@ struct Fp32 {
   hn::Vec<F32> sum;
 
   void clear() { sum = hn::Zero(F32()); }
-  void add(const Word* in) { sum = hn::Add(sum, hn::BitCast(F32(), hn::LoadU(Bits(), in))); }
+  template <class Join>
+  void add(const Word* in, const Join& join) {
+    sum = join(sum, hn::BitCast(F32(), hn::LoadU(Bits(), in)));
+  }
   hn::Vec<F32> witness() const { return sum; }
   template <bool kNan>
   hn::Vec<Bits> round() const {
@@ -163,16 +188,16 @@ std::int64_t lanes_of() {
                                    sizeof(typename Sums::Word));
 }
 
-// add(source) or add(source, weight) for each, in the order of the sum.
-template <class Sums, class Add>
-void add_sources(const SumPiece& piece, Add&& add) {
-  if constexpr (std::is_same_v<Sums, WeightedBf16>) {
-    for (int s = 0; s < piece.num_sources; ++s) add(piece.sources[s], piece.weights[s]);
+// The sources, each joined by its weight, then the biases: add(from, join).
+template <class AddFrom>
+void add_all(const SumPiece& piece, AddFrom&& add) {
+  if (piece.weights == nullptr) {
+    for (int s = 0; s < piece.num_sources; ++s) add(piece.sources[s], Plain());
   } else {
-    for (int s = 0; s < piece.num_sources; ++s) add(piece.sources[s]);
-    for (const std::byte* bias : piece.bias) {
-      if (bias != nullptr) add(bias);
-    }
+    for (int s = 0; s < piece.num_sources; ++s) add(piece.sources[s], Weighted{piece.weights[s]});
+  }
+  for (const std::byte* bias : piece.bias) {
+    if (bias != nullptr) add(bias, Plain());
   }
 }
 
@@ -185,12 +210,11 @@ void sum_at(const SumPiece& piece, std::int64_t i, Store&& store) {
   Sums sums[kVectors];
 #pragma GCC unroll 8
   for (Sums& sum : sums) sum.clear();
-  const auto add = [&](const std::byte* source, auto... weight) {
+  add_all(piece, [&](const std::byte* source, const auto& join) {
     const Word* words = reinterpret_cast<const Word*>(source) + i;
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) sums[v].add(words + v * lanes, weight...);
-  };
-  add_sources<Sums>(piece, add);
+    for (int v = 0; v < kVectors; ++v) sums[v].add(words + v * lanes, join);
+  });
   auto witness = hn::Zero(F32());
 #pragma GCC unroll 8
   for (const Sums& sum : sums) witness = hn::Add(witness, sum.witness());
@@ -238,9 +262,9 @@ void sum(const SumPiece& piece, bool streaming) {
   HWY_ALIGN Word tail[HWY_MAX_BYTES / sizeof(Word)] = {};
   Sums total;
   total.clear();
-  add_sources<Sums>(piece, [&](const std::byte* source, auto... weight) {
+  add_all(piece, [&](const std::byte* source, const auto& join) {
     std::memcpy(tail, source + i * static_cast<std::int64_t>(sizeof(Word)), rest);
-    total.add(tail, weight...);
+    total.add(tail, join);
   });
   keep(total.template round<true>(), tail);
   std::memcpy(piece.out + i * static_cast<std::int64_t>(sizeof(Word)), tail, rest);
@@ -249,20 +273,6 @@ void sum(const SumPiece& piece, bool streaming) {
 void sum_bf16(const SumPiece& piece, bool streaming) { sum<Bf16>(piece, streaming); }
 void sum_fp16(const SumPiece& piece, bool streaming) { sum<Fp16>(piece, streaming); }
 void sum_fp32(const SumPiece& piece, bool streaming) { sum<Fp32>(piece, streaming); }
-void sum_weighted_bf16(const SumPiece& piece, [[maybe_unused]] bool streaming) {
-#if HWY_NATIVE_FMA
-  sum<WeightedBf16>(piece, streaming);
-#else
-  for (std::int64_t i = 0; i < piece.count; ++i) {
-    float total = 0;
-    for (int s = 0; s < piece.num_sources; ++s) {
-      const auto* source = reinterpret_cast<const plan::Bfloat16*>(piece.sources[s]);
-      total = plan::accumulate(total, piece.weights[s], plan::to_float(source[i]));
-    }
-    reinterpret_cast<plan::Bfloat16*>(piece.out)[i] = plan::from_float<plan::Bfloat16>(total);
-  }
-#endif
-}
 
 }  // namespace deep_ep::host::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();
@@ -276,7 +286,6 @@ HWY_EXPORT(finish);
 HWY_EXPORT(sum_bf16);
 HWY_EXPORT(sum_fp16);
 HWY_EXPORT(sum_fp32);
-HWY_EXPORT(sum_weighted_bf16);
 
 namespace {
 
@@ -309,7 +318,6 @@ void finish_stores() { HWY_DYNAMIC_DISPATCH(finish)(); }
 
 void sum_piece(const SumPiece& piece, Stores stores) {
   const bool streaming = stores == Stores::kStreaming && !DEEP_EP_PLAIN_STORES;
-  if (piece.weights != nullptr) return HWY_DYNAMIC_DISPATCH(sum_weighted_bf16)(piece, streaming);
   switch (piece.dtype) {
     case DType::kBfloat16:
       return HWY_DYNAMIC_DISPATCH(sum_bf16)(piece, streaming);

@@ -28,14 +28,13 @@ void copy_row(std::byte* const* to, int count, const std::byte* from, std::int64
 void finish_stores();
 
 /// One piece of a combined row: out = round(0 + source[0] + source[1] + ... + bias[0] + bias[1]),
-/// in fp32, in that order. With weights, which takes bfloat16 and no biases, each step is
-/// fma(weights[i], source[i], sum).
+/// in fp32, in that order. With weights a source counts by fma(weight, source, sum).
 struct SumPiece {
   DType dtype = DType::kBfloat16;  // bfloat16, float16 or float32
   std::int64_t count = 0;          // elements
   const std::byte* const* sources = nullptr;
   int num_sources = 0;
-  const float* weights = nullptr;
+  const float* weights = nullptr;  // of the sources, or null
   const std::byte* bias[2] = {nullptr, nullptr};
   std::byte* out = nullptr;
 };

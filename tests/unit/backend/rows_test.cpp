@@ -29,7 +29,7 @@ std::vector<T> random_bits(std::mt19937_64& random, std::size_t count, int wild_
 
 template <class T>
 void expect_sums(DType dtype, std::size_t count, int num_sources, int num_biases, Stores stores,
-                 int wild_percent) {
+                 int wild_percent, bool weighted) {
   std::mt19937_64 random(count * 64 + static_cast<std::size_t>(num_sources * 8 + num_biases));
   std::vector<std::vector<T>> inputs;
   for (int i = 0; i < num_sources + num_biases; ++i)
@@ -44,6 +44,9 @@ void expect_sums(DType dtype, std::size_t count, int num_sources, int num_biases
   piece.count = static_cast<std::int64_t>(count);
   piece.sources = sources.data();
   piece.num_sources = num_sources;
+  const auto weights =
+      random_bits<float>(random, static_cast<std::size_t>(num_sources) + 1, wild_percent);
+  if (weighted) piece.weights = weights.data();
   for (int b = 0; b < num_biases; ++b)
     piece.bias[b] = reinterpret_cast<const std::byte*>(inputs[num_sources + b].data());
   piece.out = reinterpret_cast<std::byte*>(out);
@@ -51,7 +54,12 @@ void expect_sums(DType dtype, std::size_t count, int num_sources, int num_biases
   finish_stores();
   for (std::size_t i = 0; i < count; ++i) {
     float sum = 0;
-    for (const auto& input : inputs) sum = plan::add(sum, plan::to_float(input[i]));
+    for (int s = 0; s < num_sources + num_biases; ++s) {
+      const float value = plan::to_float(inputs[static_cast<std::size_t>(s)][i]);
+      sum = weighted && s < num_sources
+                ? plan::accumulate(sum, weights[static_cast<std::size_t>(s)], value)
+                : plan::add(sum, value);
+    }
     const T expected = plan::from_float<T>(sum);
     ASSERT_EQ(std::memcmp(&out[i], &expected, sizeof expected), 0)
         << "element " << i << " of " << count << ", sources " << num_sources << ", biases "
@@ -69,7 +77,8 @@ void expect_sums_of_all_shapes(DType dtype) {
       for (const int num_biases : {0, 1, 2})
         for (const Stores stores : {Stores::kCached, Stores::kStreaming})
           for (const int wild_percent : {0, 1, 100})
-            expect_sums<T>(dtype, count, num_sources, num_biases, stores, wild_percent);
+            for (const bool weighted : {false, true})
+              expect_sums<T>(dtype, count, num_sources, num_biases, stores, wild_percent, weighted);
 }
 
 TEST(SumPiece, Bfloat16HasTheBitsOfThePlan) {

@@ -44,5 +44,16 @@ TEST(RecvArrays, OffsetsAreWiderThan32Bits) {
             rows * 14336 + (rows * 64 + 64) + (rows * 32 + 32) + (rows * 4 + 4));
 }
 
+TEST(RecvArrays, WithXElsewhereTheBlockHasTheRest) {
+  const RowFormat format{.x_bytes = 48, .scale_bytes = 12, .topk_idx_bytes = 8};
+  alignas(128) static std::byte block[1 << 12];
+  std::byte elsewhere[1];
+  Carver carver(block);
+  const RecvArrays arrays = RecvArrays::carve(carver, format, 5, elsewhere);
+  EXPECT_EQ(arrays.x, elsewhere);
+  EXPECT_EQ(arrays.scales, block);
+  EXPECT_EQ(carver.used(), RecvArrays::bytes(format.without_x(), 5));
+}
+
 }  // namespace
 }  // namespace deep_ep::plan

@@ -196,5 +196,35 @@ TEST(ReferenceCombine, OpaqueRowsAndShortInputsAreRefused) {
   EXPECT_THROW(combine(DType::kFloat16, 1, 2, routing, exchange.num_tokens, inputs), Error);
 }
 
+TEST(ReferenceGroups, AnExpertTwiceIsOneRowWithBothWeights) {
+  const SmallExchange exchange;
+  const std::vector<DispatchOutput> outputs = dispatch(exchange.shape, exchange.inputs);
+  // Rank 0 has experts 0 and 1: token 0 of rank 0 for 0, the token of rank 1 for 1.
+  const RowGroups groups = group_rows(outputs[0], 2, 2, 4);
+  EXPECT_THAT(groups.group_offsets, ElementsAre(0, 4, 8));
+  EXPECT_THAT(groups.grouped_rows, ElementsAre(0, -1, 4, 4));
+  EXPECT_THAT(groups.recv_rows, ElementsAre(0, -1, -1, -1, 1, -1, -1, -1));
+  EXPECT_THAT(groups.weights, ElementsAre(0.5f, 0, 0, 0, 0.875f, 0, 0, 0));
+}
+
+TEST(ReferenceGroups, RowsAreSummedInOrderAndRoundedOnce) {
+  GroupedInput input;
+  input.recv_rows = {1, -1, 0, 1};
+  input.weights = {3.0f, 9.0f, 2.0f, 5.0f};
+  input.x = bytes_of<float>({10, 1000, 20, 30});
+  EXPECT_THAT(values_of<float>(reduce_rows(DType::kFloat32, 1, 3, input)),
+              ElementsAre(40.0f, 180.0f, 0.0f));
+  input.weights = {};
+  EXPECT_THAT(values_of<float>(reduce_rows(DType::kFloat32, 1, 3, input)),
+              ElementsAre(20.0f, 40.0f, 0.0f));
+  // 1 + 2^-24 is 1 in fp32, and so once more; the other way round the small ones add up.
+  const float small = std::ldexp(1.0f, -24);
+  GroupedInput ordered{bytes_of<float>({1, small, small}), {0, 0, 0}, {}};
+  EXPECT_THAT(values_of<float>(reduce_rows(DType::kFloat32, 1, 1, ordered)), ElementsAre(1.0f));
+  ordered.x = bytes_of<float>({small, small, 1});
+  EXPECT_THAT(values_of<float>(reduce_rows(DType::kFloat32, 1, 1, ordered)),
+              ElementsAre(1.0f + 2 * small));
+}
+
 }  // namespace
 }  // namespace deep_ep::plan::reference

@@ -15,6 +15,8 @@ struct Place {
   int num_channels = 0;  // of the handle to be filled, 0: none
   int handle_segment = 0;
   std::int64_t handle_offset = 0;
+  int x_segment = -1;  // of rows of x that do not go to the block
+  std::int64_t x_offset = 0;
 };
 
 /// By one warp: a hash of the handle's rank_prefix_matrix [R, R] that depends on every element and
@@ -48,6 +50,8 @@ __device__ inline void publish_place(const Comm& comm, std::uint64_t epoch,
     place.num_channels = own.num_channels;
     place.handle_segment = own.handle_segment;
     place.handle_offset = own.handle_offset;
+    place.x_segment = own.x_segment;
+    place.x_offset = own.x_offset;
     // release: pairs with the acquire in wait_place() of the source.
     place.ready.publish(epoch);
   }
@@ -74,8 +78,10 @@ __device__ inline std::byte* wait_place(const Comm& comm, std::uint64_t epoch,
         // acquire: pairs with publish_place() of the receiver.
         if (!place.ready.reached(epoch)) return false;
         base = segment_base(comm, rank, place.segment);
-        return base != nullptr && (place.num_channels == 0 ||
-                                   segment_base(comm, rank, place.handle_segment) != nullptr);
+        return base != nullptr &&
+               (place.num_channels == 0 ||
+                segment_base(comm, rank, place.handle_segment) != nullptr) &&
+               (place.x_segment < 0 || segment_base(comm, rank, place.x_segment) != nullptr);
       },
       [&] { return place.ready.seen(); });
   if (!ready || !agrees(comm, record, own.block.mailbox_of(epoch).record[rank], rank))

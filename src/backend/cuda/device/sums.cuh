@@ -36,6 +36,16 @@ struct Sum16 {
       sums[i].y = plan::add(sums[i].y, value.y);
     }
   }
+  /// fma(weight, element, sum).
+  __device__ void add(const uint4& bytes, float weight) {
+    const Pair* pairs = reinterpret_cast<const Pair*>(&bytes);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 value = widen(pairs[i]);
+      sums[i].x = plan::accumulate(sums[i].x, weight, value.x);
+      sums[i].y = plan::accumulate(sums[i].y, weight, value.y);
+    }
+  }
   __device__ uint4 round() const {
     uint4 bytes;
 #pragma unroll
@@ -52,6 +62,11 @@ struct Sum16<float> {
     const float* values = reinterpret_cast<const float*>(&bytes);
 #pragma unroll
     for (int i = 0; i < 4; ++i) sums[i] = plan::add(sums[i], values[i]);
+  }
+  __device__ void add(const uint4& bytes, float weight) {
+    const float* values = reinterpret_cast<const float*>(&bytes);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sums[i] = plan::accumulate(sums[i], weight, values[i]);
   }
   __device__ uint4 round() const {
     uint4 bytes;

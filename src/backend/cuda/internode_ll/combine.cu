@@ -26,9 +26,7 @@ SharedOffsets plan_shared(const CombineArgs& args) {
   return at;
 }
 
-// Which block does what only one has to.
 __device__ bool counts_for_others() { return blockIdx.x == gridDim.x - 1; }
-__device__ bool compares() { return tells(); }
 
 __device__ std::int32_t range_count(std::int64_t range) {
   return static_cast<std::int32_t>(range & 0xffffffff);
@@ -105,7 +103,7 @@ __device__ void send_weights(const CombineArgs& args, const Ticket& ticket, std:
 
 __device__ bool send_all_weights(const CombineArgs& args, const Ticket& ticket, bool good,
                                  const Route& route) {
-  for (std::int64_t token = blockIdx.x; token < args.num_tokens; token += gridDim.x) {
+  for (std::int64_t token = first_token(); token < args.num_tokens; token += gridDim.x) {
     const RouteIds ids(args, token);
     if (!find_route(args, token, ids, good, route)) return false;
     send_weights(args, ticket, token, route);
@@ -269,7 +267,7 @@ __device__ bool send_all_home(const CombineArgs& args, const Ticket& ticket) {
   const Announced announced(args.shared, args.comm.num_ranks);
   const unsigned blocks = gridDim.x;
   const auto tokens = static_cast<unsigned>(args.rank_major ? 0 : args.num_tokens);
-  unsigned turn = (blockIdx.x + blocks - tokens % blocks) % blocks;
+  unsigned turn = (blockIdx.x + blocks - (tokens + 1) % blocks) % blocks;
   for (int source = 0; source < args.comm.num_ranks; ++source) {
     const auto messages = static_cast<unsigned>(
         args.rank_major ? range_count(args.layout_range[source]) : announced.messages[source]);
@@ -291,7 +289,7 @@ __device__ bool send(const CombineArgs& args, const Ticket& ticket, bool good, c
     const Announced announced(args.shared, args.comm.num_ranks);
     for (int i = threadIdx.x; i < args.comm.num_ranks; i += kThreads)
       good = take_announced(args, ticket, i, announced) && good;
-    if (compares()) good = all_agree(args, ticket) && good;
+    if (keeps_books()) good = all_agree(args, ticket) && good;
   }
   if (__syncthreads_and(good) == 0) return false;
   return send_all_home(args, ticket);
@@ -381,10 +379,10 @@ __device__ bool receive(const CombineArgs& args, const Ticket& ticket, bool good
       announced.packeted[i] = packeted ? 1 : 0;
     }
   }
-  if (args.rank_major && compares()) good = all_agree(args, ticket) && good;
+  if (args.rank_major && keeps_books()) good = all_agree(args, ticket) && good;
   // A block that has sent the weights of one token knows its route.
   const bool known = args.sends && !args.rank_major && args.num_tokens <= gridDim.x;
-  for (std::int64_t token = blockIdx.x; token < args.num_tokens; token += gridDim.x) {
+  for (std::int64_t token = first_token(); token < args.num_tokens; token += gridDim.x) {
     if (known) {
       if (__syncthreads_and(good) == 0) return false;
     } else {
@@ -400,7 +398,7 @@ __device__ bool receive(const CombineArgs& args, const Ticket& ticket, bool good
 __device__ __noinline__ void fill_nan(const CombineArgs& args) {
   const std::int64_t units = args.shape.row_bytes / 16;
   constexpr std::uint32_t kNan = 0x7fff7fff;
-  for (std::int64_t token = blockIdx.x; token < args.num_tokens; token += gridDim.x) {
+  for (std::int64_t token = first_token(); token < args.num_tokens; token += gridDim.x) {
     auto* out = reinterpret_cast<uint4*>(args.combined_x + token * args.shape.row_bytes);
     for (std::int64_t i = threadIdx.x; i < units; i += kThreads) out[i] = {kNan, kNan, kNan, kNan};
   }
@@ -411,7 +409,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSm)
     combine(const __grid_constant__ CombineArgs args) {
   const Route route(args.shared);
   const Ticket ticket = take_ticket(args);
-  if (tells() && warp_id() == 0) tell_consumed(args);
+  if (keeps_books() && warp_id() == 0) tell_consumed(args);
   bool good = warp_id() != kWarps - 1 || may_begin(args, ticket);
   if (args.sends) good = send(args, ticket, good, route);
   // Without sending the threads of the block have not agreed yet.

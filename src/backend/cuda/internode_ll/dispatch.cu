@@ -30,9 +30,7 @@ SharedOffsets plan_shared(const DispatchArgs& args) {
   return at;
 }
 
-// Which block does what only one has to.
 __device__ bool counts_for_others() { return blockIdx.x == gridDim.x - 1; }
-__device__ bool writes_counts() { return tells(); }
 
 // --- sending ---------------------------------------------------------------------------
 
@@ -132,7 +130,7 @@ __device__ bool send(const DispatchArgs& args, const Ticket& ticket, bool good,
   auto* row = shared_at<std::byte>(args.shared.row);
   RouteIds ids = first_ids;
   RowUnits<kQuantize> units = first_units;
-  for (std::int64_t token = blockIdx.x; token < args.num_tokens;) {
+  for (std::int64_t token = first_token(); token < args.num_tokens;) {
     __syncthreads();  // the last row is sent
     units.stage(args, token, row);
     if (!find_route(args, token, ids, good, route)) return false;
@@ -210,9 +208,9 @@ __device__ bool await_counts(const DispatchArgs& args, const Ticket& ticket, boo
              good;
     }
   }
-  if (writes_counts()) good = all_agree(args, ticket) && good;
+  if (keeps_books()) good = all_agree(args, ticket) && good;
   if (__syncthreads_and(good) == 0) return false;
-  if (writes_counts()) write_counts(args);
+  if (keeps_books()) write_counts(args);
   auto* counts = shared_at<std::int32_t>(args.shared.counts);
   for (int expert = threadIdx.x; expert < args.local_experts; expert += kThreads) {
     std::int32_t begin = 0;
@@ -406,7 +404,7 @@ __device__ bool receive(const DispatchArgs& args, const Ticket& ticket, bool goo
   // Blocks without a token of their own go first.
   const unsigned blocks = gridDim.x;
   const auto tokens = static_cast<unsigned>(args.sends ? args.num_tokens : 0);
-  unsigned turn = (blockIdx.x + blocks - tokens % blocks) % blocks;
+  unsigned turn = (blockIdx.x + blocks - (tokens + 1) % blocks) % blocks;
   for (int source = 0; source < args.comm.num_ranks; ++source) {
     const auto messages = static_cast<unsigned>(announced.messages[source]);
     const bool packeted = announced.packeted[source] != 0;
@@ -423,11 +421,11 @@ template <bool kQuantize>
 __global__ void __launch_bounds__(kThreads, kBlocksAnSm)
     dispatch(const __grid_constant__ DispatchArgs args) {
   // All that the first token needs is on its way before anything is waited for.
-  const std::int64_t token = args.sends ? blockIdx.x : args.num_tokens;
+  const std::int64_t token = args.sends ? first_token() : args.num_tokens;
   const RouteIds ids(args, token);
   const RowUnits<kQuantize> units(args, token);
   const Ticket ticket = take_ticket(args);
-  if (tells() && warp_id() == 0) tell_consumed(args);
+  if (keeps_books() && warp_id() == 0) tell_consumed(args);
   bool good = warp_id() != kWarps - 1 || may_begin(args, ticket);
   if (args.sends) good = send<kQuantize>(args, ticket, good, ids, units);
   // Without sending the threads of the block have not agreed yet.

@@ -226,10 +226,15 @@ __device__ inline void scrub(const StepArgs& args, int part, std::uint64_t ticke
     memory[i].tag = 0;
 }
 
-/// The block that does so, seldom one with a row of its own.
-__device__ inline bool tells() { return blockIdx.x == (gridDim.x - 1) / 2; }
+// Block 0 keeps the rank's books: it alone notes at a kernel's end what has been received and tells
+// it at the next one's beginning, so that no kernel can tell what it is still reading. Tokens begin
+// with block 1.
+__device__ inline bool keeps_books() { return blockIdx.x == 0; }
+__device__ inline std::int64_t first_token() {
+  return (blockIdx.x + gridDim.x - 1) % gridDim.x;
+}
 
-/// By one warp of one block, before anything that waits: tells the sources what earlier kernels of
+/// By one warp of block 0, before anything that waits: tells the sources what earlier kernels of
 /// this rank have received. So a ticket's memory is read for the last time before its reader's next
 /// kernel begins, and no kernel has to wait at its end until all its blocks have read.
 __device__ __noinline__ inline void tell_consumed(const StepArgs& args) {

@@ -26,7 +26,7 @@ using RowPump = Pump<6, 7168, Slots>;
 /// Where this rank's rows go at one receiver.
 struct Target {
   plan::RecvArrays arrays;
-  plan::HandleArrays handle;  // null in a cached dispatch
+  plan::HandleArrays handle;  // null if it has one
   int num_channels;
   std::int32_t first_slot;
   std::int32_t num_rows;
@@ -49,7 +49,9 @@ __device__ bool find_target(const DispatchArgs& args, std::uint64_t epoch,
   const protocol::InboxPlace& place = comm.control(comm.rank).place(epoch, i, comm.num_ranks);
   const auto rows = plan::rows_from(args.rank_prefix_matrix, comm.rank, i, comm.num_ranks);
   Carver carver(base);
-  target.arrays = plan::RecvArrays::carve(carver, args.format, place.rows);
+  std::byte* x =
+      place.x_segment < 0 ? nullptr : segment_base(comm, i, place.x_segment) + place.x_offset;
+  target.arrays = plan::RecvArrays::carve(carver, args.format, place.rows, x);
   target.first_slot = static_cast<std::int32_t>(rows.begin);
   target.num_rows = static_cast<std::int32_t>(rows.end - rows.begin);
   target.num_channels = place.num_channels;
@@ -73,7 +75,8 @@ __device__ bool find_targets(const DispatchArgs& args, std::uint64_t epoch, Shar
   if (blockIdx.x == 0) {
     publish_place(comm, epoch, shared.record,
                   {args.block_segment, args.block_offset, args.block_rows,
-                   args.cached ? 0 : args.num_channels, args.handle_segment, args.handle_offset});
+                   args.fills_handle ? args.num_channels : 0, args.handle_segment,
+                   args.handle_offset, args.x_segment, args.x_offset});
   }
   bool good = true;
   for (int i = threadIdx.x; good && i < comm.num_ranks; i += blockDim.x) {
@@ -151,15 +154,21 @@ __device__ void send_entry(const DispatchArgs& args, const Shared& shared, std::
   const float weight =
       has_entry && args.topk_weights != nullptr ? args.topk_weights[token * topk + k] : 0.0f;
   const int local_experts = args.comm.record.num_experts / args.comm.num_ranks;
+  // Ids that came with counts of another call were not looked at yet.
+  if (args.cached && (id < -1 || id >= args.comm.record.num_experts))
+    raise_invalid(args.comm, Finding::kBadExpert, token, k, id, args.comm.record.num_experts);
 #pragma unroll 4
   for (int rank = 0; rank < args.comm.num_ranks; ++rank) {
     const std::int64_t slot = slot_of(args, shared, token, rank);
-    if (slot < 0) continue;
+    const std::int64_t local = id - std::int64_t{rank} * local_experts;
+    const bool here = id >= 0 && local >= 0 && local < local_experts;
+    if (slot < 0) {
+      if (here && args.cached) raise_invalid(args.comm, Finding::kNotInRank, token, k, id, rank);
+      continue;
+    }
     const Target& to = shared.targets[rank];
     if (k == 0) to.handle.recv_src_idx[slot] = static_cast<std::int32_t>(token);
     if (!has_entry) continue;
-    const std::int64_t local = id - std::int64_t{rank} * local_experts;
-    const bool here = id >= 0 && local >= 0 && local < local_experts;
     const std::int64_t at = slot * topk + k;
     if (args.topk_idx.wide) {
       reinterpret_cast<std::int64_t*>(to.arrays.topk_idx)[at] = here ? local : -1;
@@ -243,7 +252,7 @@ __device__ void send_small(const DispatchArgs& args, const Shared& shared) {
   const std::int64_t warps = std::int64_t{gridDim.x} * warps_here;
   const std::int64_t warp = (std::int64_t{threadIdx.x / 32} - kRowWarps) * gridDim.x + blockIdx.x;
   if (args.scales.data != nullptr) send_scales(args, shared, warp, warps);
-  if (args.cached) return;
+  if (!args.fills_handle) return;
   send_topk(args, shared, warp, warps);
   std::int64_t unit = 0;
   for (int rank = 0; rank < args.comm.num_ranks; ++rank) {
@@ -261,7 +270,7 @@ __device__ void fill_unused_rows(const DispatchArgs& args, const plan::RecvArray
   const std::int64_t step = std::int64_t{gridDim.x} * blockDim.x;
   const std::int64_t begin = blockIdx.x * std::int64_t{blockDim.x} + threadIdx.x;
   const std::int64_t unused = args.block_rows - received;
-  if (!args.cached) {
+  if (args.fills_handle) {
     for (std::int64_t i = begin; i < unused; i += step) args.recv_src_idx[received + i] = -1;
   }
   const std::int64_t id_words = args.format.topk_idx_bytes / 4;
@@ -278,14 +287,19 @@ __device__ void fill_unused_rows(const DispatchArgs& args, const plan::RecvArray
 /// expert, so that nobody takes what the memory holds for results.
 __device__ void void_results(const DispatchArgs& args, int block, int blocks) {
   const Comm& comm = args.comm;
-  std::byte* base = segment_base(comm, comm.rank, args.block_segment);
-  auto* words = reinterpret_cast<uint4*>(base + args.block_offset);
-  const std::int64_t count = plan::RecvArrays::bytes(args.format, args.block_rows) / 16;
   const std::int64_t step = std::int64_t{blocks} * blockDim.x;
   const std::int64_t begin = block * std::int64_t{blockDim.x} + threadIdx.x;
-  for (std::int64_t i = begin; i < count; i += step)
-    words[i] = {0xffffffff, 0xffffffff, 0xffffffff, 0xffffffff};
-  if (args.cached) return;
+  const auto make_void = [&](int segment, std::int64_t offset, std::int64_t bytes) {
+    auto* words = reinterpret_cast<uint4*>(segment_base(comm, comm.rank, segment) + offset);
+    for (std::int64_t i = begin; i < bytes / 16; i += step)
+      words[i] = {0xffffffff, 0xffffffff, 0xffffffff, 0xffffffff};
+  };
+  const bool x_is_there = args.x_segment < 0;
+  make_void(
+      args.block_segment, args.block_offset,
+      plan::RecvArrays::bytes(x_is_there ? args.format : args.format.without_x(), args.block_rows));
+  if (!x_is_there) make_void(args.x_segment, args.x_offset, args.block_rows * args.format.x_bytes);
+  if (!args.fills_handle) return;
   for (std::int64_t i = begin; i < args.block_rows; i += step) args.recv_src_idx[i] = -1;
 }
 
@@ -351,7 +365,7 @@ cudaError_t launch_dispatch(const DispatchArgs& args, int num_sms, cudaStream_t 
   constexpr int kShared = sizeof(Shared);
   const cudaError_t allowed = allow_shared<dispatch>(kShared);
   if (allowed != cudaSuccess) return allowed;
-  const bool small = !args.cached || args.scales.data != nullptr;
+  const bool small = args.fills_handle || args.scales.data != nullptr;
   const int threads = small ? kMaxThreads : kRowWarps * 32;
   dispatch<<<num_sms, threads, kShared, stream>>>(args);
   return cudaGetLastError();

@@ -1,5 +1,6 @@
 #include "backend/cuda/device/launch.cuh"
 #include "backend/cuda/device/waiting.cuh"
+#include "backend/cuda/intranode/local.cuh"
 #include "backend/cuda/intranode/steps.hpp"
 
 namespace deep_ep::cuda::intranode {
@@ -76,10 +77,7 @@ __global__ void __launch_bounds__(kThreads) layout(const __grid_constant__ Layou
   if (!is_last_block(args.comm)) return;
   move_out(rank_sums, args.num_tokens_per_rank, args.comm.num_ranks);
   move_out(expert_sums, args.num_tokens_per_expert, args.num_experts);
-  if (threadIdx.x == 0) {
-    args.comm.local->blocks_done = 0;  // no collective kernel: the epoch stays
-    mirror_fault(args.comm);
-  }
+  end_local_kernel(args.comm);
 }
 
 }  // namespace

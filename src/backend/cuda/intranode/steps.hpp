@@ -8,6 +8,7 @@
 
 #include "backend/cuda/arrays.hpp"
 #include "backend/cuda/comm.hpp"
+#include "plan/groups.hpp"
 #include "plan/recv_arrays.hpp"
 
 // The kernels of the intranode mode, one function each that launches it. Every pointer is memory of
@@ -53,7 +54,7 @@ cudaError_t launch_notify(const NotifyArgs& args, int num_sms, cudaStream_t stre
 
 struct DispatchArgs {
   Comm comm;
-  bool cached = false;
+  bool cached = false;           // the routing is that of an earlier call
   const std::byte* x = nullptr;  // [N, x_bytes]
   StridedWords scales;           // [N, S]
   Ids topk_idx;                  // [N, K]
@@ -64,7 +65,10 @@ struct DispatchArgs {
   int block_segment = 0;                             // this rank's results
   std::int64_t block_offset = 0;
   std::int64_t block_rows = 0;
-  // This rank's handle, plan::HandleArrays, which the senders fill; not if cached.
+  int x_segment = -1;  // of rows of x that do not go to the block
+  std::int64_t x_offset = 0;
+  // This rank's handle, plan::HandleArrays, which the senders fill if they are to.
+  bool fills_handle = true;
   int num_channels = 1;
   int handle_segment = 0;
   std::int64_t handle_offset = 0;
@@ -73,7 +77,45 @@ struct DispatchArgs {
 };
 cudaError_t launch_dispatch(const DispatchArgs& args, int num_sms, cudaStream_t stream);
 
+/// Received rows to the groups of their experts. The two steps that find the groups need
+/// group_count_bytes() of memory.
+struct GroupArgs {
+  Comm comm;
+  plan::GroupShape shape;
+  const std::int32_t* rank_prefix_matrix = nullptr;  // [R, R]
+  Ids recv_topk_idx;                                 // [num_rows, K]
+  const float* recv_topk_weights = nullptr;          // [num_rows, K] or null
+  std::int32_t* counts = nullptr;                    // what the steps tell each other
+  plan::RowGroupArrays groups;
+  std::int64_t x_bytes = 0;
+  std::int64_t scale_words = 0;
+  const std::byte* x = nullptr;             // [num_rows, x_bytes]
+  const std::uint32_t* scales = nullptr;    // [num_rows, scale_words]
+  std::byte* grouped_x = nullptr;           // out [num_grouped_rows, x_bytes]
+  std::uint32_t* grouped_scales = nullptr;  // out [num_grouped_rows, scale_words]
+};
+std::int64_t group_count_bytes(const plan::GroupShape& shape);
+/// Finds groups.
+cudaError_t launch_index(const GroupArgs& args, int num_sms, cudaStream_t stream);
+/// Copies rows to them.
+cudaError_t launch_expand(const GroupArgs& args, int num_sms, cudaStream_t stream);
+
 enum class SumType { kBfloat16, kFloat16, kFloat32 };
+
+/// A row for each received one: the sum of its grouped rows in ascending order, weighted or not.
+struct ReduceArgs {
+  Comm comm;
+  const std::byte* x = nullptr;  // [num_grouped_rows, x_bytes]
+  std::int64_t x_bytes = 0;
+  std::int64_t num_grouped_rows = 0;
+  const float* weights = nullptr;                    // [num_grouped_rows] or null
+  const std::int32_t* rank_prefix_matrix = nullptr;  // [R, R]
+  const std::int32_t* grouped_rows = nullptr;        // [num_rows, K]
+  std::int64_t num_rows = 0;
+  std::int64_t num_topk = 0;
+  std::byte* reduced = nullptr;  // out [num_rows, x_bytes]
+};
+cudaError_t launch_reduce(const ReduceArgs& args, SumType type, int num_sms, cudaStream_t stream);
 
 /// Every rank pushes the rows of each source into that source's inbox, in pieces of
 /// chunk_rows(count) rows, and tells each piece; the source sums a token's rows when their pieces
@@ -102,10 +144,13 @@ cudaError_t load_layout();
 cudaError_t load_notify();
 cudaError_t load_dispatch();
 cudaError_t load_combine();
+cudaError_t load_index();
+cudaError_t load_expand();
+cudaError_t load_reduce();
 cudaError_t load_barrier_and_fault();
 inline cudaError_t load_kernels() {
-  for (const auto load :
-       {load_layout, load_notify, load_dispatch, load_combine, load_barrier_and_fault}) {
+  for (const auto load : {load_layout, load_notify, load_dispatch, load_combine, load_index,
+                          load_expand, load_reduce, load_barrier_and_fault}) {
     const cudaError_t status = load();
     if (status != cudaSuccess) return status;
   }

@@ -38,6 +38,26 @@ void check_ids(const deep_ep::intranode::NotifyDispatchParams& params, int num_r
   }
 }
 
+/// As above, of a dispatch whose counts were found before: its ids may be others by now.
+template <class Id>
+void check_prepared_ids(const deep_ep::intranode::DispatchParams& params, int num_ranks) {
+  const std::int64_t topk = params.call.record.num_topk;
+  const std::int64_t experts = params.call.record.num_experts;
+  const Id* ids = params.source.topk_idx.as<const Id>();
+  for (std::int64_t i = 0; i < params.call.record.num_tokens * topk; ++i) {
+    const std::int64_t id = ids[i];
+    if (id == -1) continue;
+    require(id >= 0 && id < experts,
+            "topk_idx[{}, {}] is {}, allowed are -1 and 0 to {} (num_experts - 1)", i / topk,
+            i % topk, id, experts - 1);
+    const std::int64_t rank = id / (experts / num_ranks);
+    require(params.send_head[i / topk * num_ranks + rank] >= 0,
+            "topk_idx[{0}, {1}] is {2}, an expert of rank {3}, but prepared.handle.send_head[{0}, "
+            "{3}] is -1",
+            i / topk, i % topk, id, rank);
+  }
+}
+
 }  // namespace
 
 void check_routing(const deep_ep::intranode::NotifyDispatchParams& params, int num_ranks) {
@@ -46,6 +66,25 @@ void check_routing(const deep_ep::intranode::NotifyDispatchParams& params, int n
     check_ids<std::int64_t>(params, num_ranks);
   } else {
     check_ids<std::int32_t>(params, num_ranks);
+  }
+}
+
+void check_prepared_routing(const deep_ep::intranode::DispatchParams& params, int num_ranks) {
+  const TensorView& topk_idx = params.source.topk_idx;
+  if (!topk_idx.defined()) return;
+  if (topk_idx.dtype == DType::kInt64) {
+    check_prepared_ids<std::int64_t>(params, num_ranks);
+  } else {
+    check_prepared_ids<std::int32_t>(params, num_ranks);
+  }
+}
+
+void check_grouped_rows(const std::int32_t* grouped_rows, std::int64_t received,
+                        std::int64_t num_topk, std::int64_t num_grouped) {
+  for (std::int64_t i = 0; i < received * num_topk; ++i) {
+    require(grouped_rows[i] >= -1 && grouped_rows[i] < num_grouped,
+            "groups.grouped_rows[{}, {}] is {}, allowed are -1 and 0 to {}", i / num_topk,
+            i % num_topk, grouped_rows[i], num_grouped - 1);
   }
 }
 

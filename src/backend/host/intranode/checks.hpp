@@ -8,6 +8,9 @@ namespace deep_ep::host::intranode {
 /// topk_idx against num_experts, is_token_in_rank and num_tokens_per_expert.
 void check_routing(const deep_ep::intranode::NotifyDispatchParams& params, int num_ranks);
 
+/// topk_idx, if there, against num_experts and the handle that it goes with.
+void check_prepared_routing(const deep_ep::intranode::DispatchParams& params, int num_ranks);
+
 /// A handle's tensors, which may be clones or rebuilt, so that every position computed from them
 /// lies in bounds.
 struct HandleView {
@@ -19,5 +22,10 @@ void check_handle(const HandleView& handle, int rank, int num_ranks);
 
 /// The rows of a combine and their sources' token indices, which ascend within each source.
 void check_rows(const deep_ep::intranode::CombineParams& params, int rank, int num_ranks);
+
+/// The caller's grouped rows [num_rows, K] of this rank's received rows: -1, or below
+/// `num_grouped`.
+void check_grouped_rows(const std::int32_t* grouped_rows, std::int64_t received,
+                        std::int64_t num_topk, std::int64_t num_grouped);
 
 }  // namespace deep_ep::host::intranode

@@ -10,6 +10,7 @@
 
 namespace deep_ep::host::intranode {
 
+using deep_ep::intranode::DispatchOutputs;
 using deep_ep::intranode::DispatchParams;
 
 namespace {
@@ -19,6 +20,19 @@ namespace {
 constexpr std::int64_t kTokensPerTicket = 16;
 // Less than this per thread is done before another thread has woken up.
 constexpr std::int64_t kBytesPerThread = 512 << 10;
+
+/// Nothing if `to` is null.
+void copy_array(Context& context, const Call& call, std::byte* to, const std::byte* from,
+                std::int64_t bytes) {
+  if (to == nullptr || bytes == 0) return;
+  const auto threads = std::clamp<std::int64_t>(bytes / kBytesPerThread, 1,
+                                                std::min(context.pool().size(), call.num_threads));
+  context.pool().run(static_cast<int>(threads), [&](int thread) {
+    const std::int64_t begin = bytes / threads * thread;
+    std::memcpy(to + begin, from + begin,
+                (thread + 1 == threads ? bytes : begin + bytes / threads) - begin);
+  });
+}
 
 /// One dispatch of this rank: where the rows of each receiver go.
 class Dispatch {
@@ -30,6 +44,8 @@ class Dispatch {
     if (params_.cached) {
       check_handle({params_.rank_prefix_matrix, params_.send_head, num_tokens()}, context_.rank(),
                    context_.num_ranks());
+      check_prepared_routing(params_, context_.num_ranks());
+      check_room();
     }
     publish_inbox();
     if (params_.cached) {
@@ -42,6 +58,7 @@ class Dispatch {
     fill_unused_rows();
     wait_landed();
     copy_bookkeeping();
+    copy_outputs();
   }
 
  private:
@@ -52,6 +69,15 @@ class Dispatch {
 
   std::int64_t num_tokens() const { return params_.call.record.num_tokens; }
 
+  void check_room() const {
+    const std::int64_t rows =
+        plan::received_rows(params_.rank_prefix_matrix, context_.rank(), context_.num_ranks());
+    require(rows <= params_.block_rows,
+            "there is room for {} rows by the handle or prepared.num_recv_tokens, but {} are "
+            "received by rank_prefix_matrix",
+            params_.block_rows, rows);
+  }
+
   /// Tells every sender where this rank's results lie. Nobody reads the block (I6), and no sender
   /// reads the place of an earlier call any more (I4).
   void publish_inbox() {
@@ -61,6 +87,8 @@ class Dispatch {
       place.segment = params_.block.segment;
       place.offset = params_.block.offset;
       place.rows = params_.block_rows;
+      place.x_segment = params_.x_block.segment;
+      place.x_offset = params_.x_block.offset;
       place.ready.publish(params_.call.epoch);
       context_.ring_doorbell(source);
     }
@@ -69,6 +97,7 @@ class Dispatch {
   void find_targets() {
     const protocol::InboxPlace* places = context_.own().inbox;
     std::byte* base = nullptr;
+    std::byte* x_base = nullptr;
     for (int i = 0; i < context_.num_ranks(); ++i) {
       const int rank = context_.peer_in_turn(i);
       const protocol::InboxPlace& place = places[rank];
@@ -78,13 +107,16 @@ class Dispatch {
             // acquire: pairs with publish_inbox() of the receiver.
             if (!place.ready.reached(params_.call.epoch)) return false;
             base = context_.fabric().base(rank, place.segment);
-            return base != nullptr;
+            x_base = place.x_segment < 0 ? nullptr : context_.fabric().base(rank, place.x_segment);
+            return base != nullptr && (place.x_segment < 0 || x_base != nullptr);
           },
           [&] {
             return std::vector<Missing>{{rank, params_.call.epoch, place.ready.seen()}};
           });
       Carver carver(base + place.offset);
-      targets_[rank].arrays = plan::RecvArrays::carve(carver, params_.format, place.rows);
+      targets_[rank].arrays =
+          plan::RecvArrays::carve(carver, params_.format, place.rows,
+                                  x_base == nullptr ? nullptr : x_base + place.x_offset);
       targets_[rank].first_slot =
           plan::rows_from(params_.rank_prefix_matrix, context_.rank(), rank, context_.num_ranks())
               .begin;
@@ -209,6 +241,21 @@ class Dispatch {
     plan::build_recv_channel_prefix_matrix(
         params_.rank_prefix_matrix, context_.rank(), num_ranks, params_.recv_src_idx,
         num_tokens.data(), params_.num_channels, params_.recv_channel_prefix_matrix);
+  }
+
+  /// To memory that peers could not write: the rows that came, and all of what is filled up.
+  void copy_outputs() {
+    const DispatchOutputs& outputs = params_.outputs;
+    const plan::RecvArrays& own = targets_[context_.rank()].arrays;
+    const plan::RowFormat& format = params_.format;
+    const std::int64_t rows =
+        plan::received_rows(params_.rank_prefix_matrix, context_.rank(), context_.num_ranks());
+    copy_array(context_, params_.call, outputs.x, own.x, rows * format.x_bytes);
+    copy_array(context_, params_.call, outputs.scales, own.scales, rows * format.scale_bytes);
+    copy_array(context_, params_.call, outputs.topk_idx, own.topk_idx,
+               params_.block_rows * format.topk_idx_bytes);
+    copy_array(context_, params_.call, outputs.topk_weights, own.topk_weights,
+               params_.block_rows * format.topk_weights_bytes);
   }
 
   Context& context_;

@@ -7,6 +7,8 @@ namespace deep_ep::host::intranode {
 
 void notify_dispatch(Context& context, const deep_ep::intranode::NotifyDispatchParams& params);
 void dispatch(Context& context, const deep_ep::intranode::DispatchParams& params);
+void group_rows(Context& context, const deep_ep::intranode::GroupParams& params);
+void reduce_rows(Context& context, const deep_ep::intranode::ReduceParams& params);
 void cached_notify_combine(Context& context, const deep_ep::intranode::CombineParams& params);
 void combine(Context& context, const deep_ep::intranode::CombineParams& params);
 
