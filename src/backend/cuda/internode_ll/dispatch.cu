@@ -7,8 +7,6 @@ namespace deep_ep::cuda::internode_ll {
 
 namespace {
 
-using plan::MessageArea;
-
 SharedOffsets plan_shared(const DispatchArgs& args) {
   const plan::LowLatencyShape& shape = args.shape;
   SharedOffsets at;
