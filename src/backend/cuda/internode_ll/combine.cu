@@ -97,6 +97,7 @@ __device__ bool send_all_weights(const CombineArgs& args, const Ticket& ticket, 
                                  const Route& route) {
   for (std::int64_t token = first_token(); token < args.num_tokens; token += gridDim.x) {
     const RouteIds ids(args, token);
+    __syncthreads();  // the last route has been read
     if (!find_route(args, token, ids, good, route)) return false;
     send_weights(args, ticket, token, route);
   }

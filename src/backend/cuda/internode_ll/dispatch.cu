@@ -124,13 +124,14 @@ __device__ bool send(const DispatchArgs& args, const Ticket& ticket, bool good,
   RowUnits<kQuantize> units = first_units;
   for (std::int64_t token = first_token(); token < args.num_tokens;) {
     __syncthreads();  // the last row is sent
+    // The first warp finds the route meanwhile, if the tokens are few.
     units.stage(args, token, row);
     if (!find_route(args, token, ids, good, route)) return false;
     send_row(args, ticket, token, route);
     token += gridDim.x;
     if (token >= args.num_tokens) break;
     ids = RouteIds(args, token);
-    units = RowUnits<kQuantize>(args, token);
+    units = RowUnits<kQuantize>(args, token, fits_a_warp(args) ? 1 : 0);
   }
   return __syncthreads_and(good) != 0;
 }
@@ -142,7 +143,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSm)
   // All that the first token needs is on its way before anything is waited for.
   const std::int64_t token = args.sends ? first_token() : args.num_tokens;
   const RouteIds ids(args, token);
-  const RowUnits<kQuantize> units(args, token);
+  const RowUnits<kQuantize> units(args, token, fits_a_warp(args) ? 1 : 0);
   const Ticket ticket = take_ticket(args);
   if (keeps_books() && warp_id() == 0) tell_consumed(args);
   bool good = warp_id() != kWarps - 1 || may_begin(args, ticket);

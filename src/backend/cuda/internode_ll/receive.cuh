@@ -66,16 +66,19 @@ __device__ __noinline__ inline void write_counts(const DispatchArgs& args) {
 }
 
 /// By all threads, true in each: how many rows each source has for each expert here, as the place
-/// of its first one among the expert's rows. A warp a source.
+/// of its first one among the expert's rows.
 __device__ inline bool await_counts(const DispatchArgs& args, const Ticket& ticket, bool good) {
   const int ranks = args.comm.num_ranks;
   const Announced announced(args.shared, ranks);
-  for (int source = warp_id(); source < ranks; source += kWarps) {
-    for (int i = lane_id(); i <= args.places.count_packets; i += 32) {
-      good = (i == 0 ? take_announced(args, ticket, source, announced)
-                     : take_counts(args, ticket, source, i - 1)) &&
-             good;
-    }
+  // 32 packets a warp.
+  const int shares = args.places.count_packets / 32 + 1;
+  for (int share = warp_id(); share < ranks * shares; share += kWarps) {
+    const int source = share / shares;
+    const int i = share % shares * 32 + lane_id();
+    if (i > args.places.count_packets) continue;
+    good = (i == 0 ? take_announced(args, ticket, source, announced)
+                   : take_counts(args, ticket, source, i - 1)) &&
+           good;
   }
   if (keeps_books()) good = all_agree(args, ticket) && good;
   if (__syncthreads_and(good) == 0) return false;
@@ -221,9 +224,10 @@ __device__ inline bool take_message(const DispatchArgs& args, const Ticket& tick
   bool good = true;
   std::int32_t token = 0;
   if (warp_id() == 0) good = take_head(args, ticket, source, message, token);
-    // The first groups are on their way while the head is looked at.
+    // The first groups are on their way while the head is looked at, most of them by other warps.
 #pragma unroll 1
-  for (int i = threadIdx.x; i < groups || i < kThreads; i += kThreads) {
+  for (int i = (threadIdx.x + kThreads - 32) % kThreads; i < groups || i < kThreads;
+       i += kThreads) {
     Group group = {};
     if (packeted && i < groups) {
       good = await(args, source, Wait::kRows, ticket.number,
