@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Prints 'passed failed skipped' for one run of ctest.
+"""Prints 'passed failed skipped' for one run of ctest, or of pytest.
 
 A program of GoogleTest counts as the cases in the report that it wrote, a program that prints a
 line 'N passed, N failed, N skipped' as those, every other test as one, and so does a program that
-ended before it could tell. Usage: count_cases.py RESULTS_DIRECTORY
+ended before it could tell. Usage: count_cases.py RESULTS_DIRECTORY | REPORT.xml
 """
 
 import re
@@ -35,7 +35,9 @@ def cases_of(test, report):
 
 
 def count(results):
-    """Totals over all tests that ctest ran."""
+    """Totals over all tests that ctest ran, or that pytest reports."""
+    if results.suffix == ".xml":
+        return Counter(map(outcome, ElementTree.parse(results).getroot().iter("testcase")))
     total = Counter()
     for test in ElementTree.parse(results / "ctest.xml").getroot().iter("testcase"):
         cases, told = cases_of(test, results / f"{test.get('name')}.xml")

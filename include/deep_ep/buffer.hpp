@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "deep_ep/allocator.hpp"
 #include "deep_ep/bootstrap.hpp"
 #include "deep_ep/config.hpp"
 #include "deep_ep/event.hpp"
@@ -38,6 +39,8 @@ struct BufferOptions {
   /// Host worker threads of this rank. 0: DEEP_EP_NUM_THREADS, else the cores divided by the ranks
   /// of this machine.
   int num_threads = 0;
+  /// Optional: gives the memory of results. Ranks may differ in it.
+  std::shared_ptr<Allocator> allocator{};
 };
 
 /// Arguments of a dispatch. Either `handle` is given (cached: x and x_scales move as they did
@@ -238,6 +241,11 @@ class DEEP_EP_API Buffer {
   void barrier();
   /// Collective: maps memory ahead so that `bytes` of results fit without growth.
   void reserve(std::int64_t bytes);
+  /// Memory that peers can write, for an Allocator to cut up: a block of this rank's segments,
+  /// which grow if nothing fits. It goes back when it is released, on GPUs behind the work of the
+  /// streams named then and of no other. Local; may be called while a call of this Buffer asks its
+  /// allocator.
+  Tensor allocate_mapped(std::int64_t bytes);
   /// Throws the Error that faulted this Buffer, if any.
   void check() const;
 

@@ -1,6 +1,7 @@
 #pragma once
 
 // Everything a program needs. No header of the library includes CUDA, NVSHMEM, UCX or torch.
+#include "deep_ep/allocator.hpp"
 #include "deep_ep/bootstrap.hpp"
 #include "deep_ep/buffer.hpp"
 #include "deep_ep/config.hpp"

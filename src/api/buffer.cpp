@@ -215,16 +215,17 @@ void Buffer::Impl::reserve(std::int64_t bytes) {
 }
 
 internode::LayoutParams Buffer::Impl::allocate_layout(const TensorView& topk_idx, int num_experts,
-                                                      Stream stream, DispatchLayout& layout) {
+                                                      const CallOptions& options,
+                                                      DispatchLayout& layout) {
   const int num_ranks = bootstrap_->size();
   internode::LayoutParams params;
   params.shape = validate_topk_idx(topk_idx, num_experts, num_ranks, options_.device);
   params.topk_idx = topk_idx;
-  const std::vector<Tensor> made = backend_->allocate(
-      {{nullptr, DType::kInt32, {num_ranks}, options_.device},
-       {nullptr, DType::kInt32, {num_experts}, options_.device},
-       {nullptr, DType::kBool, {params.shape.num_tokens, num_ranks}, options_.device}},
-      stream);
+  const std::vector<Tensor> made =
+      allocate({{nullptr, DType::kInt32, {num_ranks}, options_.device},
+                {nullptr, DType::kInt32, {num_experts}, options_.device},
+                {nullptr, DType::kBool, {params.shape.num_tokens, num_ranks}, options_.device}},
+               options);
   layout.num_tokens_per_rank = made[0];
   layout.num_tokens_per_expert = made[1];
   layout.is_token_in_rank = made[2];
@@ -241,8 +242,7 @@ DispatchLayout Buffer::Impl::get_dispatch_layout(const TensorView& topk_idx, int
   check_fault("get_dispatch_layout");
   validate(options);
   DispatchLayout layout;
-  const internode::LayoutParams params =
-      allocate_layout(topk_idx, num_experts, options.stream, layout);
+  const internode::LayoutParams params = allocate_layout(topk_idx, num_experts, options, layout);
   layout.event = backend_->submit(options, [this, params, keep = layout] {
     internode::get_dispatch_layout(*backend_, params);
   });
@@ -308,6 +308,8 @@ std::int64_t Buffer::mapped_bytes() const {
 std::int64_t Buffer::live_bytes() const {
   return impl_->backend_ ? impl_->backend_->live_bytes() : 0;
 }
+
+Tensor Buffer::allocate_mapped(std::int64_t bytes) { return impl_->allocate_mapped(bytes); }
 
 Tensor Buffer::get_local_buffer_tensor(DType dtype, std::int64_t offset) const {
   if (!impl_->backend_) {

@@ -51,7 +51,7 @@ CombineResult Buffer::Impl::intranode_combine(const CombineArgs& args) {
     if (args.topk_weights.defined())
       views.push_back(
           {nullptr, DType::kFloat32, {tokens, args.topk_weights.shape[1]}, options_.device});
-    const std::vector<Tensor> made = backend_->allocate(std::move(views), args.options.stream);
+    const std::vector<Tensor> made = allocate(std::move(views), args.options);
     result.combined_x = made[0];
     params.dtype = args.x.dtype;
     params.x = args.x.as<const std::byte>();

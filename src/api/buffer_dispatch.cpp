@@ -26,8 +26,7 @@ std::shared_ptr<Buffer::Impl::DispatchJob> Buffer::Impl::make_dispatch(const cha
   const DispatchArgs& args = job->args;
   if (args.num_experts != 0 && !args.prepared) {
     validate_num_experts(args);
-    job->layout =
-        allocate_layout(args.topk_idx, args.num_experts, args.options.stream, job->args.layout);
+    job->layout = allocate_layout(args.topk_idx, args.num_experts, args.options, job->args.layout);
   }
   const DispatchShape shape = validate_dispatch(args, num_ranks, options_.device);
   Call call = make_call(operation, args.config);
@@ -64,9 +63,9 @@ void Buffer::Impl::make_notify(DispatchJob& job) {
     return TensorView(nullptr, DType::kInt32, {rows, columns}, options_.device);
   };
   const std::vector<Tensor> made =
-      backend_->allocate({matrix(num_ranks, num_ranks), matrix(num_ranks, channels),
-                          matrix(job.dispatch.call.record.num_tokens, num_ranks)},
-                         args.options.stream);
+      allocate({matrix(num_ranks, num_ranks), matrix(num_ranks, channels),
+                matrix(job.dispatch.call.record.num_tokens, num_ranks)},
+               args.options);
   IntranodeHandle& handle = job.result.handle;
   handle.rank_prefix_matrix = made[0];
   handle.channel_prefix_matrix = made[1];
@@ -96,7 +95,7 @@ void Buffer::Impl::make_notify(DispatchJob& job) {
   dispatch.num_channels = channels;
 }
 
-void Buffer::Impl::allocate_results(DispatchJob& job, std::int64_t rows) {
+void Buffer::Impl::place_results(DispatchJob& job, std::int64_t rows) {
   const DispatchArgs& args = job.args;
   intranode::DispatchParams& dispatch = job.dispatch;
   DispatchResult& result = job.result;
@@ -123,9 +122,10 @@ void Buffer::Impl::allocate_results(DispatchJob& job, std::int64_t rows) {
     if (dispatch.x_block.segment >= 0) x = std::exchange(dispatch.outputs.x, nullptr);
   }
   // A block without views is read by nobody but this call.
-  job.block = backend_->allocate_results(
-      plan::RecvArrays::bytes(x == nullptr ? dispatch.format : dispatch.format.without_x(), rows),
-      all_given ? backend_->comm_stream() : args.options.stream);
+  const std::int64_t bytes =
+      plan::RecvArrays::bytes(x == nullptr ? dispatch.format : dispatch.format.without_x(), rows);
+  job.block = all_given ? backend_->allocate_results(bytes, backend_->comm_stream())
+                        : allocate_results(bytes, args.options);
   Carver carver(job.block.data);
   const plan::RecvArrays arrays = plan::RecvArrays::carve(carver, dispatch.format, rows, x);
   const auto keep = [&](std::byte* data, const TensorView& given, Tensor& to) {
@@ -137,16 +137,16 @@ void Buffer::Impl::allocate_results(DispatchJob& job, std::int64_t rows) {
   keep(arrays.scales, args.recv_x_scales, result.recv_x_scales);
   keep(arrays.topk_idx, args.recv_topk_idx, result.recv_topk_idx);
   keep(arrays.topk_weights, args.recv_topk_weights, result.recv_topk_weights);
-  if (!args.handle) allocate_handle(job, rows);
+  if (!args.handle) place_handle(job, rows);
   dispatch.block = job.block.block;
   dispatch.block_rows = rows;
 }
 
-void Buffer::Impl::allocate_handle(DispatchJob& job, std::int64_t rows) {
+void Buffer::Impl::place_handle(DispatchJob& job, std::int64_t rows) {
   const int num_ranks = bootstrap_->size();
   const int channels = job.dispatch.num_channels;
-  const Backend::Results block = backend_->allocate_results(
-      plan::HandleArrays::bytes(rows, num_ranks, channels), job.args.options.stream);
+  const Backend::Results block =
+      allocate_results(plan::HandleArrays::bytes(rows, num_ranks, channels), job.args.options);
   Carver carver(block.data);
   const auto arrays = plan::HandleArrays::carve(carver, rows, num_ranks, channels);
   const auto view = [&](std::int32_t* data, std::initializer_list<std::int64_t> shape) {
@@ -217,7 +217,7 @@ DispatchResult Buffer::Impl::intranode_dispatch(const DispatchArgs& args) {
     find_counts(job);
     const bool counts_come_late = !job->dispatch.cached && args.num_worst_tokens > 0;
     const std::int64_t rows = counts_come_late ? args.num_worst_tokens : result.num_recv_tokens;
-    allocate_results(*job, rows);
+    place_results(*job, rows);
     if (args.group_rows) allocate_groups(*job, rows);
     const bool counted = !job->dispatch.cached && !counts_come_late;
     result.event = backend_->submit(args.options,

@@ -73,8 +73,7 @@ void Buffer::Impl::allocate_groups(DispatchJob& job, std::int64_t rows) {
     make(result.groups.recv_rows, DType::kInt32, {grouped});
     if (args.topk_weights.defined()) make(result.groups.weights, DType::kFloat32, {grouped});
   }
-  const std::vector<Tensor> memory =
-      backend_->allocate_private(std::move(views), args.options.stream);
+  const std::vector<Tensor> memory = allocate_private(std::move(views), args.options);
   for (std::size_t i = 0; i < made.size(); ++i) *made[i] = memory[i];
   set_arrays(job);
 }

@@ -39,6 +39,7 @@ class __attribute__((visibility("hidden"))) Buffer::Impl {  // a member of an ex
   void barrier();
   void reserve(std::int64_t bytes);
   void check() const;
+  Tensor allocate_mapped(std::int64_t bytes);
 
   std::shared_ptr<Bootstrap> bootstrap_;
   BufferOptions options_;
@@ -124,18 +125,24 @@ class __attribute__((visibility("hidden"))) Buffer::Impl {  // a member of an ex
   void fail(const Error& error) noexcept;
   Call make_call(const char* operation, const Config& config) const;
 
+  /// The views with data, never of memory that peers map with `allocate_private`, and a block that
+  /// peers can write: from the caller's allocator, if there is one and it gives any.
+  std::vector<Tensor> allocate(std::vector<TensorView> views, const CallOptions& options);
+  std::vector<Tensor> allocate_private(std::vector<TensorView> views, const CallOptions& options);
+  std::vector<Tensor> ask_allocator(std::vector<TensorView>& views, const CallOptions& options);
+  Backend::Results allocate_results(std::int64_t bytes, const CallOptions& options);
   internode::LayoutParams allocate_layout(const TensorView& topk_idx, int num_experts,
-                                          Stream stream, DispatchLayout& layout);
+                                          const CallOptions& options, DispatchLayout& layout);
   std::shared_ptr<DispatchJob> make_dispatch(const char* operation, const DispatchArgs& args);
   void make_notify(DispatchJob& job);
   /// What the result has of counts; waits for them if they are not known.
   void find_counts(const std::shared_ptr<DispatchJob>& job);
   void wait_counts(const std::shared_ptr<DispatchJob>& job, Backend::Part part);
-  void allocate_results(DispatchJob& job, std::int64_t rows);
+  void place_results(DispatchJob& job, std::int64_t rows);
   void allocate_groups(DispatchJob& job, std::int64_t rows);
   static void set_arrays(DispatchJob& job);
   std::int64_t choose_grouped_rows(const DispatchJob& job) const;
-  void allocate_handle(DispatchJob& job, std::int64_t rows);
+  void place_handle(DispatchJob& job, std::int64_t rows);
   void notify(DispatchJob& job);
   void reduce_first(CombineJob& job);
 

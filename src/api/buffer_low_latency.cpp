@@ -150,8 +150,7 @@ LowLatencyDispatchResult Buffer::Impl::low_latency_dispatch(const LowLatencyDisp
     for (const auto& [view, tensor] : outputs) {
       if (view->defined() && view->data == nullptr) missing.push_back(*view);
     }
-    const std::vector<Tensor> made =
-        backend_->allocate_private(std::move(missing), args.options.stream);
+    const std::vector<Tensor> made = allocate_private(std::move(missing), args.options);
     job->ticket = made[0];
     std::size_t next = 1;
     for (const auto& [view, tensor] : outputs) {
@@ -198,8 +197,7 @@ LowLatencyCombineResult Buffer::Impl::low_latency_combine(const LowLatencyCombin
           std::initializer_list<std::int64_t>{args.topk_idx.shape[0], args.handle.hidden},
           options_.device);
     }
-    const std::vector<Tensor> made =
-        backend_->allocate_private(std::move(missing), args.options.stream);
+    const std::vector<Tensor> made = allocate_private(std::move(missing), args.options);
     job->ticket = made[0];
     result.combined_x = args.out.defined() ? Tensor(args.out) : made[1];
 

@@ -43,6 +43,9 @@ class Backend {
     std::shared_ptr<void> owner;
   };
   virtual Results allocate_results(std::int64_t bytes, Stream stream) = 0;
+  /// A block that somebody else hands out: goes back behind the work of the streams that it is
+  /// released on, and of no other.
+  virtual Results allocate_mapped(std::int64_t bytes) = 0;
   /// Where `bytes` bytes of memory lie in what peers map of this rank; segment -1: they do not.
   virtual fabric::Block locate(const void* memory, std::int64_t bytes) const = 0;
   /// Memory of the device for what no peer writes: the views with data, in one block if that costs

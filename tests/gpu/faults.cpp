@@ -11,6 +11,7 @@
 #include "contract/pool.hpp"
 #include "deep_ep/deep_ep.hpp"
 #include "verify/case.hpp"
+#include "verify/low_latency_case.hpp"
 #include "verify/transfer.hpp"
 
 // A rank on a GPU dies, sleeps, or calls with something else than the others: all others get an
@@ -33,6 +34,7 @@ struct Scenario {
   const char* name;
   ErrorCode code;
   const char* word;  ///< that the Errors of the others contain
+  bool low_latency = false;
 };
 
 constexpr Scenario kScenarios[] = {
@@ -45,6 +47,11 @@ constexpr Scenario kScenarios[] = {
     {"capacity", ErrorCode::kCapacity, "num_worst_tokens"},
     {"expert_id", ErrorCode::kPeerFailed, "topk_idx"},
     {"refused", ErrorCode::kPeerFailed, "expert_alignment"},
+    {"killed", ErrorCode::kPeerFailed, "rank 1", true},
+    {"left", ErrorCode::kPeerFailed, "rank 1", true},
+    {"asleep", ErrorCode::kTimeout, "rank 1", true},
+    {"hidden", ErrorCode::kDisagreement, "hidden", true},
+    {"expert_id", ErrorCode::kPeerFailed, "topk_idx", true},
 };
 
 verify::Case exchange_of(int ranks) {
@@ -57,6 +64,43 @@ verify::Case exchange_of(int ranks) {
   exchange.combine_dtype = DType::kBfloat16;
   exchange.cached_repeats = 2;
   return exchange;
+}
+
+verify::LowLatencyCase low_latency_of(int ranks) {
+  verify::LowLatencyCase exchange;
+  exchange.ranks = ranks;
+  exchange.experts = 4 * ranks;
+  exchange.topk = 3;
+  exchange.tokens = {50};
+  exchange.max_tokens = 64;
+  exchange.hidden = 1024;
+  return exchange;
+}
+
+/// What a rank does while nothing is wrong.
+verify::CaseResult run_exchange(Buffer& buffer, bool low_latency) {
+  return low_latency ? verify::run_case(buffer, low_latency_of(buffer.num_ranks()))
+                     : verify::run_case(buffer, exchange_of(buffer.num_ranks()));
+}
+
+/// A low-latency dispatch with an expert that does not exist.
+void low_latency_dispatch_wrongly(Buffer& buffer) {
+  constexpr std::int64_t kTokens = 20;
+  std::vector<std::int64_t> ids(kTokens, 0);
+  if (buffer.rank() == kVictim) ids[7] = buffer.num_ranks();
+  const std::vector<std::uint16_t> x(kTokens * 64, 0x3f80);
+  const Tensor rows =
+      verify::on_device(TensorView(x.data(), DType::kBfloat16, {kTokens, 64}), buffer.device());
+  const Tensor topk_idx =
+      verify::on_device(TensorView(ids.data(), DType::kInt64, {kTokens, 1}), buffer.device());
+  LowLatencyDispatchArgs args;
+  args.options.stream = verify::own_stream();
+  args.x = rows;
+  args.topk_idx = topk_idx;
+  args.use_fp8 = false;
+  args.num_max_dispatch_tokens_per_rank = kTokens;
+  args.num_experts = buffer.num_ranks();
+  buffer.low_latency_dispatch(args).event.host_wait();
 }
 
 /// A dispatch with one argument that is wrong.
@@ -86,18 +130,25 @@ void dispatch_wrongly(Buffer& buffer, const std::string& scenario) {
 }
 
 /// What the victim does; throws as the others do if it learns of it.
-void act(Buffer& buffer, const std::string& scenario) {
+void act(Buffer& buffer, const Scenario& what) {
+  const std::string scenario = what.name;
   verify::Case exchange = exchange_of(buffer.num_ranks());
   if (scenario == "killed") {
     std::thread([] {
       usleep(std::random_device{}() % 200'000);
       kill(getpid(), SIGKILL);
     }).detach();
-    for (;;) (void)verify::run_case(buffer, exchange);
+    for (;;) (void)run_exchange(buffer, what.low_latency);
   }
   if (scenario == "left") return buffer.destroy();
   if (scenario == "asleep") std::this_thread::sleep_for(kTimeout * 2);
   if (scenario == "barrier") return buffer.barrier();
+  if (what.low_latency) {
+    verify::LowLatencyCase other = low_latency_of(buffer.num_ranks());
+    if (scenario == "hidden") other.hidden = 2048;
+    (void)verify::run_case(buffer, other);
+    return;
+  }
   if (scenario == "hidden") exchange.hidden = 1024;
   if (scenario == "combine_dtype") exchange.combine_dtype = DType::kFloat16;
   (void)verify::run_case(buffer, exchange);
@@ -111,20 +162,23 @@ std::string play(Worker& worker, const std::string& job) {
   BufferOptions options;
   options.device = {DeviceType::kCuda, worker.rank() % gpus};
   options.timeout = kTimeout;
+  options.num_rdma_bytes = 2 * low_latency_of(kRanks).buffer_bytes();
   const bool victim = worker.rank() == kVictim;
   std::string wrong;
   {
     Buffer buffer(worker.bootstrap(), options);
-    if (!verify::run_case(buffer, exchange_of(kRanks)).passed()) return "wrong before the fault";
+    if (!run_exchange(buffer, scenario.low_latency).passed()) return "wrong before the fault";
     buffer.barrier();
     const auto begin = Clock::now();
     try {
-      if (name == "capacity" || name == "expert_id" || name == "refused") {
+      if (scenario.low_latency && name == "expert_id") {
+        low_latency_dispatch_wrongly(buffer);
+      } else if (name == "capacity" || name == "expert_id" || name == "refused") {
         dispatch_wrongly(buffer, name);
       } else if (victim) {
-        act(buffer, name);
+        act(buffer, scenario);
       } else {
-        while (Clock::now() - begin < 20s) (void)verify::run_case(buffer, exchange_of(kRanks));
+        while (Clock::now() - begin < 20s) (void)run_exchange(buffer, scenario.low_latency);
       }
       if (!victim) wrong += "no Error; ";
     } catch (const Error& error) {
@@ -152,7 +206,7 @@ std::string play(Worker& worker, const std::string& job) {
     if (rank != kVictim || name != "killed") others.push_back(rank);
   }
   Buffer fresh(worker.bootstrap_among(others), options);
-  const auto result = verify::run_case(fresh, exchange_of(static_cast<int>(others.size())));
+  const auto result = run_exchange(fresh, scenario.low_latency);
   if (!result.passed()) wrong += "a new Buffer is wrong: " + result.first_mismatch;
   return wrong;
 }
@@ -176,7 +230,10 @@ int run(int rounds) {
         wrong += fmt::format("\n  rank {}: {}", rank,
                              outcome.timed_out ? "hangs" : outcome.answer + outcome.failure);
       }
-      if (!wrong.empty()) fmt::print("FAILED {}{}\n", kScenarios[i].name, wrong);
+      if (!wrong.empty()) {
+        fmt::print("FAILED {}{}{}\n", kScenarios[i].low_latency ? "low latency: " : "",
+                   kScenarios[i].name, wrong);
+      }
       ++(skip ? skipped : wrong.empty() ? passed : failed);
       std::fflush(stdout);
     }

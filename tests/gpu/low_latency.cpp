@@ -92,9 +92,8 @@ class Replay {
       std::vector<bool> goes(static_cast<std::size_t>(ranks), false);
       for (int k = 0; k < kind_.topk; ++k) {
         seed = seed * 6364136223846793005ULL + 1442695040888963407ULL;
-        const auto expert = static_cast<std::int64_t>((seed >> 33) % static_cast<std::uint64_t>(
-                                                                         kExpertsARank * ranks + 1)) -
-                            1;
+        const auto choices = static_cast<std::uint64_t>(kExpertsARank * ranks + 1);  // and none
+        const auto expert = static_cast<std::int64_t>((seed >> 33) % choices) - 1;
         ids.push_back(expert);
         if (expert < 0) continue;
         ++entries;

@@ -36,18 +36,31 @@ probe() { # command: counts as one
 probe bin/gpu_owner_death
 probe bin/cuda_shared_headers
 run bin/contract_suite --backend cuda --timeout-ms 20000
+run bin/contract_suite --backend cuda --mode low-latency --timeout-ms 20000
 run bin/gpu_faults $times
 run bin/gpu_graph $((100 * times))
+run bin/gpu_low_latency $((50 * times))
 run bin/gpu_stress $((1000 * times))
 run bin/fuzz exchange --backend cuda --count $((1000 * times)) --seconds $((60 * times))
+if [[ ! -d python ]]; then
+  printf '== Python: SKIPPED, the package was not built\n'
+  skipped=$((skipped + 1))
+elif ! python3 -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then
+  printf '== Python: SKIPPED, python3 has no torch with CUDA\n'
+  skipped=$((skipped + 1))
+else
+  PYTHONPATH=$PWD/python run python3 -m pytest -q -rs -p no:cacheprovider -m gpu tests/python
+fi
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck; do
     run compute-sanitizer --tool $tool --error-exitcode 1 --target-processes all \
       bin/deepep verify --backend cuda --ranks 2 --tokens 64 --hidden 512
+    run compute-sanitizer --tool $tool --error-exitcode 1 --target-processes all \
+      bin/deepep verify low-latency --backend cuda --ranks 2 --tokens 8 --hidden 512
   done
 else
   printf '== compute-sanitizer: SKIPPED, it is not installed\n'
-  skipped=$((skipped + 2))
+  skipped=$((skipped + 4))
 fi
 printf '\n%d passed, %d failed, %d skipped\n' $passed $failed $skipped
 ((failed == 0))

@@ -62,6 +62,7 @@ class CudaBackend final : public Backend {
     return heap_->allocate(bytes, native(stream));
   }
 
+  Results allocate_mapped(std::int64_t bytes) override { return heap_->allocate_raw(bytes); }
   fabric::Block locate(const void* memory, std::int64_t bytes) const override {
     const fabric::Fabric::Spot spot = context_.fabric().locate(memory, bytes);
     return {spot.segment, spot.offset, bytes};
@@ -119,7 +120,15 @@ class CudaBackend final : public Backend {
 
   void run(const CallOptions& options, std::function<void()> work) override {
     const DeviceGuard guard(context_.device());
-    (void)options;
+    // Kernels of one Buffer never run side by side, and memory comes back behind the communication
+    // stream.
+    cudaStream_t comm = context_.comm_stream();
+    cudaStream_t caller = native(options.stream);
+    if (caller != comm) {
+      const auto before = context_.events()->take();
+      check(cudaEventRecord(before.get(), comm), "cudaEventRecord");
+      check(cudaStreamWaitEvent(caller, before.get(), 0), "cudaStreamWaitEvent");
+    }
     work();
   }
 

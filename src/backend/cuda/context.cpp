@@ -2,6 +2,9 @@
 
 #include <algorithm>
 #include <cstring>
+#include <map>
+#include <mutex>
+#include <vector>
 
 #include "backend/cuda/check.hpp"
 #include "backend/cuda/internode_ll/steps.hpp"
@@ -64,6 +67,46 @@ void* ZeroedWords::get(std::int64_t bytes) {
   return pieces_.back();
 }
 
+namespace {
+
+// Our kernels are short of SMs, not of work: they go before the caller's.
+cudaStream_t make_stream() {
+  int least = 0;
+  int greatest = 0;
+  cudaStream_t stream = nullptr;
+  check(cudaDeviceGetStreamPriorityRange(&least, &greatest), "cudaDeviceGetStreamPriorityRange");
+  check(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, greatest), "cudaStreamCreate");
+  return stream;
+}
+
+/// Communication streams are kept for the next Buffer, never destroyed: an allocator that was told
+/// of one records events on it long after its Buffer is gone.
+class CommStreams {
+ public:
+  cudaStream_t take(int device) {
+    const std::lock_guard lock(mutex_);
+    std::vector<cudaStream_t>& free = free_[device];
+    if (free.empty()) return make_stream();
+    cudaStream_t stream = free.back();
+    free.pop_back();
+    return stream;
+  }
+  void give_back(int device, cudaStream_t stream) {
+    const std::lock_guard lock(mutex_);
+    free_[device].push_back(stream);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::map<int, std::vector<cudaStream_t>> free_;
+};
+CommStreams& comm_streams() {
+  static auto* streams = new CommStreams;  // outlives every static that holds a Buffer
+  return *streams;
+}
+
+}  // namespace
+
 Context::Context(const BackendOptions& options)
     : rank_(options.rank),
       num_ranks_(options.num_ranks),
@@ -77,18 +120,11 @@ Context::Context(const BackendOptions& options)
   const DeviceGuard guard(device_);
   check(cudaDeviceGetAttribute(&num_sms_, cudaDevAttrMultiProcessorCount, device_),
         "cudaDeviceGetAttribute");
-  int least = 0;
-  int greatest = 0;
-  check(cudaDeviceGetStreamPriorityRange(&least, &greatest), "cudaDeviceGetStreamPriorityRange");
-  // Its kernels are short of SMs, not of work: they go before the caller's.
-  check(cudaStreamCreateWithPriority(&comm_stream_, cudaStreamNonBlocking, greatest),
-        "cudaStreamCreate");
-  check(cudaStreamCreateWithPriority(&fault_stream_, cudaStreamNonBlocking, greatest),
-        "cudaStreamCreate");
+  comm_stream_ = comm_streams().take(device_);
+  fault_stream_ = make_stream();
   events_ = std::make_shared<EventPool>(device_);
   faults_ = std::make_shared<Faults>(rank_);
-  check(cudaStreamCreateWithPriority(&table_stream_, cudaStreamNonBlocking, greatest),
-        "cudaStreamCreate");
+  table_stream_ = make_stream();
   segments_ = allocate_zeroed<std::byte*>(static_cast<std::size_t>(num_ranks_) * kMaxSegments);
   // Loading a kernel later could wait for those that run, which may wait for it.
   check(intranode::load_kernels(), "loading of the kernels");
@@ -101,7 +137,7 @@ Context::Context(const BackendOptions& options)
 Context::~Context() {
   fabric_.close();
   const DeviceGuard guard(device_, std::nothrow);
-  (void)cudaStreamDestroy(comm_stream_);
+  comm_streams().give_back(device_, comm_stream_);
   (void)cudaStreamDestroy(fault_stream_);
   (void)cudaStreamDestroy(table_stream_);
   (void)cudaFree(local_);

@@ -44,14 +44,30 @@ Backend::Results DeviceHeap::allocate(std::int64_t bytes, cudaStream_t stream) {
     reclaim_behind();
     block = heap_.try_allocate(bytes);
   }
-  Backend::Results results;
-  results.block = block ? *block : heap_.allocate(bytes);
-  const auto mapping = segment_(results.block.segment);
-  results.data = mapping->base() + results.block.offset;
-  auto lease = std::make_shared<Lease>(shared_from_this(), mapping, results.block);
+  std::shared_ptr<Lease> lease;
+  Backend::Results results = lease_out(block ? *block : heap_.allocate(bytes), lease);
   lease->add_stream({stream});
   if (capturing) lease->keep_for_ever();
-  results.owner = std::shared_ptr<void>(results.data, ReleaseHook(std::move(lease)));
+  return results;
+}
+
+Backend::Results DeviceHeap::allocate_raw(std::int64_t bytes) {
+  std::optional<fabric::Block> block = heap_.try_allocate(bytes);
+  if (!block) {
+    reclaim_finished();
+    block = heap_.try_allocate(bytes);
+  }
+  std::shared_ptr<Lease> lease;
+  return lease_out(block ? *block : heap_.allocate(bytes), lease);
+}
+
+Backend::Results DeviceHeap::lease_out(const fabric::Block& block, std::shared_ptr<Lease>& lease) {
+  Backend::Results results;
+  results.block = block;
+  const auto mapping = segment_(block.segment);
+  results.data = mapping->base() + block.offset;
+  lease = std::make_shared<Lease>(shared_from_this(), mapping, block);
+  results.owner = std::shared_ptr<void>(results.data, ReleaseHook(lease));
   return results;
 }
 

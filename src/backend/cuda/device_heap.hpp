@@ -38,6 +38,9 @@ class DeviceHeap : public std::enable_shared_from_this<DeviceHeap> {
   /// on may write to it. Of a stream that is being captured the block belongs to the graph for
   /// good, and comes back only with the heap.
   Backend::Results allocate(std::int64_t bytes, cudaStream_t stream);
+  /// A block that somebody else hands out, whatever is captured meanwhile: it comes back behind the
+  /// streams that it is released on.
+  Backend::Results allocate_raw(std::int64_t bytes);
   /// Blocks that come back later are just dropped.
   void close();
 
@@ -47,6 +50,7 @@ class DeviceHeap : public std::enable_shared_from_this<DeviceHeap> {
     fabric::Block block;
     std::vector<std::shared_ptr<CUevent_st>> events;
   };
+  Backend::Results lease_out(const fabric::Block& block, std::shared_ptr<Lease>& lease);
   void give_back(const fabric::Block& block, const std::vector<cudaStream_t>& streams) noexcept;
   void reclaim_finished();
   void reclaim_behind();

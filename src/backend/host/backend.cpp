@@ -82,6 +82,7 @@ class HostBackend final : public Backend {
     return results;
   }
 
+  Results allocate_mapped(std::int64_t bytes) override { return allocate_results(bytes, {}); }
   fabric::Block locate(const void* memory, std::int64_t bytes) const override {
     const fabric::Fabric::Spot spot = context_.fabric().locate(memory, bytes);
     return {spot.segment, spot.offset, bytes};

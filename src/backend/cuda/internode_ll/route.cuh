@@ -214,15 +214,12 @@ struct RouteIds {
   }
 };
 
-/// By all threads of a block: where `token` goes. False in each if an id of any token is not
-/// allowed, or `good` is false in any.
-__device__ inline bool find_route(const StepArgs& args, std::int64_t token, const RouteIds& ids,
-                                  bool good, const Route& route) {
-  const int topk = args.shape.num_topk;
-  __syncthreads();  // the last route has been read
-  for (int k = threadIdx.x; k < topk; k += kThreads) {
+/// By `threads` threads from the first on: what is known of a route at once.
+__device__ inline void begin_route(const StepArgs& args, std::int64_t token, const RouteIds& ids,
+                                   int threads, const Route& route) {
+  for (int k = threadIdx.x; k < args.shape.num_topk; k += threads) {
     const std::int32_t expert =
-        k < kThreads ? ids.own : RouteIds::load_own(args, token, static_cast<unsigned>(k));
+        k < threads ? ids.own : RouteIds::load_own(args, token, static_cast<unsigned>(k));
     const int rank = expert >= 0 && expert < args.shape.num_experts ? args.rank_of(expert) : -1;
     route.expert[k] = expert;
     route.rank[k] = rank;
@@ -230,11 +227,43 @@ __device__ inline bool find_route(const StepArgs& args, std::int64_t token, cons
     route.index[k] = 0;
     route.message[k] = 0;
   }
-  __syncthreads();
-  for (int from = 0; from < topk; from += 32)
+}
+
+__device__ inline bool count_before_all(const StepArgs& args, std::int64_t token,
+                                        const RouteIds& ids, const Route& route) {
+  bool good = true;
+  for (int from = 0; from < args.shape.num_topk; from += 32)
     good = count_before(args, route, token, from, ids.first) && good;
+  return good;
+}
+
+/// So few tokens are one warp's work, beside the others'.
+__device__ inline bool fits_a_warp(const StepArgs& args) { return args.num_tokens <= 32; }
+
+/// By the first warp: where `token` goes. False in any lane: an id of a token is not allowed.
+__device__ inline bool find_route_in_warp(const StepArgs& args, std::int64_t token,
+                                          const RouteIds& ids, const Route& route) {
+  begin_route(args, token, ids, 32, route);
+  __syncwarp();
+  const bool good = count_before_all(args, token, ids, route);
+  __syncwarp();
+  list_ranks(route, args.shape.num_topk, args.comm.num_ranks);
+  return good;
+}
+
+/// By all threads of a block: where `token` goes. False in each if an id of any token is not
+/// allowed, or `good` is false in any. Nobody reads the last route any more.
+__device__ inline bool find_route(const StepArgs& args, std::int64_t token, const RouteIds& ids,
+                                  bool good, const Route& route) {
+  if (fits_a_warp(args)) {
+    if (warp_id() == 0) good = find_route_in_warp(args, token, ids, route) && good;
+    return __syncthreads_and(good) != 0;
+  }
+  begin_route(args, token, ids, kThreads, route);
+  __syncthreads();
+  good = count_before_all(args, token, ids, route) && good;
   if (__syncthreads_and(good) == 0) return false;
-  if (threadIdx.x < 32) list_ranks(route, topk, args.comm.num_ranks);
+  if (warp_id() == 0) list_ranks(route, args.shape.num_topk, args.comm.num_ranks);
   __syncthreads();
   return true;
 }

@@ -43,32 +43,36 @@ struct RowUnits {
   static constexpr int kUnits = 4;
   const uint4* from;
   int count;  // of the row
+  int begin;  // this thread's first one
+  int stride;
   uint4 first[kUnits];
 
-  __device__ RowUnits(const DispatchArgs& args, std::int64_t token) {
+  /// By all warps but the first `idle` ones.
+  __device__ RowUnits(const DispatchArgs& args, std::int64_t token, int idle)
+      : begin(static_cast<int>(threadIdx.x) - idle * 32), stride(kThreads - idle * 32) {
     const std::int64_t bytes = kQuantize ? 2 * args.x_bytes : args.x_bytes;
     from = reinterpret_cast<const uint4*>(args.x + token * bytes);
-    count = token < args.num_tokens ? static_cast<int>(bytes / 16) : 0;
+    count = token < args.num_tokens && begin >= 0 ? static_cast<int>(bytes / 16) : 0;
 #pragma unroll
     for (int i = 0; i < kUnits; ++i) {
-      const int unit = static_cast<int>(threadIdx.x) + i * kThreads;
+      const int unit = begin + i * stride;
       first[i] = unit < count ? from[unit] : uint4{};
     }
   }
 
-  /// By all threads: into shared memory.
+  /// By the same warps: into shared memory.
   __device__ void stage(const DispatchArgs& args, std::int64_t token, std::byte* row) const {
+    if (begin < 0) return;
 #pragma unroll
     for (int i = 0; i < kUnits; ++i) {
-      const int unit = static_cast<int>(threadIdx.x) + i * kThreads;
+      const int unit = begin + i * stride;
       if (unit < count) stage_unit(args, unit, first[i], row);
     }
 #pragma unroll 1
-    for (int unit = static_cast<int>(threadIdx.x) + kUnits * kThreads; unit < count;
-         unit += kThreads) {
+    for (int unit = begin + kUnits * stride; unit < count; unit += stride) {
       stage_unit(args, unit, from[unit], row);
     }
-    stage_scales(args, token, row);
+    stage_scales(args, token, row, begin, stride);
   }
 
  private:
@@ -89,18 +93,18 @@ struct RowUnits {
     }
   }
 
-  static __device__ void stage_scales(const DispatchArgs& args, std::int64_t token,
-                                      std::byte* row) {
+  static __device__ void stage_scales(const DispatchArgs& args, std::int64_t token, std::byte* row,
+                                      int begin, int stride) {
     if constexpr (kQuantize) {
       // Behind the last scale of the last word.
       const auto scales = static_cast<int>(args.x_bytes) / plan::kFp8Group;
-      const int i = scales + static_cast<int>(threadIdx.x);
+      const int i = scales + begin;
       if (args.scaling == Scaling::kUe8m0 && i < args.num_scales * 4)
         row[args.x_bytes + i] = std::byte{0};
     } else {
       auto* scales = reinterpret_cast<std::uint32_t*>(row + args.x_bytes);
       const StridedWords& words = args.x_scales;
-      for (int i = threadIdx.x; i < args.num_scales; i += kThreads)
+      for (int i = begin; i < args.num_scales; i += stride)
         scales[i] = words.data[token * words.row_stride + i * words.column_stride];
     }
   }

@@ -230,9 +230,7 @@ __device__ inline void scrub(const StepArgs& args, int part, std::uint64_t ticke
 // it at the next one's beginning, so that no kernel can tell what it is still reading. Tokens begin
 // with block 1.
 __device__ inline bool keeps_books() { return blockIdx.x == 0; }
-__device__ inline std::int64_t first_token() {
-  return (blockIdx.x + gridDim.x - 1) % gridDim.x;
-}
+__device__ inline std::int64_t first_token() { return (blockIdx.x + gridDim.x - 1) % gridDim.x; }
 
 /// By one warp of block 0, before anything that waits: tells the sources what earlier kernels of
 /// this rank have received. So a ticket's memory is read for the last time before its reader's next

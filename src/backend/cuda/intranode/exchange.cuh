@@ -18,11 +18,13 @@ __device__ inline void post(const Comm& comm, std::uint64_t epoch) {
   }
 }
 
-/// By all threads of one block, true in each: every rank has posted, with this rank's arguments.
+/// By all threads of one block, kMaxRanks at least, true in each: every rank has posted, with this
+/// rank's arguments.
 __device__ inline bool wait_posted(const Comm& comm, std::uint64_t epoch) {
   const protocol::Mailbox mailbox = comm.control(comm.rank).block.mailbox_of(epoch);
   bool good = may_start(comm);
-  for (int i = threadIdx.x; good && i < comm.num_ranks; i += blockDim.x) {
+  const auto i = static_cast<int>(threadIdx.x);
+  if (good && i < comm.num_ranks) {
     const protocol::EpochFlag& posted = mailbox.posted[i];
     // acquire: pairs with publish() in post() of rank i.
     good = wait_for(

@@ -1,0 +1,169 @@
+"""Arrays of torch, NumPy and whoever speaks DLPack, as the native module sees them.
+
+A view is (address, dtype, shape, strides in elements, CUDA device or -1). Neither torch nor NumPy
+is imported before somebody has passed an array of it.
+"""
+
+import sys
+
+from . import _C
+
+# Numbers of deep_ep::DType (include/deep_ep/types.hpp).
+UINT8, BOOL, INT32, INT64, FLOAT32, FLOAT16, BFLOAT16, FLOAT8_E4M3 = range(8)
+_NAMES = {"bool": BOOL, "int32": INT32, "int64": INT64, "float32": FLOAT32, "float16": FLOAT16,
+          "bfloat16": BFLOAT16, "float8_e4m3fn": FLOAT8_E4M3}
+
+
+class _TorchCodes(dict):
+    """torch.dtype -> number; other types of one byte are opaque bytes to the library."""
+
+    def __missing__(self, dtype):
+        name = str(dtype).removeprefix("torch.")
+        code = _NAMES.get(name, UINT8 if dtype.itemsize == 1 else None)
+        if code is None:
+            raise TypeError(f"tensors of {dtype} are not supported; allowed are "
+                            f"{', '.join(_NAMES)} and any type of one byte")
+        self[dtype] = code
+        return code
+
+
+_TORCH_CODES = _TorchCodes()
+
+
+class TorchLibrary:
+    """Views of torch tensors, and tensors of results."""
+
+    def __init__(self, torch):
+        self.torch = torch
+        self.is_tensor = torch.Tensor
+        self.int32, self.int64, self.bool = torch.int32, torch.int64, torch.bool
+        self.float32, self.bfloat16 = torch.float32, torch.bfloat16
+        self.float8 = torch.float8_e4m3fn
+        if _C.has_exchange(torch.Tensor):
+            self.view = self._tensor_itself
+
+    def _tensor_itself(self, tensor, name):
+        """torch 2.10 and newer tell the native module all of a tensor in one call."""
+        if isinstance(tensor, self.is_tensor):
+            return tensor
+        raise _not_an_array(name, tensor, "torch.Tensor")
+
+    @staticmethod
+    def view(tensor, name):
+        try:
+            return (tensor.data_ptr(), _TORCH_CODES[tensor.dtype], tensor.shape, tensor.stride(),
+                    tensor.get_device())
+        except AttributeError:
+            raise _not_an_array(name, tensor, "torch.Tensor") from None
+
+    def make(self, result, dtype):
+        """The tensor of a result: a view of the memory that torch gave, or of the library's."""
+        if result is None:
+            return None
+        if type(result) is tuple:
+            block, offset, shape, strides = result
+            # No view: what autograd returns must not be one of a tensor that it does not know.
+            tensor = self.torch.empty(0, dtype=dtype, device=block.device)
+            if strides is None:
+                strides = _contiguous(shape)
+            return tensor.set_(block.untyped_storage(), offset // dtype.itemsize, shape, strides)
+        tensor = self.torch.utils.dlpack.from_dlpack(result.capsule())
+        return tensor if tensor.dtype == dtype else tensor.view(dtype)
+
+    def code(self, dtype):
+        return _TORCH_CODES[dtype]
+
+
+class NumpyLibrary:
+    """The same for NumPy, with ml_dtypes for the types that NumPy lacks."""
+
+    def __init__(self, numpy):
+        self.numpy = numpy
+        self.is_tensor = numpy.ndarray
+        self.int32, self.int64, self.bool = numpy.int32, numpy.int64, numpy.bool_
+        self.float32 = numpy.float32
+
+    @property
+    def bfloat16(self):
+        import ml_dtypes
+        return ml_dtypes.bfloat16
+
+    @property
+    def float8(self):
+        import ml_dtypes
+        return ml_dtypes.float8_e4m3fn
+
+    def view(self, array, name):
+        if not isinstance(array, self.numpy.ndarray):
+            raise _not_an_array(name, array, "numpy.ndarray")
+        size = array.itemsize
+        return (array.__array_interface__["data"][0], self.code(array.dtype), array.shape,
+                tuple(stride // size for stride in array.strides), -1)
+
+    def make(self, result, dtype):
+        if result is None:
+            return None
+        array = self.numpy.asarray(result)
+        return array if array.dtype == dtype else array.view(dtype)
+
+    def code(self, dtype):
+        dtype = self.numpy.dtype(dtype)
+        code = _NAMES.get(dtype.name, UINT8 if dtype.itemsize == 1 else None)
+        if code is None:
+            raise TypeError(f"arrays of {dtype} are not supported; allowed are "
+                            f"{', '.join(_NAMES)} (of ml_dtypes where NumPy has none) and any type "
+                            "of one byte")
+        return code
+
+
+def _contiguous(shape):
+    strides, step = [], 1
+    for length in reversed(shape):
+        strides.append(step)
+        step *= max(length, 1)
+    return tuple(reversed(strides))
+
+
+def _not_an_array(name, value, expected):
+    return TypeError(f"{name} is {type(value).__module__}.{type(value).__qualname__}, must be "
+                     f"{expected} like the other arrays of the call")
+
+
+_libraries = {}
+
+
+def library_of_name(name):
+    """The library `name`, imported; ImportError if it is not installed."""
+    library = _libraries.get(name)
+    if library is None:
+        if name == "torch":
+            import torch
+            import torch.utils.dlpack
+            library = TorchLibrary(torch)
+        else:
+            import numpy
+            library = NumpyLibrary(numpy)
+        _libraries[name] = library
+    return library
+
+
+def library_of(array, name):
+    """Whose arrays a call takes and returns, told by its first argument."""
+    torch = _libraries.get("torch")
+    if torch is not None and isinstance(array, torch.is_tensor):
+        return torch
+    for known in ("torch", "numpy"):
+        if sys.modules.get(known) is not None:
+            library = library_of_name(known)
+            if isinstance(array, library.is_tensor):
+                return library
+    raise TypeError(f"{name} is {type(array).__module__}.{type(array).__qualname__}, must be a "
+                    "torch.Tensor or a numpy.ndarray; pass others through torch.from_dlpack")
+
+
+def library_of_dtype(dtype):
+    """The library whose type of elements `dtype` is."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(dtype, torch.dtype):
+        return library_of_name("torch")
+    return library_of_name("numpy")

@@ -1,0 +1,132 @@
+"""The low-latency half of Buffer: small batches through buffers of a fixed size."""
+
+from functools import partial
+
+from . import _C
+from ._arrays import library_of
+
+
+def _receive(hook, _used):
+    """Runs the receiving half of a call, which still uses what its caller gave."""
+    hook()
+
+
+class LowLatency:
+    """Methods of Buffer. M is `num_max_dispatch_tokens_per_rank`, the most tokens of any rank.
+
+    With `return_recv_hook` a call only sends, on the current stream, and the hook that it returns
+    receives; results are defined behind the hook. Of each kind, dispatch and combine, two calls may
+    be sent and not received; a third is refused.
+    """
+
+    @staticmethod
+    def get_low_latency_rdma_size_hint(num_max_dispatch_tokens_per_rank, hidden, num_ranks,
+                                       num_experts):
+        """Bytes to pass as `num_rdma_bytes` of a Buffer for calls of this shape. Never raises for
+        numbers."""
+        return _C.get_low_latency_rdma_size_hint(int(num_max_dispatch_tokens_per_rank),
+                                                 int(hidden), int(num_ranks), int(num_experts))
+
+    def low_latency_dispatch(self, x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts,
+                             cumulative_local_expert_recv_stats=None,
+                             dispatch_wait_recv_cost_stats=None, use_fp8=True, round_scale=False,
+                             use_ue8m0=False, async_finish=False, return_recv_hook=False):
+        """Sends every token's row to the ranks of its experts and packs what arrives by expert.
+        Collective.
+
+        `x`: [N, H] bfloat16, N at most M; `topk_idx`: [N, K] int64 or int32, -1 for none. With
+        `use_fp8` rows are quantised, 128 values with one scale; `round_scale` makes scales powers
+        of two, `use_ue8m0` packs these, four to an int32. `cumulative_local_expert_recv_stats`
+        int32 [L]: += rows of each local expert; `dispatch_wait_recv_cost_stats` int64 [R]: += the
+        longest wait for each source, in ns (host) or SM cycles.
+
+        Returns (recv_x [L, R * M, H] or (recv_x, scales [L, R * M, H / 128], column by column),
+        rows of each local expert int32 [L], handle, event, hook or None).
+        """
+        library = library_of(x, "x")
+        view = library.view
+        stats = (None if cumulative_local_expert_recv_stats is None else
+                 view(cumulative_local_expert_recv_stats, "cumulative_local_expert_recv_stats"),
+                 self._stats_view(library, dispatch_wait_recv_cost_stats))
+        recv_x, scales, count, src_info, layout_range, event, hook = (
+            self.runtime.low_latency_dispatch(
+                view(x, "x"), view(topk_idx, "topk_idx"),
+                (num_max_dispatch_tokens_per_rank, num_experts),
+                (use_fp8, round_scale, use_ue8m0, return_recv_hook), stats,
+                self._options(None, async_finish, False)))
+        make = library.make
+        if use_fp8:
+            recv_x = (make(recv_x, library.float8),
+                      make(scales, library.int32 if use_ue8m0 else library.float32))
+        else:
+            recv_x = make(recv_x, x.dtype)
+        handle = (make(src_info, library.int32), make(layout_range, library.int64),
+                  num_max_dispatch_tokens_per_rank, x.shape[1], num_experts)
+        count = make(count, library.int32)
+        used = (x, topk_idx, cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats)
+        return (recv_x, count, handle,
+                self._end(event, async_finish, used, (recv_x, count, handle)),
+                None if hook is None else partial(_receive, hook, used))
+
+    def low_latency_combine(self, x, topk_idx, topk_weights, handle, use_logfmt=False,
+                            zero_copy=False, async_finish=False, return_recv_hook=False, out=None,
+                            combine_wait_recv_cost_stats=None):
+        """Weights the experts' outputs, sums them on the experts' rank and then on the token's.
+        Collective.
+
+        `x`: [L, R * M, H] bfloat16, rows as dispatch packed them; `topk_idx` and `topk_weights`
+        (float32 [N, K]) as given to dispatch, with its `handle`. `zero_copy`: `x` is what
+        `get_next_low_latency_combine_buffer` returned. `use_logfmt`: rows travel in 10 bits a
+        value. `out`: [N, H] bfloat16 for the result.
+
+        Returns (combined_x [N, H], event, hook or None).
+        """
+        library = library_of(x, "x")
+        view = library.view
+        combined, event, hook = self.runtime.low_latency_combine(
+            (view(x, "x"), view(topk_idx, "topk_idx"), view(topk_weights, "topk_weights"),
+             None if out is None else view(out, "out")),
+            self._low_latency_handle(library, handle), (use_logfmt, zero_copy, return_recv_hook),
+            self._stats_view(library, combine_wait_recv_cost_stats),
+            self._options(None, async_finish, False))
+        combined = library.make(combined, x.dtype) if out is None else out
+        used = (x, topk_idx, topk_weights, handle, out, combine_wait_recv_cost_stats)
+        return (combined, self._end(event, async_finish, used, (combined,)),
+                None if hook is None else partial(_receive, hook, used))
+
+    @staticmethod
+    def _low_latency_handle(library, handle):
+        if not isinstance(handle, tuple) or len(handle) != 5:
+            what = f"a tuple of {len(handle)}" if isinstance(handle, tuple) else type(handle)
+            raise TypeError(f"handle is {what}, must be the tuple of 5 that low_latency_dispatch "
+                            "returned")
+        return (library.view(handle[0], "handle[0]"), library.view(handle[1], "handle[1]"),
+                *handle[2:])
+
+    def get_next_low_latency_combine_buffer(self, handle):
+        """[L, R * M, H] bfloat16, for the experts to write to: pass it to the next
+        low_latency_combine, with `zero_copy`. Valid until `destroy`."""
+        library = library_of(handle[0], "handle[0]")
+        return library.make(self.runtime.get_next_low_latency_combine_buffer(
+            self._low_latency_handle(library, handle)), library.bfloat16)
+
+    def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank, hidden, num_experts):
+        """Checks that calls of this shape fit; nothing needs to be cleaned between calls."""
+        self.runtime.clean_low_latency_buffer(num_max_dispatch_tokens_per_rank, hidden,
+                                              num_experts)
+
+    def low_latency_update_mask_buffer(self, rank_to_mask, mask=False):
+        """With `enable_shrink`: whether calls leave a rank out, as sender and as receiver.
+        Local."""
+        self.runtime.low_latency_update_mask_buffer(rank_to_mask, mask)
+
+    def low_latency_query_mask_buffer(self, mask_status):
+        """Fills `mask_status`, int32 [R] on the Buffer's device: 1 for each rank that is left
+        out."""
+        library = library_of(mask_status, "mask_status")
+        self.runtime.low_latency_query_mask_buffer(library.view(mask_status, "mask_status"),
+                                                   *self._options(None, False, False)[:2])
+
+    def low_latency_clean_mask_buffer(self):
+        """No rank is left out any more."""
+        self.runtime.low_latency_clean_mask_buffer()

@@ -1,0 +1,132 @@
+#include "arrays.hpp"
+
+#include <dlpack/dlpack.h>
+
+#include <array>
+#include <string>
+
+#include "exchange.hpp"
+
+namespace deep_ep::python {
+
+namespace {
+
+/// A result in the library's own memory, for whoever makes an array of it; the memory lives as long
+/// as one of them.
+struct Array {
+  Tensor tensor;
+};
+
+nb::tuple tuple_of(const Tensor& tensor, const std::array<std::int64_t, TensorView::kMaxDims>& all,
+                   std::int64_t unit = 1) {
+  nb::list list;
+  for (int i = 0; i < tensor.ndim; ++i) list.append(all[i] * unit);
+  return nb::tuple(list);
+}
+nb::tuple shape_of(const Tensor& tensor) { return tuple_of(tensor, tensor.shape); }
+
+/// Floats of less than four bytes are given as bytes: their reader knows better what they are than
+/// many a DLPack or NumPy.
+Tensor as_bytes_if_fp8(const Tensor& tensor) {
+  Tensor bytes = tensor;
+  if (tensor.dtype == DType::kFloat8E4m3) bytes.dtype = DType::kUint8;
+  return bytes;
+}
+
+nb::object to_capsule(const Array& array) {
+  DLManagedTensor* managed = to_dlpack(as_bytes_if_fp8(array.tensor));
+  return nb::steal(PyCapsule_New(managed, "dltensor", [](PyObject* capsule) {
+    if (PyCapsule_IsValid(capsule, "dltensor") == 0) return;  // somebody took it over
+    auto* left = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor"));
+    left->deleter(left);
+  }));
+}
+
+const char* numpy_type(DType dtype) {
+  switch (dtype) {
+    case DType::kBool:
+      return "|b1";
+    case DType::kInt32:
+      return "<i4";
+    case DType::kInt64:
+      return "<i8";
+    case DType::kFloat32:
+      return "<f4";
+    case DType::kFloat16:
+      return "<f2";
+    case DType::kBfloat16:
+      return "<u2";
+    case DType::kUint8:
+    case DType::kFloat8E4m3:
+      break;
+  }
+  return "|u1";
+}
+
+nb::dict array_interface(const Array& array) {
+  if (array.tensor.device.type != DeviceType::kHost)
+    throw nb::attribute_error("the array is not in the memory of the host");
+  nb::dict interface;
+  interface["version"] = 3;
+  interface["shape"] = shape_of(array.tensor);
+  interface["strides"] = tuple_of(array.tensor, array.tensor.strides,
+                                  static_cast<std::int64_t>(size_of(array.tensor.dtype)));
+  interface["typestr"] = numpy_type(array.tensor.dtype);
+  interface["data"] = nb::make_tuple(reinterpret_cast<std::uintptr_t>(array.tensor.data), false);
+  return interface;
+}
+
+nb::tuple dlpack_device(const Array& array) {
+  const Device& device = array.tensor.device;
+  return nb::make_tuple(static_cast<int>(device.type == DeviceType::kCuda ? kDLCUDA : kDLCPU),
+                        device.index);
+}
+
+}  // namespace
+
+TensorView view_of(nb::handle array) {
+  TensorView view;
+  if (array.is_none()) return view;
+  if (!nb::isinstance<nb::tuple>(array)) return exchanged_view(array);
+  const auto parts = nb::cast<nb::tuple>(array);
+  view.data = reinterpret_cast<void*>(nb::cast<std::uintptr_t>(parts[0]));
+  view.dtype = static_cast<DType>(nb::cast<int>(parts[1]));
+  const auto shape = nb::cast<nb::tuple>(parts[2]);
+  const auto strides = nb::cast<nb::tuple>(parts[3]);
+  const auto dims = static_cast<int>(shape.size());
+  if (dims < 1 || dims > TensorView::kMaxDims)
+    throw nb::value_error(
+        ("a tensor has " + std::to_string(dims) + " dimensions, allowed are 1 to 4").c_str());
+  view.ndim = dims;
+  for (int i = 0; i < dims; ++i) {
+    view.shape[i] = nb::cast<std::int64_t>(shape[i]);
+    view.strides[i] = nb::cast<std::int64_t>(strides[i]);
+  }
+  const int device = nb::cast<int>(parts[4]);
+  if (device >= 0) view.device = {DeviceType::kCuda, device};
+  return view;
+}
+
+nb::object result_of(const Tensor& tensor) {
+  if (!tensor.defined()) return nb::none();
+  if (const auto* held = std::get_deleter<ObjectOwner>(tensor.owner())) {
+    const std::int64_t offset =
+        static_cast<std::byte*>(tensor.data) - static_cast<std::byte*>(tensor.owner().get());
+    const nb::object strides =
+        tensor.is_contiguous() ? nb::none() : nb::object(tuple_of(tensor, tensor.strides));
+    return nb::make_tuple(nb::borrow(held->object.get()), offset, shape_of(tensor), strides);
+  }
+  return nb::cast(Array{tensor});
+}
+
+void bind_arrays(nb::module_& module) {
+  nb::class_<Array>(module, "Array")
+      .def("capsule", &to_capsule)
+      .def_prop_ro("shape", [](const Array& array) { return shape_of(array.tensor); })
+      .def_prop_ro("__array_interface__", &array_interface)
+      .def("__dlpack__", [](const Array& array, const nb::kwargs&) { return to_capsule(array); })
+      .def("__dlpack_device__", &dlpack_device);
+  module.def("has_exchange", &has_exchange);
+}
+
+}  // namespace deep_ep::python

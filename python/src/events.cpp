@@ -1,0 +1,35 @@
+#include "events.hpp"
+
+namespace deep_ep::python {
+
+Stream stream_of(std::uintptr_t native, int device) {
+  Stream stream;
+  stream.native = reinterpret_cast<void*>(native);
+  if (device >= 0) stream.device = {DeviceType::kCuda, device};
+  return stream;
+}
+
+CallOptions options_of(const nb::tuple& parts) {
+  CallOptions options;
+  options.stream = stream_of(nb::cast<std::uintptr_t>(parts[0]), nb::cast<int>(parts[1]));
+  if (!parts[2].is_none()) options.previous_event = nb::cast<EventHandle>(parts[2]);
+  options.async_finish = nb::cast<bool>(parts[3]);
+  options.allocate_on_comm_stream = nb::cast<bool>(parts[4]);
+  return options;
+}
+
+void bind_events(nb::module_& module) {
+  nb::class_<EventHandle>(module, "EventHandle")
+      .def("__init__", [](EventHandle* self, std::uintptr_t stream,
+                          int device) { new (self) EventHandle(stream_of(stream, device)); })
+      .def(
+          "stream_wait",
+          [](const EventHandle& event, std::uintptr_t stream, int device) {
+            event.current_stream_wait(stream_of(stream, device));
+          },
+          nb::call_guard<nb::gil_scoped_release>())
+      .def("host_wait", &EventHandle::host_wait, nb::call_guard<nb::gil_scoped_release>())
+      .def("query", &EventHandle::query);
+}
+
+}  // namespace deep_ep::python

@@ -1,0 +1,39 @@
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+#include <memory>
+
+#include "allocator.hpp"
+#include "deep_ep/buffer.hpp"
+#include "references.hpp"
+
+namespace deep_ep::python {
+
+using NoGil = nb::gil_scoped_release;
+
+/// A Buffer that lets others run while it is made and destroyed.
+class OwnedBuffer {
+ public:
+  OwnedBuffer(std::shared_ptr<Bootstrap> bootstrap, BufferOptions options, nb::object allocate) {
+    std::shared_ptr<ObjectAllocator> allocator;
+    if (!allocate.is_none()) allocator = std::make_shared<ObjectAllocator>(std::move(allocate));
+    options.allocator = allocator;
+    const NoGil no_gil;
+    buffer_ = std::make_unique<Buffer>(std::move(bootstrap), options);
+    if (allocator) allocator->set_buffer(buffer_.get());
+  }
+  ~OwnedBuffer() {
+    const NoGil no_gil;
+    buffer_.reset();
+  }
+  OwnedBuffer(const OwnedBuffer&) = delete;
+  OwnedBuffer& operator=(const OwnedBuffer&) = delete;
+
+  Buffer& get() { return *buffer_; }
+
+ private:
+  std::unique_ptr<Buffer> buffer_;
+};
+
+}  // namespace deep_ep::python

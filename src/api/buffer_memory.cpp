@@ -1,0 +1,59 @@
+#include "api/buffer_impl.hpp"
+#include "base/carver.hpp"
+#include "base/error.hpp"
+
+namespace deep_ep {
+
+Allocator::~Allocator() = default;
+
+std::vector<Tensor> Buffer::Impl::ask_allocator(std::vector<TensorView>& views,
+                                                const CallOptions& options) {
+  if (!options_.allocator) return {};
+  const auto carve = [&](Carver carver) {
+    for (TensorView& view : views)
+      view.data = carver.take<std::byte>(static_cast<std::int64_t>(view.nbytes()));
+    return std::max<std::int64_t>(carver.used(), 1);
+  };
+  const std::shared_ptr<void> owner =
+      options_.allocator->allocate(carve(Carver(nullptr)), false, options);
+  if (!owner) return {};
+  (void)carve(Carver(static_cast<std::byte*>(owner.get())));
+  std::vector<Tensor> tensors;
+  for (const TensorView& view : views) tensors.emplace_back(view, owner);
+  return tensors;
+}
+
+std::vector<Tensor> Buffer::Impl::allocate(std::vector<TensorView> views,
+                                           const CallOptions& options) {
+  std::vector<Tensor> given = ask_allocator(views, options);
+  return given.empty() ? backend_->allocate(std::move(views), options.stream) : given;
+}
+
+std::vector<Tensor> Buffer::Impl::allocate_private(std::vector<TensorView> views,
+                                                   const CallOptions& options) {
+  std::vector<Tensor> given = ask_allocator(views, options);
+  return given.empty() ? backend_->allocate_private(std::move(views), options.stream) : given;
+}
+
+Backend::Results Buffer::Impl::allocate_results(std::int64_t bytes, const CallOptions& options) {
+  Backend::Results results;
+  if (options_.allocator)
+    results.owner = options_.allocator->allocate(std::max<std::int64_t>(bytes, 1), true, options);
+  if (!results.owner) return backend_->allocate_results(bytes, options.stream);
+  results.data = static_cast<std::byte*>(results.owner.get());
+  results.block = backend_->locate(results.data, bytes);
+  require(results.block.segment >= 0,
+          "allocator gave {} bytes at {} for results that peers write; they must lie in what "
+          "allocate_mapped of this Buffer gave",
+          bytes, results.owner.get());
+  return results;
+}
+
+Tensor Buffer::Impl::allocate_mapped(std::int64_t bytes) {
+  if (!backend_) throw Error(ErrorCode::kUsage, "allocate_mapped: the Buffer is destroyed");
+  require(bytes >= 1, "bytes is {}, must be at least 1", bytes);
+  const Backend::Results results = backend_->allocate_mapped(bytes);
+  return {TensorView(results.data, DType::kUint8, {bytes}, options_.device), results.owner};
+}
+
+}  // namespace deep_ep

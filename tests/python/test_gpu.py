@@ -1,0 +1,323 @@
+"""What only GPUs have: streams, graphs, and memory that torch's allocator hands out again. Each
+test would see wrong data if a block were used again too early."""
+
+import gc
+import threading
+import time
+
+import pytest
+import torch
+
+import deep_ep
+from routing import dispatch_arguments, layout_of, make_inputs, same
+
+pytestmark = pytest.mark.gpu
+
+CYCLES = 20_000_000  # some 10 ms of torch.cuda._sleep
+
+
+def _buffer(group, **options):
+    return deep_ep.Buffer(group, deep_ep.Config().get_nvl_buffer_size_hint(2048, group.size()),
+                          **options)
+
+
+def _inputs(group, seed=0, **options):
+    return make_inputs(group.size(), options.pop("tokens", 64), hidden=1024,
+                       experts=2 * group.size(), seed=seed, **options)[group.rank()]
+
+
+def _sum_of(one, group):
+    return one.x.float() * layout_of(one, group.size())[2].sum(1, keepdim=True)
+
+
+def _results_are_torchs(group):
+    buffer = _buffer(group)
+    one = _inputs(group)
+    before = torch.cuda.memory_allocated()
+    got = buffer.dispatch(**dispatch_arguments(buffer, one))
+    assert torch.cuda.memory_allocated() > before  # torch counts them
+    assert buffer.runtime.live_bytes() > 0         # and they lie in our segments
+    assert not got[0]._is_view() and got[0].is_cuda
+    combined = buffer.combine(got[0], got[4])[0]
+    assert same(combined.float(), _sum_of(one, group))
+    del got, combined
+    buffer.destroy()
+
+
+def test_results_are_allocated_by_torch_from_the_segments(gpu_ranks):
+    gpu_ranks.run(2, _results_are_torchs)
+
+
+def _side_stream_reads(group):
+    """A result is read on a side stream, told by record_stream, and dropped while that still waits;
+    later results must lie elsewhere."""
+    buffer = _buffer(group)
+    side = torch.cuda.Stream()
+    copies, wanted = [], []
+    for step in range(12):
+        one = _inputs(group, step)
+        got = buffer.dispatch(**dispatch_arguments(buffer, one))
+        wanted.append(got[0].cpu())
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(CYCLES)
+            copies.append(got[0].clone())
+        got[0].record_stream(side)
+        del got
+    torch.cuda.synchronize()
+    for copy, want in zip(copies, wanted):
+        assert same(copy, want)
+    buffer.destroy()
+
+
+def test_record_stream_is_respected(gpu_ranks):
+    gpu_ranks.run(2, _side_stream_reads)
+
+
+def _late_compute(group):
+    """The current stream still reads a dropped result when a call comes that waits for an older
+    event only, and that may not write there."""
+    buffer = _buffer(group)
+    after = buffer.capture()
+    for step in range(8):
+        one = _inputs(group, step)
+        arguments = dispatch_arguments(buffer, one)
+        got = buffer.dispatch(**arguments)
+        want = got[0].cpu()
+        torch.cuda._sleep(CYCLES)
+        copy = got[0].clone()  # behind the sleep
+        del got
+        other = _inputs(group, 1000 + step)
+        layout = layout_of(other, group.size())
+        again = buffer.dispatch(other.x, num_tokens_per_rank=layout[0], is_token_in_rank=layout[2],
+                                num_tokens_per_expert=layout[1], topk_idx=other.topk_idx,
+                                topk_weights=other.topk_weights, previous_event=after,
+                                async_finish=True, allocate_on_comm_stream=True)
+        after = again[5]
+        after.current_stream_wait()
+        assert same(copy, want)
+    buffer.destroy()
+
+
+def test_calls_behind_an_older_event_do_not_write_what_is_still_read(gpu_ranks):
+    gpu_ranks.run(2, _late_compute)
+
+
+def _dropped_in_flight(group):
+    """Inputs and handles of asynchronous calls are dropped at once, and their memory is asked for
+    again."""
+    buffer = _buffer(group)
+    for step in range(10):
+        one = _inputs(group, step)
+        want = _sum_of(one, group).cpu()
+        arguments = dispatch_arguments(buffer, one)
+        torch.cuda._sleep(CYCLES)  # the call is queued behind it
+        got = buffer.dispatch(**arguments, async_finish=True)
+        shape = one.x.shape
+        del one, arguments
+        rubbish = [torch.full(shape, -7, dtype=torch.bfloat16, device="cuda") for _ in range(4)]
+        got[5].current_stream_wait()
+        combined, _, event = buffer.combine(got[0], got[4], async_finish=True)
+        del got
+        rubbish += [torch.full(shape, -7, dtype=torch.bfloat16, device="cuda") for _ in range(8)]
+        event.current_stream_wait()
+        assert same(combined.float(), want)
+        del rubbish
+    buffer.destroy()
+
+
+def test_asynchronous_calls_keep_what_they_use(gpu_ranks):
+    gpu_ranks.run(2, _dropped_in_flight)
+
+
+def _graph(group):
+    """dispatch with num_worst_tokens and combine in a graph, replayed over changing inputs, while
+    eager calls go on."""
+    size = group.size()
+    buffer = _buffer(group)
+    one = _inputs(group, 1)
+    static = {"x": one.x.clone(), "topk_idx": one.topk_idx.clone(),
+              "topk_weights": one.topk_weights.clone()}
+
+    def step():
+        layout = buffer.get_dispatch_layout(static["topk_idx"], one.experts)
+        got = buffer.dispatch(static["x"], num_tokens_per_rank=layout[0],
+                              is_token_in_rank=layout[3], num_tokens_per_expert=layout[2],
+                              topk_idx=static["topk_idx"], topk_weights=static["topk_weights"],
+                              num_worst_tokens=64 * size)
+        return got[1], buffer.combine(got[0], got[4], got[2])
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.distributed.barrier(group)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ids, (combined, weights, _) = step()
+    gc.collect()
+    kept = []
+    for seed in range(2, 12):
+        new = _inputs(group, seed)
+        for name, tensor in static.items():
+            tensor.copy_(getattr(new, name))
+        graph.replay()
+        assert same(combined.float(), _sum_of(new, group))
+        assert same(weights, torch.where(new.topk_idx >= 0, new.topk_weights, 0.0))
+        assert int((ids >= 0).sum()) > 0
+        other = _inputs(group, 100 + seed)
+        eager = buffer.dispatch(**dispatch_arguments(buffer, other))
+        kept.append((eager[0], eager[0].cpu()))
+    torch.cuda.synchronize()
+    for tensor, copy in kept:  # no replay has written to what was handed out outside
+        assert same(tensor, copy)
+    del graph
+    buffer.destroy()
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_calls_are_captured_and_replayed(gpu_ranks, size):
+    gpu_ranks.run(size, _graph)
+
+
+def _refused_capture(group):
+    buffer = _buffer(group)
+    one = _inputs(group)
+    arguments = dispatch_arguments(buffer, one)
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError) as caught:
+        with torch.cuda.graph(graph):
+            buffer.dispatch(**arguments)
+    error, texts = caught.value, []
+    while error is not None:  # torch may add that the capture is spoilt
+        texts.append(str(error))
+        error = error.__context__
+    assert any("num_worst_tokens" in text for text in texts), texts
+
+
+def test_a_capture_that_needs_counts_is_refused_with_the_way_out(gpu_ranks):
+    gpu_ranks.run(1, _refused_capture)
+
+
+def _live_after_destroy(group):
+    buffer = _buffer(group)
+    kept = []
+    for step in range(6):
+        got = buffer.dispatch(**dispatch_arguments(buffer, _inputs(group, step)))
+        kept.append((got[0], got[0].cpu(), got[4][3], got[4][3].cpu()))
+    buffer.destroy()
+    buffer.destroy()
+    del buffer, got
+    gc.collect()
+    torch.cuda.empty_cache()
+    second = _buffer(group)
+    for step in range(6):
+        second.dispatch(**dispatch_arguments(second, _inputs(group, 100 + step)))
+    torch.cuda.synchronize()
+    for tensor, copy, src, src_copy in kept:
+        assert same(tensor, copy) and same(src, src_copy)
+    thread = threading.Thread(target=kept.clear)  # dies on a thread of its own, behind its Buffer
+    del tensor, copy, src, src_copy
+    thread.start()
+    thread.join()
+    gc.collect()
+    torch.cuda.empty_cache()
+    second.destroy()
+
+
+def test_results_outlive_their_buffer(gpu_ranks):
+    gpu_ranks.run(2, _live_after_destroy)
+
+
+def _current_stream(group):
+    """Calls are made on whatever stream is current, also one of the user's."""
+    buffer = _buffer(group)
+    assert isinstance(buffer.get_comm_stream(), torch.cuda.Stream)
+    one = _inputs(group)
+    arguments = dispatch_arguments(buffer, one)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(CYCLES)
+        x = one.x.clone()  # behind the sleep: a call on another stream would not see it
+        got = buffer.dispatch(**{**arguments, "x": x})
+        combined = buffer.combine(got[0], got[4])[0].float()
+    stream.synchronize()
+    assert same(combined, _sum_of(one, group))
+    buffer.destroy()
+
+
+def test_calls_are_of_the_current_stream(gpu_ranks):
+    gpu_ranks.run(2, _current_stream)
+
+
+def _memory_stays(group):
+    buffer = _buffer(group)
+    one = _inputs(group, tokens=8)
+    arguments = dispatch_arguments(buffer, one)
+
+    def step():
+        got = buffer.dispatch(**arguments)
+        buffer.dispatch(one.x, handle=got[4])
+        buffer.combine(got[0], got[4], got[2])
+
+    for _ in range(50):
+        step()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_reserved(), buffer.runtime.mapped_bytes()
+    for _ in range(700):
+        step()
+    torch.cuda.synchronize()
+    assert (torch.cuda.memory_reserved(), buffer.runtime.mapped_bytes()) == before
+    buffer.destroy()
+
+
+def test_memory_does_not_grow(gpu_ranks):
+    gpu_ranks.run(2, _memory_stays)
+
+
+def _profiled(group):
+    """One row of the profiler's table for each kind of kernel, as DeepEP's tests look for them."""
+    from torch.profiler import ProfilerActivity, profile
+    buffer = _buffer(group)
+    arguments = dispatch_arguments(buffer, _inputs(group))
+    buffer.dispatch(**arguments)
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(5):
+            got = buffer.dispatch(**arguments)
+            buffer.dispatch(arguments["x"], handle=got[4])
+            buffer.combine(got[0], got[4])
+        torch.cuda.synchronize()
+    names = {one.key for one in profiler.key_averages() if "deep_ep" in one.key}
+    for word in ("dispatch", "combine", "notify"):
+        assert len([name for name in names if word in name]) == 1, (word, names)
+    buffer.destroy()
+
+
+def test_profilers_find_one_kernel_of_each_name(gpu_ranks):
+    gpu_ranks.run(1, _profiled)
+
+
+def _overhead(group):
+    """Host time of a cached dispatch, in us: the median of calls that are only queued."""
+    buffer = _buffer(group)
+    one = _inputs(group)
+    got = buffer.dispatch(**dispatch_arguments(buffer, one))
+    times = []
+    with torch.cuda.stream(buffer.get_comm_stream()):
+        for _ in range(300):
+            begin = time.perf_counter()
+            buffer.dispatch(one.x, handle=got[4])
+            times.append(time.perf_counter() - begin)
+    torch.cuda.synchronize()
+    buffer.destroy()
+    return sorted(times)[len(times) // 2] * 1e6
+
+
+def test_a_cached_dispatch_costs_little_of_the_host(gpu_ranks, record_property):
+    microseconds = gpu_ranks.run(1, _overhead)[0]
+    record_property("us", microseconds)
+    print(f"\ncached dispatch through Python, caller on the communication stream: "
+          f"{microseconds:.1f} us of the host")
+    assert microseconds < 60  # the goal is 15; a shared machine may take more

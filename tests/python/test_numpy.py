@@ -1,0 +1,67 @@
+"""Programs without torch: NumPy arrays, ml_dtypes, and the package's own Group."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from ranks import _free_port
+
+pytest.importorskip("numpy")
+pytest.importorskip("ml_dtypes")
+
+PROGRAM = """
+import json, sys
+sys.modules["torch"] = None  # as on a machine that has none
+import ml_dtypes, numpy as np
+import deep_ep
+
+rank, size, port = map(int, sys.argv[1:])
+buffer = deep_ep.Buffer(deep_ep.Group.tcp(rank, size, port=port), 1 << 20)
+assert deep_ep.topk_idx_t is np.int64
+random = np.random.default_rng(rank)
+x = random.integers(-4, 5, (9, 16)).astype(ml_dtypes.bfloat16)
+ids = random.integers(-1, 2 * size, (9, 2))
+weights = np.ones((9, 2), np.float32)
+per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(ids, 2 * size)
+assert in_rank.dtype == np.bool_ and per_rank.dtype == np.int32
+got = buffer.dispatch(x, num_tokens_per_rank=per_rank, is_token_in_rank=in_rank,
+                      num_tokens_per_expert=per_expert, topk_idx=ids, topk_weights=weights)
+recv_x, recv_ids, recv_weights, counts, handle, event = got
+assert recv_x.dtype == ml_dtypes.bfloat16 and recv_x.flags.writeable
+assert recv_ids.dtype == np.int64 and recv_weights.dtype == np.float32
+assert counts == [int((recv_ids == expert).sum()) for expert in range(2)]
+combined, sums, _ = buffer.combine(recv_x, handle, recv_weights)
+expected = x.astype(np.float32) * in_rank.sum(1, keepdims=True)
+assert np.array_equal(combined.astype(np.float32), expected)
+assert np.array_equal(sums, (ids >= 0).astype(np.float32))
+quantised = (x.astype(ml_dtypes.float8_e4m3fn), np.ones((2, 9), np.float32).T)
+(again, scales), *_, event = buffer.dispatch(quantised, handle=handle, async_finish=True)
+event.current_stream_wait()
+assert again.dtype == ml_dtypes.float8_e4m3fn and scales.shape == (len(recv_x), 2)
+assert np.array_equal(again.astype(np.float32), recv_x.astype(np.float32))
+local = buffer.get_local_buffer_tensor(np.float32, (2, 3))
+assert local.shape == (2, 3)
+try:
+    buffer.dispatch([[1.0]], handle=handle)
+    raise SystemExit("a list is no array")
+except TypeError as error:
+    assert "numpy.ndarray" in str(error)
+buffer.destroy()
+recv_x[:] = 0  # still ours
+print(json.dumps([rank, len(recv_x)]))
+"""
+
+
+def test_numpy_arrays_go_round(tmp_path):
+    size, port = 2, str(_free_port())
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    running = [subprocess.Popen([sys.executable, program, str(rank), str(size), port],
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+               for rank in range(size)]
+    for rank, process in enumerate(running):
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 0, err
+        assert json.loads(out)[0] == rank

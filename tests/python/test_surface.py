@@ -1,0 +1,165 @@
+"""What can be seen without a Buffer: names, signatures, configurations, imports."""
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import deep_ep
+
+GOLDEN = (Path(__file__).with_name("golden_surface.txt")).read_text().splitlines()
+
+
+@pytest.mark.parametrize("line", GOLDEN, ids=lambda line: line.split("(")[0])
+def test_signatures_are_those_of_deep_ep(line):
+    path, _, rest = line.partition("(")
+    owner, name = path.split(".")
+    found = inspect.getattr_static(getattr(deep_ep, owner), name)
+    is_static = isinstance(found, staticmethod)
+    assert is_static == rest.endswith(" static")
+    signature = inspect.signature(found.__func__ if is_static else found)
+    # What we add can be given by keyword only, so no caller of DeepEP meets it.
+    known = [one.replace(annotation=inspect.Parameter.empty)
+             for one in signature.parameters.values() if one.kind is not one.KEYWORD_ONLY]
+    text = str(signature.replace(parameters=known, return_annotation=inspect.Signature.empty))
+    assert text == "(" + rest.removesuffix(" static")
+
+
+def _stubs():
+    tree = ast.parse(Path(deep_ep.__file__).with_suffix(".pyi").read_text())
+    for owner in (node for node in tree.body if isinstance(node, ast.ClassDef)):
+        for method in (node for node in owner.body if isinstance(node, ast.FunctionDef)):
+            yield owner.name, method
+
+
+def _without_annotations(signature):
+    return str(signature.replace(return_annotation=inspect.Signature.empty, parameters=[
+        one.replace(annotation=inspect.Parameter.empty) for one in signature.parameters.values()]))
+
+
+def test_stubs_say_what_the_classes_have():
+    stubbed = {}
+    for owner, method in _stubs():
+        method.returns, method.decorator_list = None, []
+        for argument in ast.walk(method.args):
+            if isinstance(argument, ast.arg):
+                argument.annotation = None
+        scope = {}
+        exec(ast.unparse(method), scope)
+        signature = inspect.signature(scope[method.name])
+        stubbed.setdefault(owner, set()).add(method.name)
+        found = inspect.getattr_static(getattr(deep_ep, owner), method.name)
+        found = getattr(found, "__func__", found)
+        assert str(signature) == _without_annotations(inspect.signature(found)), method.name
+    for owner in ("Buffer", "Config", "EventHandle", "EventOverlap", "Group"):
+        public = {name for name in dir(getattr(deep_ep, owner)) if not name.startswith("_")
+                  and callable(getattr(getattr(deep_ep, owner), name))}
+        assert public <= stubbed[owner], owner
+
+
+def test_names_are_where_callers_look_for_them():
+    from deep_ep import Buffer, Config, EventHandle, EventOverlap, topk_idx_t
+    from deep_ep.utils import EventHandle as handle, EventOverlap as overlap
+    from deep_ep.utils.event import EventOverlap as third
+    from deep_ep_cpp import Config as config, EventHandle as fourth
+    assert (handle, overlap, third, config, fourth) == (EventHandle, EventOverlap, EventOverlap,
+                                                        Config, EventHandle)
+    assert topk_idx_t is torch.int64
+    assert isinstance(Buffer, type) and type(Buffer) is type
+    assert not hasattr(deep_ep, "ElasticBuffer")  # vLLM would take a path that needs NCCL's
+
+
+def test_the_version_is_that_of_the_library():
+    header = (Path(__file__).parents[2] / "include/deep_ep/version.hpp").read_text()
+    numbers = [line.split()[-1] for line in header.splitlines() if line.startswith("#define DEEP")]
+    assert deep_ep.__version__ == ".".join(numbers)
+
+
+def in_fresh_python(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                          timeout=60).stdout
+
+
+def test_importing_is_quick_and_brings_in_neither_torch_nor_numpy():
+    out = in_fresh_python("import sys, time; start = time.perf_counter(); import deep_ep; "
+                          "print(time.perf_counter() - start, 'torch' in sys.modules, "
+                          "'numpy' in sys.modules)")
+    seconds, torch_too, numpy_too = out.split()
+    assert float(seconds) < 0.2
+    assert (torch_too, numpy_too) == ("False", "False")
+
+
+def test_a_broken_installation_is_an_import_error_that_says_what_to_do():
+    out = in_fresh_python("import sys; sys.modules['deep_ep._C'] = None\n"
+                          "try: import deep_ep\n"
+                          "except ImportError as error: print(error)")
+    assert "install the package again" in out
+
+
+def test_config_takes_keywords_and_positions():
+    assert deep_ep.Config(24, 8, 256)._values() == (24, 8, 256, 6, 256)
+    config = deep_ep.Config(num_sms=8, num_max_nvl_chunked_send_tokens=7,
+                            num_max_nvl_chunked_recv_tokens=9, num_max_rdma_chunked_send_tokens=1,
+                            num_max_rdma_chunked_recv_tokens=2)
+    assert config._values() == (8, 7, 9, 1, 2)
+    with pytest.raises(deep_ep.Error, match="num_max_nvl_chunked_recv_tokens is 3"):
+        deep_ep.Config(8, 4, 3)
+    with pytest.raises(TypeError):
+        deep_ep.Config(num_sm=8)
+
+
+def test_size_hints_never_raise():
+    for ranks in (0, 1, 3, 8, 160, 10**6):
+        for hidden in (0, 32, 7168 * 2, 10**12):
+            assert deep_ep.Config().get_nvl_buffer_size_hint(hidden, ranks) > 0
+            assert deep_ep.Config().get_rdma_buffer_size_hint(hidden, ranks) >= 0
+    assert deep_ep.Config().get_rdma_buffer_size_hint(7168 * 2, 8) == 0
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5, 8, 20, 160, 1000])
+def test_there_is_a_config_for_any_number_of_ranks(ranks):
+    for config in (deep_ep.Buffer.get_dispatch_config(ranks),
+                   deep_ep.Buffer.get_combine_config(ranks)):
+        assert isinstance(config, deep_ep.Config)
+        assert config.num_sms == deep_ep.Buffer.num_sms
+
+
+def test_num_sms_is_of_the_class_and_set_before_anything_else():
+    before = deep_ep.Buffer.num_sms
+    assert before == 20
+    try:
+        deep_ep.Buffer.set_num_sms(14)
+        assert deep_ep.Buffer.num_sms == 14
+        assert deep_ep.Buffer.get_dispatch_config(8).num_sms == 14
+        for wrong in (0, -2, 1.5, "8"):
+            with pytest.raises(ValueError, match="new_num_sms"):
+                deep_ep.Buffer.set_num_sms(wrong)
+    finally:
+        deep_ep.Buffer.set_num_sms(before)
+
+
+def test_events_without_a_gpu_have_happened():
+    handle = deep_ep.EventHandle()
+    handle.current_stream_wait()
+    assert handle.query()
+    tensors = (torch.ones(1),)
+    overlap = deep_ep.EventOverlap(handle, tensors)
+    assert overlap.extra_tensors is tensors
+    overlap.current_stream_wait()
+    with overlap as entered:
+        assert entered is overlap
+    overlap.event = None  # xtuner assigns it
+    with overlap:
+        pass
+    with pytest.raises(RuntimeError, match="there is no event"):
+        overlap.current_stream_wait()
+    assert isinstance(deep_ep.Buffer.capture().event, deep_ep.EventHandle)
+    assert deep_ep.EventOverlap().event is None
+
+
+def test_whether_gpus_are_served_can_be_asked():
+    assert isinstance(deep_ep.Buffer.is_sm90_compiled(), bool)
