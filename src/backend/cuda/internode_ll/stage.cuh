@@ -52,11 +52,11 @@ struct RowUnits {
       : begin(static_cast<int>(threadIdx.x) - idle * 32), stride(kThreads - idle * 32) {
     const std::int64_t bytes = kQuantize ? 2 * args.x_bytes : args.x_bytes;
     from = reinterpret_cast<const uint4*>(args.x + token * bytes);
-    count = token < args.num_tokens && begin >= 0 ? static_cast<int>(bytes / 16) : 0;
+    count = token < args.num_tokens ? static_cast<int>(bytes / 16) : 0;
 #pragma unroll
     for (int i = 0; i < kUnits; ++i) {
       const int unit = begin + i * stride;
-      first[i] = unit < count ? from[unit] : uint4{};
+      first[i] = begin >= 0 && unit < count ? from[unit] : uint4{};
     }
   }
 
