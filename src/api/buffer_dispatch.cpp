@@ -220,15 +220,17 @@ DispatchResult Buffer::Impl::intranode_dispatch(const DispatchArgs& args) {
     place_results(*job, rows);
     if (args.group_rows) allocate_groups(*job, rows);
     const bool counted = !job->dispatch.cached && !counts_come_late;
-    result.event = backend_->submit(args.options,
-                                    stage(job->number, true,
-                                          [this, job, counts_come_late] {
-                                            if (counts_come_late) notify(*job);
-                                            intranode::dispatch(*backend_, job->dispatch);
-                                            if (job->args.group_rows)
-                                              intranode::group_rows(*backend_, job->group);
-                                          }),
-                                    counted ? Backend::Part::kEnd : Backend::Part::kWhole);
+    result.event = backend_->submit(
+        args.options,
+        stage(job->number, true,
+              [this, job, counts_come_late] {
+                if (counts_come_late) notify(*job);
+                intranode::dispatch(*backend_, job->dispatch);
+                if (job->args.group_rows) intranode::group_rows(*backend_, job->group);
+              }),
+        // Memory of a caller's allocator may have been in use on the
+        // caller's stream since the first part began.
+        counted && !options_.allocator ? Backend::Part::kEnd : Backend::Part::kWhole);
     return result;
   });
 }
