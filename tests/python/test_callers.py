@@ -251,18 +251,25 @@ def _threads(group):
     buffers = [deep_ep.Buffer(group, 1 << 20) for _ in range(2)]
     device = torch.cuda.current_device() if routing.DEVICE == "cuda" else None
 
+    def steps(index):
+        for step in range(20):
+            one = make_inputs(size, experts=2 * size, seed=50 * index + step)[group.rank()]
+            buffer = buffers[index]
+            layout = buffer.get_dispatch_layout(one.topk_idx, one.experts)
+            got = buffer.dispatch(one.x, None, layout[0], None, layout[3], layout[2])
+            combined = buffer.combine(got[0], got[4])[0]
+            expected = one.x.float() * layout[3].sum(1, keepdim=True)
+            assert same(combined.float(), expected)
+
     def work(index):
         try:
-            if device is not None:  # of a new thread it is the first one
-                torch.cuda.set_device(device)
-            for step in range(20):
-                one = make_inputs(size, experts=2 * size, seed=50 * index + step)[group.rank()]
-                buffer = buffers[index]
-                layout = buffer.get_dispatch_layout(one.topk_idx, one.experts)
-                got = buffer.dispatch(one.x, None, layout[0], None, layout[3], layout[2])
-                combined = buffer.combine(got[0], got[4])[0]
-                expected = one.x.float() * layout[3].sum(1, keepdim=True)
-                assert same(combined.float(), expected)
+            if device is None:
+                return steps(index)
+            torch.cuda.set_device(device)  # of a new thread it is the first one
+            # Of their own: one stream for both would put the two Buffers' calls in an order, and in
+            # another one on the other rank.
+            with torch.cuda.stream(torch.cuda.Stream()):
+                steps(index)
         except BaseException as error:
             wrong.append(error)
 

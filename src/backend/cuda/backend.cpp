@@ -122,13 +122,7 @@ class CudaBackend final : public Backend {
     const DeviceGuard guard(context_.device());
     // Kernels of one Buffer never run side by side, and memory comes back behind the communication
     // stream.
-    cudaStream_t comm = context_.comm_stream();
-    cudaStream_t caller = native(options.stream);
-    if (caller != comm) {
-      const auto before = context_.events()->take();
-      check(cudaEventRecord(before.get(), comm), "cudaEventRecord");
-      check(cudaStreamWaitEvent(caller, before.get(), 0), "cudaStreamWaitEvent");
-    }
+    order_behind_comm(native(options.stream));
     work();
   }
 
@@ -179,6 +173,7 @@ class CudaBackend final : public Backend {
   }
   void query_mask(std::int32_t* masks, Stream stream) override {
     const DeviceGuard guard(context_.device());
+    order_behind_comm(native(stream));
     low_latency_.query_mask(masks, stream);
   }
   void clean_mask(Stream stream) override {
@@ -199,6 +194,15 @@ class CudaBackend final : public Backend {
     std::vector<Tensor> tensors;
     for (const TensorView& view : views) tensors.emplace_back(view, results.owner);
     return tensors;
+  }
+  /// What `caller` does from now on comes behind what the communication stream has. A capture of
+  /// one of the two alone cannot have an edge to the other.
+  void order_behind_comm(cudaStream_t caller) {
+    cudaStream_t comm = context_.comm_stream();
+    if (caller == comm || is_capturing(caller) != is_capturing(comm)) return;
+    const auto before = context_.events()->take();
+    check(cudaEventRecord(before.get(), comm), "cudaEventRecord");
+    check(cudaStreamWaitEvent(caller, before.get(), 0), "cudaStreamWaitEvent");
   }
   void wait_before(const CallOptions& options, cudaStream_t caller, cudaStream_t comm) {
     if (options.previous_event) {
