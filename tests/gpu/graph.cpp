@@ -22,14 +22,7 @@ class Replay {
         ids_(Tensor::empty(DType::kInt64, {kShape.tokens, kShape.topk}, buffer.device())),
         weights_(Tensor::empty(DType::kFloat32, {kShape.tokens, kShape.topk}, buffer.device())) {
     (void)load(0);
-    calls();  // what is allocated at the first call is not part of the graph
-    check(cudaStreamSynchronize(stream_), "warm-up");
-    cudaGraph_t graph = nullptr;
-    check(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeGlobal), "cudaStreamBeginCapture");
-    calls();
-    check(cudaStreamEndCapture(stream_, &graph), "cudaStreamEndCapture");
-    check(cudaGraphInstantiate(&graph_, graph, 0), "cudaGraphInstantiate");
-    (void)cudaGraphDestroy(graph);
+    graph_ = capture(stream_, [this] { calls(); });
   }
   ~Replay() { (void)cudaGraphExecDestroy(graph_); }
   Replay(const Replay&) = delete;

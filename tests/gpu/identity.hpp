@@ -108,6 +108,22 @@ inline cudaStream_t make_stream() {
   return stream;
 }
 
+/// What `calls` queue on the stream, as a graph. They run once before, since what is allocated at
+/// the first time is not part of it.
+template <class Calls>
+cudaGraphExec_t capture(cudaStream_t stream, Calls&& calls) {
+  calls();
+  cuda::check(cudaStreamSynchronize(stream), "warm-up");
+  cudaGraph_t graph = nullptr;
+  cudaGraphExec_t executable = nullptr;
+  cuda::check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), "begin of the capture");
+  calls();
+  cuda::check(cudaStreamEndCapture(stream, &graph), "end of the capture");
+  cuda::check(cudaGraphInstantiate(&executable, graph, 0), "cudaGraphInstantiate");
+  (void)cudaGraphDestroy(graph);
+  return executable;
+}
+
 inline void copy_in(const Tensor& to, const void* from, cudaStream_t stream) {
   cuda::check(cudaMemcpyAsync(to.data, from, to.nbytes(), cudaMemcpyHostToDevice, stream),
               "cudaMemcpyAsync");

@@ -48,14 +48,7 @@ class Replay {
         ids_(Tensor::empty(DType::kInt64, {kind.tokens, kind.topk}, buffer.device())),
         weights_(Tensor::empty(DType::kFloat32, {kind.tokens, kind.topk}, buffer.device())) {
     load(0);
-    calls();
-    check(cudaStreamSynchronize(stream_), "warm-up");
-    cudaGraph_t graph = nullptr;
-    check(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeGlobal), "cudaStreamBeginCapture");
-    calls();
-    check(cudaStreamEndCapture(stream_, &graph), "cudaStreamEndCapture");
-    check(cudaGraphInstantiate(&graph_, graph, 0), "cudaGraphInstantiate");
-    (void)cudaGraphDestroy(graph);
+    graph_ = capture(stream_, [this] { calls(); });
   }
   ~Replay() { (void)cudaGraphExecDestroy(graph_); }
   Replay(const Replay&) = delete;
