@@ -212,6 +212,9 @@ class DEEP_EP_API Buffer {
   /// round_scale. Calls with a hook have two parts; until the second one has run the result is
   /// live. Of each kind, dispatch and combine, two results may be live, and a call is refused with
   /// Error(kUsage) while the call before the last is.
+  /// On GPUs a call takes all SMs: calls of several Buffers of one GPU come in the same order on
+  /// all ranks, since the kernel of one may have to wait for that of another to end. A masked rank
+  /// that goes in the middle of its messages may leave undefined rows in results of that call.
   LowLatencyDispatchResult low_latency_dispatch(const LowLatencyDispatchArgs& args);
   LowLatencyCombineResult low_latency_combine(const LowLatencyCombineArgs& args);
   /// Checks that calls of this shape fit into num_rdma_bytes. Nothing needs to be cleaned: buffers

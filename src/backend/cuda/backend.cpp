@@ -121,9 +121,11 @@ class CudaBackend final : public Backend {
   void run(const CallOptions& options, std::function<void()> work) override {
     const DeviceGuard guard(context_.device());
     // Kernels of one Buffer never run side by side, and memory comes back behind the communication
-    // stream.
-    order_behind_comm(native(options.stream));
+    // stream: so what comes here is behind that, and what comes there behind this.
+    cudaStream_t caller = native(options.stream);
+    order(context_.comm_stream(), caller);
     work();
+    order(caller, context_.comm_stream());
   }
 
   Stream comm_stream() const override { return {context_.comm_stream(), options_.device}; }
@@ -173,7 +175,7 @@ class CudaBackend final : public Backend {
   }
   void query_mask(std::int32_t* masks, Stream stream) override {
     const DeviceGuard guard(context_.device());
-    order_behind_comm(native(stream));
+    order(context_.comm_stream(), native(stream));
     low_latency_.query_mask(masks, stream);
   }
   void clean_mask(Stream stream) override {
@@ -195,14 +197,13 @@ class CudaBackend final : public Backend {
     for (const TensorView& view : views) tensors.emplace_back(view, results.owner);
     return tensors;
   }
-  /// What `caller` does from now on comes behind what the communication stream has. A capture of
-  /// one of the two alone cannot have an edge to the other.
-  void order_behind_comm(cudaStream_t caller) {
-    cudaStream_t comm = context_.comm_stream();
-    if (caller == comm || is_capturing(caller) != is_capturing(comm)) return;
-    const auto before = context_.events()->take();
-    check(cudaEventRecord(before.get(), comm), "cudaEventRecord");
-    check(cudaStreamWaitEvent(caller, before.get(), 0), "cudaStreamWaitEvent");
+  /// What `second` does from now on comes behind what `first` has. A capture of one of the two
+  /// alone cannot have an edge to the other.
+  void order(cudaStream_t first, cudaStream_t second) {
+    if (first == second || is_capturing(first) != is_capturing(second)) return;
+    const auto event = context_.events()->take();
+    check(cudaEventRecord(event.get(), first), "cudaEventRecord");
+    check(cudaStreamWaitEvent(second, event.get(), 0), "cudaStreamWaitEvent");
   }
   void wait_before(const CallOptions& options, cudaStream_t caller, cudaStream_t comm) {
     if (options.previous_event) {

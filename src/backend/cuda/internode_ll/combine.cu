@@ -20,8 +20,10 @@ SharedOffsets plan_shared(const CombineArgs& args) {
 
 __device__ bool counts_for_others() { return blockIdx.x == gridDim.x - 1; }
 
-__device__ std::int32_t range_count(std::int64_t range) {
-  return static_cast<std::int32_t>(range & 0xffffffff);
+/// Rows of a source by a rank-major handle, which may be anything.
+__device__ std::int32_t rows_of(const CombineArgs& args, int source) {
+  const auto count = static_cast<std::int32_t>(args.layout_range[source] & 0xffffffff);
+  return max(0, min(count, static_cast<std::int32_t>(args.shape.max_tokens)));
 }
 
 // --- weights to the ranks of the experts -----------------------------------------------
@@ -33,8 +35,7 @@ __device__ bool send_call(const CombineArgs& args, const Ticket& ticket, bool go
   if (!count_all(args, good, messages, nullptr)) return false;
   for (int rank = warp_id(); rank < args.comm.num_ranks; rank += kWarps) {
     if (is_masked(args, rank)) continue;
-    const std::int64_t rows =
-        args.rank_major ? range_count(args.layout_range[rank]) : args.num_tokens;
+    const std::int64_t rows = args.rank_major ? rows_of(args, rank) : args.num_tokens;
     announce(args, ticket, rank, messages[rank], uses_packets(args, args.places.returns, rows));
   }
   return true;
@@ -109,7 +110,6 @@ __device__ bool send_all_weights(const CombineArgs& args, const Ticket& ticket, 
 /// By all threads, true in each: the row for one message.
 __device__ bool serve(const CombineArgs& args, const Ticket& ticket, int source,
                       std::int64_t message, bool packeted) {
-  __syncthreads();  // the last message's rows have been read
   bool good = true;
   if (args.rank_major) {
     if (threadIdx.x == 0) {
@@ -132,12 +132,14 @@ __device__ bool send_all_home(const CombineArgs& args, const Ticket& ticket) {
   const auto tokens = static_cast<unsigned>(args.rank_major ? 0 : args.num_tokens);
   unsigned turn = (blockIdx.x + blocks - (tokens + 1) % blocks) % blocks;
   for (int source = 0; source < args.comm.num_ranks; ++source) {
-    const auto messages = static_cast<unsigned>(
-        args.rank_major ? range_count(args.layout_range[source]) : announced.messages[source]);
+    const auto messages =
+        static_cast<unsigned>(args.rank_major ? rows_of(args, source) : announced.messages[source]);
     const bool packeted = args.rank_major ? uses_packets(args, args.places.returns, messages)
                                           : announced.packeted[source] != 0;
     for (; turn < messages; turn += blocks) {
-      if (is_masked(args, source)) continue;
+      // All threads alike, whatever another block masks meanwhile; and the last message's rows have
+      // been read.
+      if (__syncthreads_or(is_masked(args, source)) != 0) continue;
       if (!serve(args, ticket, source, turn, packeted)) return false;
     }
     turn -= messages;

@@ -36,6 +36,7 @@ __device__ inline bool take_weights(const CombineArgs& args, const Ticket& ticke
   const Packet* head = place_here(ticket.packet_shift, args.places.messages.head(source, message));
   bool good = true;
   int found = 0;
+  unsigned absent = 0;
   std::int32_t token = 0;
   for (int base = 0; base <= args.shape.num_topk && good; base += 32) {
     const int part = base + lane_id();
@@ -62,9 +63,11 @@ __device__ inline bool take_weights(const CombineArgs& args, const Ticket& ticke
                            __uint_as_float(packet.words[2])};
     }
     found += __popc(__ballot_sync(0xffffffff, entry));
+    absent |= __ballot_sync(0xffffffff, arrival == Arrival::kAbsent);
     good = __all_sync(0xffffffff, good) != 0;
   }
-  if (lane_id() == 0) *shared_at<std::int32_t>(args.shared.num_places) = found;
+  // Of a rank that went in between nothing is summed: what is missing would be a hole.
+  if (lane_id() == 0) *shared_at<std::int32_t>(args.shared.num_places) = absent != 0 ? 0 : found;
   return good;
 }
 
