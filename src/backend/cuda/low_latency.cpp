@@ -45,8 +45,7 @@ void LowLatency::start_tickets() {
   const DeviceGuard guard(context_.device());
   auto state = std::make_unique<LowLatencyState>();
   *state = {};
-  for (LowLatencyState::Block& block : state->blocks)
-    block.sent[0] = block.sent[1] = last_ticket_;
+  for (LowLatencyState::Block& block : state->blocks) block.sent[0] = block.sent[1] = last_ticket_;
   check(cudaMemcpy(&context_.comm({}).local->low_latency, state.get(), sizeof *state,
                    cudaMemcpyHostToDevice),
         "cudaMemcpy");
