@@ -14,6 +14,7 @@
 #include "machine.hpp"
 #include "names.hpp"
 #include "ranks.hpp"
+#include "report.hpp"
 #include "stats.hpp"
 
 namespace deep_ep::cli {
@@ -92,7 +93,6 @@ void print_row(const LowLatencyCase& c, const BenchRow& row) {
 }
 
 nlohmann::ordered_json row_json(const LowLatencyCase& c, const BenchRow& row) {
-  const Summary times = summarize(row.times_us);
   nlohmann::ordered_json json;
   json["tokens"] = c.tokens[0];
   json["max_tokens"] = c.capacity();
@@ -101,15 +101,8 @@ nlohmann::ordered_json row_json(const LowLatencyCase& c, const BenchRow& row) {
   json["experts"] = c.experts;
   json["payload"] = verify::to_string(c.payload);
   json["format"] = format_name(c);
-  json["operation"] = row.operation;
-  json["median_us"] = times.median;
-  json["p99_us"] = times.p99;
-  json["min_us"] = times.min;
-  json["max_us"] = times.max;
-  json["logical_bytes_per_rank"] = row.logical_bytes;
-  json["wire_bytes_per_rank"] = row.wire_bytes;
-  json["checked_elements"] = row.checked_elements;
-  json["wrong_elements"] = row.wrong_elements;
+  add_times(row, json);
+  add_checks(row, json);
   return json;
 }
 

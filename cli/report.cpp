@@ -50,15 +50,8 @@ void print_bench_row(const BenchShape& shape, const BenchRow& row) {
   std::fflush(stdout);
 }
 
-nlohmann::ordered_json bench_row_json(const BenchShape& shape, const BenchRow& row) {
+void add_times(const BenchRow& row, nlohmann::ordered_json& json) {
   const Summary times = summarize(row.times_us);
-  nlohmann::ordered_json json;
-  json["tokens"] = shape.tokens;
-  json["hidden"] = shape.hidden;
-  json["topk"] = shape.topk;
-  json["experts"] = shape.experts;
-  json["dtype"] = short_name(shape.dtype);
-  json["num_sms"] = shape.num_sms;
   json["operation"] = row.operation;
   json["median_us"] = times.median;
   json["p99_us"] = times.p99;
@@ -66,10 +59,26 @@ nlohmann::ordered_json bench_row_json(const BenchShape& shape, const BenchRow& r
   json["max_us"] = times.max;
   json["logical_bytes_per_rank"] = row.logical_bytes;
   json["wire_bytes_per_rank"] = row.wire_bytes;
-  json["logical_gbps"] = gigabytes_per_second(row.logical_bytes, times.median);
-  json["wire_gbps"] = gigabytes_per_second(row.wire_bytes, times.median);
+}
+
+void add_checks(const BenchRow& row, nlohmann::ordered_json& json) {
   json["checked_elements"] = row.checked_elements;
   json["wrong_elements"] = row.wrong_elements;
+}
+
+nlohmann::ordered_json bench_row_json(const BenchShape& shape, const BenchRow& row) {
+  const double median = summarize(row.times_us).median;
+  nlohmann::ordered_json json;
+  json["tokens"] = shape.tokens;
+  json["hidden"] = shape.hidden;
+  json["topk"] = shape.topk;
+  json["experts"] = shape.experts;
+  json["dtype"] = short_name(shape.dtype);
+  json["num_sms"] = shape.num_sms;
+  add_times(row, json);
+  json["logical_gbps"] = gigabytes_per_second(row.logical_bytes, median);
+  json["wire_gbps"] = gigabytes_per_second(row.wire_bytes, median);
+  add_checks(row, json);
   return json;
 }
 

@@ -12,6 +12,9 @@ namespace deep_ep::cli {
 void print_bench_header(const std::string& command, int ranks, const BenchSettings& settings,
                         const std::string& transport);
 void print_bench_row(const BenchShape& shape, const BenchRow& row);
+// What the JSON of a row has in every mode.
+void add_times(const BenchRow& row, nlohmann::ordered_json& json);
+void add_checks(const BenchRow& row, nlohmann::ordered_json& json);
 nlohmann::ordered_json bench_row_json(const BenchShape& shape, const BenchRow& row);
 
 }  // namespace deep_ep::cli

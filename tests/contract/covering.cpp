@@ -128,4 +128,15 @@ std::vector<std::vector<int>> pairwise_rows(const std::vector<int>& levels, std:
   return rows;
 }
 
+std::vector<std::int64_t> spread_tokens(std::int64_t tokens, int ranks, int level) {
+  std::vector<std::int64_t> spread(static_cast<std::size_t>(ranks), tokens);
+  for (int rank = 0; rank < ranks; ++rank) {
+    std::int64_t& mine = spread[static_cast<std::size_t>(rank)];
+    if (level == 1) mine = tokens * (rank + 1) / ranks;
+    if (level == 2 && rank % 2 == 0) mine = 0;
+    if (level == 3 && rank != ranks - 1) mine = 0;
+  }
+  return spread;
+}
+
 }  // namespace deep_ep::test

@@ -10,4 +10,9 @@ namespace deep_ep::test {
 /// row is the best of a few random candidates; the same seed gives the same rows.
 std::vector<std::vector<int>> pairwise_rows(const std::vector<int>& levels, std::uint64_t seed);
 
+constexpr int kSpreads = 4;
+/// How a number of tokens is spread over the ranks: equal, ragged, every other rank empty, all on
+/// the last rank.
+std::vector<std::int64_t> spread_tokens(std::int64_t tokens, int ranks, int level);
+
 }  // namespace deep_ep::test

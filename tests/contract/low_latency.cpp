@@ -52,7 +52,7 @@ std::vector<int> factor_levels() {
   levels[kRanksFactor] = kRanks.size();
   levels[kTopkFactor] = kTopk.size();
   levels[kTokensFactor] = kTokens.size();
-  levels[kSpreadFactor] = 4;
+  levels[kSpreadFactor] = kSpreads;
   levels[kCapacityFactor] = 3;
   levels[kHiddenFactor] = kHidden.size();
   levels[kPayloadFactor] = kPayloads;
@@ -64,17 +64,6 @@ std::vector<int> factor_levels() {
   levels[kReuseFactor] = 4;
   levels[kOutputsFactor] = 4;
   return levels;
-}
-
-std::vector<std::int64_t> spread_tokens(std::int64_t tokens, int ranks, int level) {
-  std::vector<std::int64_t> spread(static_cast<std::size_t>(ranks), tokens);
-  for (int rank = 0; rank < ranks; ++rank) {
-    std::int64_t& mine = spread[static_cast<std::size_t>(rank)];
-    if (level == 1) mine = tokens * (rank + 1) / ranks;
-    if (level == 2 && rank % 2 == 0) mine = 0;
-    if (level == 3 && rank != ranks - 1) mine = 0;
-  }
-  return spread;
 }
 
 bool quantised(LowLatencyPayload payload) {

@@ -63,7 +63,7 @@ std::vector<int> factor_levels() {
   levels[kRanksFactor] = kRanks.size();
   levels[kTopkFactor] = kTopk.size();
   levels[kTokensFactor] = kTokens.size();
-  levels[kSpreadFactor] = 4;
+  levels[kSpreadFactor] = kSpreads;
   levels[kHiddenFactor] = kHiddenLevels;
   levels[kDtypeFactor] = kDtypes.size();
   levels[kSumDtypeFactor] = kSumDtypes.size();
@@ -83,19 +83,6 @@ std::vector<int> factor_levels() {
   levels[kGroupsFactor] = 3;
   levels[kPrepareFactor] = 2;
   return levels;
-}
-
-/// How a number of tokens is spread over the ranks: equal, ragged, every other rank empty, all on
-/// the last rank.
-std::vector<std::int64_t> spread_tokens(std::int64_t tokens, int ranks, int level) {
-  std::vector<std::int64_t> spread(static_cast<std::size_t>(ranks), tokens);
-  for (int rank = 0; rank < ranks; ++rank) {
-    std::int64_t& mine = spread[static_cast<std::size_t>(rank)];
-    if (level == 1) mine = tokens * (rank + 1) / ranks;
-    if (level == 2 && rank % 2 == 0) mine = 0;
-    if (level == 3 && rank != ranks - 1) mine = 0;
-  }
-  return spread;
 }
 
 /// Rows are multiples of 16 bytes in every dtype that the exchange uses: 16 values are, in all.

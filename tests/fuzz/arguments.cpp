@@ -148,10 +148,9 @@ void change_config(Mutator& mutator, Config& config) {
   config.*kFields[mutator.below(kFields.size())] = mutator.small_int();
 }
 
-void change_handle(Mutator& mutator, IntranodeHandle& handle) {
-  const std::array<Tensor*, 6> tensors{
-      &handle.rank_prefix_matrix, &handle.channel_prefix_matrix, &handle.recv_channel_prefix_matrix,
-      &handle.recv_src_idx,       &handle.is_token_in_rank,      &handle.send_head};
+/// One of the tensors of a handle: its numbers, or what it says of itself.
+template <std::size_t kCount>
+void change_one(Mutator& mutator, const std::array<Tensor*, kCount>& tensors) {
   Tensor& tensor = *tensors[mutator.below(tensors.size())];
   if (mutator.chance(2)) {
     mutator.scramble(tensor);
@@ -161,6 +160,13 @@ void change_handle(Mutator& mutator, IntranodeHandle& handle) {
   view.data = mutator.arena().data();
   mutator.change(view);
   tensor = view;
+}
+
+void change_handle(Mutator& mutator, IntranodeHandle& handle) {
+  const std::array<Tensor*, 6> tensors{
+      &handle.rank_prefix_matrix, &handle.channel_prefix_matrix, &handle.recv_channel_prefix_matrix,
+      &handle.recv_src_idx,       &handle.is_token_in_rank,      &handle.send_head};
+  change_one(mutator, tensors);
 }
 
 void change_options(Mutator& mutator, CallOptions& options) {
@@ -215,15 +221,7 @@ void change_dispatch(Mutator& mutator, DispatchArgs& args) {
 void change_groups(Mutator& mutator, RowGroups& groups) {
   const std::array<Tensor*, 4> tensors{&groups.group_offsets, &groups.grouped_rows,
                                        &groups.recv_rows, &groups.weights};
-  Tensor& tensor = *tensors[mutator.below(tensors.size())];
-  if (mutator.chance(2)) {
-    mutator.scramble(tensor);
-    return;
-  }
-  TensorView view = tensor;
-  view.data = mutator.arena().data();
-  mutator.change(view);
-  tensor = view;
+  change_one(mutator, tensors);
 }
 
 /// Outputs, groups or counts that do not fit. Outputs have memory of their own, which is written.

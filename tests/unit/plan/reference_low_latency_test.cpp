@@ -8,6 +8,7 @@
 
 #include "deep_ep/error.hpp"
 #include "plan/numerics.hpp"
+#include "unit/plan/bytes.hpp"
 
 // Low-latency exchanges that were worked out by hand.
 namespace deep_ep::plan::reference {
@@ -15,20 +16,6 @@ namespace {
 
 using testing::ElementsAre;
 using testing::IsEmpty;
-
-template <class T>
-std::vector<std::byte> bytes_of(const std::vector<T>& values) {
-  std::vector<std::byte> bytes(values.size() * sizeof(T));
-  std::memcpy(bytes.data(), values.data(), bytes.size());
-  return bytes;
-}
-
-template <class T>
-std::vector<T> values_of(const std::vector<std::byte>& bytes) {
-  std::vector<T> values(bytes.size() / sizeof(T));
-  std::memcpy(values.data(), bytes.data(), bytes.size());
-  return values;
-}
 
 std::vector<std::byte> bf16(const std::vector<float>& values) {
   std::vector<std::uint16_t> bits;

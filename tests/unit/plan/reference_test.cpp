@@ -9,6 +9,7 @@
 
 #include "deep_ep/error.hpp"
 #include "plan/numerics.hpp"
+#include "unit/plan/bytes.hpp"
 
 // Exchanges that were worked out by hand.
 namespace deep_ep::plan::reference {
@@ -16,20 +17,6 @@ namespace {
 
 using testing::ElementsAre;
 using testing::IsEmpty;
-
-template <class T>
-std::vector<std::byte> bytes_of(const std::vector<T>& values) {
-  std::vector<std::byte> bytes(values.size() * sizeof(T));
-  std::memcpy(bytes.data(), values.data(), bytes.size());
-  return bytes;
-}
-
-template <class T>
-std::vector<T> values_of(const std::vector<std::byte>& bytes) {
-  std::vector<T> values(bytes.size() / sizeof(T));
-  std::memcpy(values.data(), bytes.data(), bytes.size());
-  return values;
-}
 
 /// Two ranks, four experts, top-2. Rank 0 has three tokens, the last of which goes nowhere; rank 1
 /// has one that names expert 1 twice.

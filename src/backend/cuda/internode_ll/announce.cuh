@@ -16,7 +16,10 @@ __device__ inline void announce(const StepArgs& args, const Ticket& ticket, int 
   const int part = lane_id();
   if (part >= plan::kCallPackets) return;
   Packet* to = place_at(args, ticket.packet_shift, args.places.call(comm.rank) + part, rank);
-  std::uint32_t words[3] = {static_cast<std::uint32_t>(messages), packeted ? 1u : 0u,
+  const auto protocol =
+      packeted ? plan::LowLatencyProtocol::kPackets : plan::LowLatencyProtocol::kFlagged;
+  std::uint32_t words[3] = {static_cast<std::uint32_t>(messages),
+                            static_cast<std::uint32_t>(protocol),
                             static_cast<std::uint32_t>(args.num_tokens)};
   const auto* record = reinterpret_cast<const std::uint32_t*>(&comm.record);
 #pragma unroll
@@ -49,7 +52,8 @@ __device__ inline bool take_announced(const StepArgs& args, const Ticket& ticket
   const auto most = static_cast<std::uint32_t>(args.shape.max_tokens);
   announced.messages[source] =
       here ? static_cast<std::int32_t>(packet.words[0] < most ? packet.words[0] : most) : 0;
-  announced.packeted[source] = here ? packet.words[1] : 0;
+  announced.packeted[source] =
+      here && packet.words[1] == static_cast<std::uint32_t>(plan::LowLatencyProtocol::kPackets);
   return arrival != Arrival::kFailed;
 }
 
