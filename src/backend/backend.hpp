@@ -115,6 +115,9 @@ struct BackendOptions {
   int num_threads = 0;
   int rank = 0;
   int num_ranks = 1;
+  plan::Topology topology{};
+  int ranks_on_host = 1;  // of this machine, whatever nodes they are of
+  bool one_process = false;  // all ranks are threads of this process
 };
 
 /// Throws Error(kUnsupported) if this build or machine has no backend for the device, saying what

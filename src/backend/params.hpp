@@ -8,6 +8,7 @@
 #include "deep_ep/tensor.hpp"
 #include "fabric/heap.hpp"
 #include "plan/groups.hpp"
+#include "plan/internode.hpp"
 #include "plan/layout.hpp"
 #include "plan/low_latency.hpp"
 #include "plan/recv_arrays.hpp"
@@ -35,9 +36,57 @@ struct LayoutParams {
   std::int32_t* num_tokens_per_rank = nullptr;    // [R]
   std::int32_t* num_tokens_per_expert = nullptr;  // [E]
   bool* is_token_in_rank = nullptr;               // [N, R]
+  plan::Topology topology;
+  std::int32_t* num_tokens_per_rdma_rank = nullptr;  // [nodes]; null while there is one
 };
 
 }  // namespace internode
+
+/// The payload of the source: arrays of N rows.
+struct DispatchSource {
+  const std::byte* x = nullptr;
+  TensorView scales;
+  TensorView topk_idx;
+  const float* topk_weights = nullptr;
+};
+
+/// Where the caller wants results copied to, row by row; null: they stay in the block.
+struct DispatchOutputs {
+  std::byte* x = nullptr;
+  std::byte* scales = nullptr;
+  std::byte* topk_idx = nullptr;
+  std::byte* topk_weights = nullptr;
+};
+
+/// What a dispatch moves, of whatever mode, and where this rank's results lie.
+struct DispatchStep {
+  Call call;
+  bool cached = false;  // the routing is a handle's: no notify_dispatch of this call came before
+  DispatchSource source;
+  plan::RowFormat format;
+  int num_channels = 1;
+  fabric::Block block;                 // this rank's results
+  std::int64_t block_rows = 0;         // rows it was carved for
+  fabric::Block x_block;               // rows of x, if not there; segment -1: there
+  DispatchOutputs outputs;             // filled when all rows are here
+  std::int64_t* wait_stats = nullptr;  // += [R], ns, or null
+};
+
+/// The sums of a combine, of whatever mode.
+struct CombineStep {
+  Call call;
+  DType dtype = DType::kBfloat16;
+  const std::byte* x = nullptr;                   // [num_rows, H]
+  std::int64_t num_rows = 0;                      // rows of x; the handle may know fewer
+  std::int64_t handle_rows = 0;                   // received rows that the handle has room for
+  const float* topk_weights = nullptr;            // [Nr, K] or null
+  const std::byte* bias[2] = {nullptr, nullptr};  // [N, H] or null
+  int chunk_rows = 1;                             // rows written before the receiver is told
+  int window_rows = 1;                            // rows in flight at most
+  std::byte* combined_x = nullptr;                // out [N, H]
+  float* combined_topk_weights = nullptr;         // out [N, K] or null
+  std::int64_t* wait_stats = nullptr;             // += [R], ns, or null
+};
 
 namespace intranode {
 
@@ -61,38 +110,12 @@ struct NotifyDispatchParams {
   std::int64_t* recv_tokens_per_expert = nullptr;  // [L]; untouched without counts
 };
 
-/// The payload of the source: arrays of N rows.
-struct DispatchSource {
-  const std::byte* x = nullptr;
-  TensorView scales;
-  TensorView topk_idx;
-  const float* topk_weights = nullptr;
-};
-
-/// Where the caller wants results copied to, row by row; null: they stay in the block.
-struct DispatchOutputs {
-  std::byte* x = nullptr;
-  std::byte* scales = nullptr;
-  std::byte* topk_idx = nullptr;
-  std::byte* topk_weights = nullptr;
-};
-
-struct DispatchParams {
-  Call call;
-  bool cached = false;  // the routing is a handle's: no notify_dispatch of this call came before
-  DispatchSource source;
-  plan::RowFormat format;
-  const std::int32_t* rank_prefix_matrix = nullptr;  // [R, R]
-  const std::int32_t* send_head = nullptr;           // [N, R]
-  int num_channels = 1;
-  fabric::Block block;                                 // this rank's results
-  std::int64_t block_rows = 0;                         // rows it was carved for
-  fabric::Block x_block;                               // rows of x, if not there; segment -1: there
-  DispatchOutputs outputs;                             // filled when all rows are here
+struct DispatchParams : DispatchStep {
+  const std::int32_t* rank_prefix_matrix = nullptr;    // [R, R]
+  const std::int32_t* send_head = nullptr;             // [N, R]
   fabric::Block handle_block;                          // plan::HandleArrays, if to be filled
   std::int32_t* recv_src_idx = nullptr;                // there, out [block_rows], or null
   std::int32_t* recv_channel_prefix_matrix = nullptr;  // there, out [R, C], or null
-  std::int64_t* wait_stats = nullptr;                  // += [R], ns, or null
 };
 
 /// Local: received rows to where their experts' groups are. All arrays are this rank's; see
@@ -128,25 +151,65 @@ struct ReduceParams {
   std::byte* reduced = nullptr;  // out [num_rows, H]
 };
 
-struct CombineParams {
-  Call call;
-  DType dtype = DType::kBfloat16;
-  const std::byte* x = nullptr;                      // [num_rows, H]
-  std::int64_t num_rows = 0;                         // rows of x; the handle may know fewer
-  std::int64_t handle_rows = 0;                      // length of recv_src_idx
-  const float* topk_weights = nullptr;               // [Nr, K] or null
-  const std::byte* bias[2] = {nullptr, nullptr};     // [N, H] or null
+struct CombineParams : CombineStep {
   const std::int32_t* rank_prefix_matrix = nullptr;  // [R, R]
   const std::int32_t* recv_src_idx = nullptr;        // [Nr]
   const std::int32_t* send_head = nullptr;           // [N, R]
-  int chunk_rows = 1;                                // rows written before the receiver is told
-  int window_rows = 1;                               // rows in flight at most
-  std::byte* combined_x = nullptr;                   // out [N, H]
-  float* combined_topk_weights = nullptr;            // out [N, K] or null
-  std::int64_t* wait_stats = nullptr;                // += [R], ns, or null
 };
 
 }  // namespace intranode
+
+namespace internode {
+
+struct BarrierParams {
+  Call call;
+};
+
+/// What of a handle says where this rank's tokens go, and what comes; see InternodeHandle, in whose
+/// words M is the last element of recv_rdma_rank_prefix_sum.
+struct Routing {
+  int num_channels = 1;
+  const bool* is_token_in_rank = nullptr;                   // [N, R]
+  std::int32_t* rdma_channel_prefix_matrix = nullptr;       // [nodes, C]
+  std::int32_t* gbl_channel_prefix_matrix = nullptr;        // [R, C]
+  std::int32_t* recv_rdma_channel_prefix_matrix = nullptr;  // [nodes, C]
+  std::int32_t* recv_rdma_rank_prefix_sum = nullptr;        // [nodes]
+  std::int32_t* recv_gbl_channel_prefix_matrix = nullptr;   // [R, C]
+  std::int32_t* recv_gbl_rank_prefix_sum = nullptr;         // [R]
+  plan::SourceMeta* recv_src_meta = nullptr;                // [Nr]
+  std::int32_t* send_rdma_head = nullptr;                   // [N, nodes]
+  std::int32_t* send_nvl_head = nullptr;                    // [M, ranks of a node]
+  std::int64_t nvl_head_rows = 0;                           // rows that there are of it
+};
+
+struct NotifyDispatchParams {
+  Call call;
+  const std::int32_t* num_tokens_per_rank = nullptr;    // [R]
+  const std::int32_t* num_tokens_per_expert = nullptr;  // [E] or null
+  TensorView topk_idx;                                  // [N, K] or undefined: checked
+  Routing routing;            // out, but for is_token_in_rank and what comes with the rows
+  std::int64_t max_rows = 0;  // more received rows or records are Error(kCapacity); 0: none
+  // Out, host; the step returns when they are known. Null: nobody waits for counts.
+  std::int64_t* num_recv_rows = nullptr;
+  std::int64_t* num_recv_records = nullptr;        // M
+  std::int64_t* recv_tokens_per_expert = nullptr;  // [L]; untouched without counts
+};
+
+/// A dispatch without a handle fills what of one comes with the rows: recv_src_meta, send_nvl_head,
+/// recv_rdma_channel_prefix_matrix, recv_gbl_channel_prefix_matrix.
+struct DispatchParams : DispatchStep {
+  Routing routing;
+  int chunk_rows = 1;   // records put before the receiver is told
+  int window_rows = 1;  // records in flight to a rail peer at most, in a lane
+};
+
+/// chunk_rows and window_rows count between nodes.
+struct CombineParams : CombineStep {
+  Routing routing;
+  int nvl_window_rows = 1;  // rows in flight between two ranks of a node
+};
+
+}  // namespace internode
 namespace internode_ll {
 
 /// What of a call a step does.

@@ -41,12 +41,6 @@ std::string namespace_id(const char* path) {
   return std::to_string(status.st_ino);
 }
 
-std::string host_id() {
-  std::string boot;
-  std::ifstream("/proc/sys/kernel/random/boot_id") >> boot;
-  return fmt::format("{}/{}", boot.empty() ? "unknown" : boot, namespace_id("/proc/self/ns/net"));
-}
-
 std::string host_name() {
   char name[HOST_NAME_MAX + 1] = {};
   gethostname(name, sizeof(name) - 1);
@@ -245,6 +239,16 @@ PeerAddress PeerAddress::decode(const std::string& text, int rank) {
   return address;
 }
 
+std::string host_id() {
+  std::string boot;
+  std::ifstream("/proc/sys/kernel/random/boot_id") >> boot;
+  return fmt::format("{}/{}", boot.empty() ? "unknown" : boot, namespace_id("/proc/self/ns/net"));
+}
+
+std::string process_id() {
+  return fmt::format("{}/{}/{}", host_id(), namespace_id("/proc/self/ns/pid"), getpid());
+}
+
 Door::Door(int rank) : listener(packet_socket()) {
   address.rank = rank;
   address.pid = getpid();
@@ -271,8 +275,7 @@ void require_one_host(const std::vector<PeerAddress>& addresses) {
                                    addresses[ranks.front()].host_name, host));
     throw Error(
         ErrorCode::kUnsupported,
-        fmt::format("the ranks are on {} hosts or network namespaces, which needs internode "
-                    "mode: {}",
+        fmt::format("the ranks are on {} hosts or network namespaces, but of one node: {}",
                     hosts.size(), fmt::join(places, "; ")));
   }
   for (const PeerAddress& address : addresses) {

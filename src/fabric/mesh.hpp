@@ -8,12 +8,17 @@
 
 namespace deep_ep::fabric {
 
+/// Boot id and network namespace: equal where sockets and memory are shared.
+std::string host_id();
+/// Of this process on its host: equal for ranks that are threads of it.
+std::string process_id();
+
 /// Where one rank can be reached by the others of its node.
 struct PeerAddress {
   int rank = 0;
   int pid = 0;
   unsigned uid = 0;
-  std::string host;  ///< boot id and network namespace: equal where sockets and memory are shared
+  std::string host;       ///< host_id()
   std::string host_name;  ///< for error texts
   std::string pid_space;  ///< process ids mean the same where it is equal
   std::string socket;     ///< random name of an abstract Unix socket

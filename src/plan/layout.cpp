@@ -91,22 +91,25 @@ bool build_rank_prefix_matrix(std::int32_t* matrix, int num_ranks) {
   return true;
 }
 
+void count_before_channels(const std::int32_t* begin, const std::int32_t* end,
+                           std::int64_t num_tokens, int num_channels, std::int32_t* rows) {
+  const std::int32_t* row = begin;
+  for (int channel = 0; channel < num_channels; ++channel) {
+    // Tokens ascend, and so do channels.
+    row = std::lower_bound(row, end, channel_begin(num_tokens, channel, num_channels));
+    rows[channel] = static_cast<std::int32_t>(row - begin);
+  }
+}
+
 void build_recv_channel_prefix_matrix(const std::int32_t* rank_prefix_matrix, int rank,
                                       int num_ranks, const std::int32_t* recv_src_idx,
                                       const std::int64_t* num_tokens_of_source, int num_channels,
                                       std::int32_t* recv_channel_prefix_matrix) {
   for (int source = 0; source < num_ranks; ++source) {
     const RowRange rows = rows_from(rank_prefix_matrix, source, rank, num_ranks);
-    const std::int32_t* begin = recv_src_idx + rows.begin;
-    const std::int32_t* end = recv_src_idx + rows.end;
-    const std::int32_t* row = begin;
-    for (int channel = 0; channel < num_channels; ++channel) {
-      // Tokens ascend within a source, and so do channels.
-      row = std::lower_bound(row, end,
-                             channel_begin(num_tokens_of_source[source], channel, num_channels));
-      recv_channel_prefix_matrix[std::int64_t{source} * num_channels + channel] =
-          static_cast<std::int32_t>(row - begin);
-    }
+    count_before_channels(recv_src_idx + rows.begin, recv_src_idx + rows.end,
+                          num_tokens_of_source[source], num_channels,
+                          recv_channel_prefix_matrix + std::int64_t{source} * num_channels);
   }
 }
 

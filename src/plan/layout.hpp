@@ -56,6 +56,10 @@ void build_send_slots(const bool* is_token_in_rank, std::int64_t num_tokens, int
 /// undefined.
 bool build_rank_prefix_matrix(std::int32_t* matrix, int num_ranks);
 
+/// From ascending token indices of one source: rows [C] before each channel.
+void count_before_channels(const std::int32_t* begin, const std::int32_t* end,
+                           std::int64_t num_tokens, int num_channels, std::int32_t* rows);
+
 /// From recv_src_idx (rows by source, ascending) and each source's number of tokens: [R, C] rows of
 /// source i before channel c.
 void build_recv_channel_prefix_matrix(const std::int32_t* rank_prefix_matrix, int rank,

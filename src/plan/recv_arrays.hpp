@@ -14,9 +14,10 @@ struct RowFormat {
   std::int64_t scale_bytes = 0;         // 0: no scales
   std::int64_t topk_idx_bytes = 0;      // 0: no topk
   std::int64_t topk_weights_bytes = 0;  // 0: no weights
+  std::int64_t src_meta_bytes = 0;      // several nodes: SourceMeta, else 0
 
   DEEP_EP_HD RowFormat without_x() const {
-    return {0, scale_bytes, topk_idx_bytes, topk_weights_bytes};
+    return {0, scale_bytes, topk_idx_bytes, topk_weights_bytes, src_meta_bytes};
   }
 
   friend bool operator==(const RowFormat&, const RowFormat&) = default;
@@ -31,6 +32,7 @@ struct RecvArrays {
   std::byte* topk_idx;
   std::byte* topk_weights;
   std::int32_t* src_idx;
+  std::byte* src_meta;
 
   /// `x`, unless null, is where the rows of x lie, which are not in the block then.
   DEEP_EP_HD static RecvArrays carve(Carver& carver, const RowFormat& format, std::int64_t rows,
@@ -41,6 +43,7 @@ struct RecvArrays {
     arrays.topk_idx = carver.take<std::byte>(rows * format.topk_idx_bytes);
     arrays.topk_weights = carver.take<std::byte>(rows * format.topk_weights_bytes);
     arrays.src_idx = carver.take<std::int32_t>(rows);
+    arrays.src_meta = carver.take<std::byte>(rows * format.src_meta_bytes);
     return arrays;
   }
 

@@ -108,7 +108,7 @@ struct Mailbox {
   EpochFlag* posted;              // [R] one a source: record and counts of that source are complete
   CallRecord* record;             // [R]
   OutputsPlace* outputs;          // [R]
-  std::int32_t* tokens_per_rank;  // [R, R] row of each source
+  std::int32_t* tokens_per_rank;  // [R, num_counts] row of each source
   std::int32_t* tokens_per_expert;  // [R, kMaxLocalExperts] row of each source: this rank's experts
 };
 
@@ -116,6 +116,12 @@ struct ControlShape {
   int num_ranks = 0;
   int num_lanes = 0;            // rings between each pair of ranks
   std::int64_t ring_bytes = 0;  // bytes of one ring
+  // Counts that a rank tells each of the others; 0: how many tokens it sends to each rank.
+  int counts_per_source = 0;
+
+  DEEP_EP_HD std::int64_t num_counts() const {
+    return counts_per_source > 0 ? counts_per_source : num_ranks;
+  }
 };
 
 /// The beginning of every rank's segment 0: what its peers write to it. Sources index the arrays.
@@ -152,7 +158,7 @@ struct ControlBlock {
       mailbox.posted = carver.take<EpochFlag>(ranks);
       mailbox.record = carver.take<CallRecord>(ranks);
       mailbox.outputs = carver.take<OutputsPlace>(ranks);
-      mailbox.tokens_per_rank = carver.take<std::int32_t>(ranks * ranks);
+      mailbox.tokens_per_rank = carver.take<std::int32_t>(ranks * shape.num_counts());
       mailbox.tokens_per_expert = carver.take<std::int32_t>(ranks * kMaxLocalExperts);
     }
     block.inbox = carver.take<InboxPlace>(ranks);

@@ -27,21 +27,28 @@ int num_cores() {
 
 int choose_threads(const BackendOptions& options) {
   int threads = options.num_threads > 0 ? options.num_threads : env::num_threads();
-  if (threads <= 0) threads = num_cores() / options.num_ranks;
+  if (threads <= 0) threads = num_cores() / options.ranks_on_host;
   return std::clamp(threads, 1, kMaxLanes);
 }
 
 // The area of all rings of a rank: at least one ring of useful size from every peer.
-std::int64_t inbox_bytes(int num_ranks) {
-  const std::int64_t bytes = std::max(env::inbox_bytes(), kMinRingBytes * num_ranks);
+std::int64_t inbox_bytes(const plan::Topology& topology) {
+  const int num_ranks = topology.ranks_per_node;
+  const std::int64_t bytes =
+      std::max(env::inbox_bytes(), kMinRingBytes * num_ranks * topology.num_nodes());
   const std::int64_t unit = std::int64_t{128} * kMaxLanes * num_ranks;
   return (bytes + unit - 1) / unit * unit;
 }
 
 // The control block is carved for the most lanes, so that its layout does not depend on how many
 // the ranks agree on.
-protocol::ControlShape control_shape(int num_ranks, std::int64_t inbox) {
-  return {num_ranks, kMaxLanes, inbox / (kMaxLanes * num_ranks)};
+protocol::ControlShape control_shape(const plan::Topology& topology) {
+  const int num_ranks = topology.ranks_per_node;
+  protocol::ControlShape shape{num_ranks, kMaxLanes,
+                               inbox_bytes(topology) / (kMaxLanes * num_ranks)};
+  // Of its rail peers' tokens too: RailCounts.
+  if (topology.num_nodes() > 1) shape.counts_per_source = topology.num_nodes() * (num_ranks + 1);
+  return shape;
 }
 
 // What a rank tells the others before they share memory.
@@ -71,28 +78,28 @@ constexpr std::int64_t kScratchBytes = 2 << 20;
 }  // namespace
 
 Context::Context(const BackendOptions& options)
-    : rank_(options.rank),
-      num_ranks_(options.num_ranks),
-      crowded_(options.num_ranks > num_cores()),
-      fabric_(options.rank, options.num_ranks, fabric::make_memfd_memory()),
+    : topology_(options.topology),
+      first_rank_(options.rank - topology_.index_of(options.rank)),
+      rank_(topology_.index_of(options.rank)),
+      num_ranks_(topology_.ranks_per_node),
+      crowded_(options.ranks_on_host > num_cores()),
+      fabric_(rank_, num_ranks_, fabric::make_memfd_memory()),
       pool_(choose_threads(options)),
-      memory_(options.num_ranks),
+      memory_(num_ranks_),
       path_(env::combine_path()),
-      gone_(options.num_ranks) {
+      gone_(num_ranks_) {
   for (int i = 0; i < num_ranks_; ++i) all_ranks_.push_back(peer_in_turn(i));
 }
 
-std::int64_t Context::control_bytes(int num_ranks) {
-  return protocol::ControlBlock::bytes(control_shape(num_ranks, inbox_bytes(num_ranks)));
+std::int64_t Context::control_bytes(const plan::Topology& topology) {
+  return protocol::ControlBlock::bytes(control_shape(topology));
 }
 
 std::string Context::export_handles(std::int64_t heap_bytes) {
   fabric_.add_segment(heap_bytes);
   Carver carver(fabric_.base(rank_, 0));
-  own_doorbell_ =
-      protocol::ControlBlock::carve(carver, control_shape(num_ranks_, inbox_bytes(num_ranks_)))
-          .doorbell;
-  const Introduction intro{pool_.size(), path_, inbox_bytes(num_ranks_), env::first_ticket(),
+  own_doorbell_ = protocol::ControlBlock::carve(carver, control_shape(topology_)).doorbell;
+  const Introduction intro{pool_.size(), path_, inbox_bytes(topology_), env::first_ticket(),
                            beacon_.sight()};
   return std::string(reinterpret_cast<const char*>(&intro), sizeof intro) +
          fabric_.export_handles();
@@ -102,8 +109,8 @@ void Context::open_handles(const std::vector<std::string>& exported,
                            std::chrono::milliseconds timeout) {
   std::vector<std::string> handles;
   int most_threads = 1;
-  const std::int64_t inbox = inbox_bytes(num_ranks_);
-  for (int i = 0; i < num_ranks_; ++i) {
+  const std::int64_t inbox = inbox_bytes(topology_);
+  for (int i = 0; i < topology_.num_ranks; ++i) {
     Introduction intro{};
     require(exported[i].size() >= sizeof intro, "rank {} sent {} bytes to sync, at least {} needed",
             i, exported[i].size(), sizeof intro);
@@ -111,37 +118,39 @@ void Context::open_handles(const std::vector<std::string>& exported,
     if (intro.inbox != inbox) {
       throw Error(ErrorCode::kDisagreement,
                   fmt::format("DEEP_EP_INBOX_BYTES gives {} bytes on rank {} and {} on rank {}",
-                              inbox, rank_, intro.inbox, i),
+                              inbox, global_rank(), intro.inbox, i),
                   {i});
     }
     if (intro.first_ticket != env::first_ticket()) {
       throw Error(ErrorCode::kDisagreement,
                   fmt::format("DEEP_EP_FIRST_TICKET is {} on rank {} and {} on rank {}",
-                              env::first_ticket(), rank_, intro.first_ticket, i),
+                              env::first_ticket(), global_rank(), intro.first_ticket, i),
                   {i});
     }
     if (intro.path != path_) {
       throw Error(ErrorCode::kDisagreement,
                   fmt::format("DEEP_EP_COMBINE is {} on rank {} and {} on rank {}",
-                              to_string(path_), rank_, to_string(intro.path), i),
+                              to_string(path_), global_rank(), to_string(intro.path), i),
                   {i});
     }
-    sights_.push_back(intro.sight);
     most_threads = std::max<int>(most_threads, intro.num_threads);
+    if (local_rank(i) < 0) continue;
+    sights_.push_back(intro.sight);
     handles.push_back(exported[i].substr(sizeof intro));
   }
-  fabric_.open_handles(handles, timeout,
-                       {.peer_gone = [this](int rank, bool orderly) { peer_gone(rank, orderly); },
-                        .segment_mapped = [this](int, int, std::byte*) { own_doorbell_->ring(); }});
+  open_fabric(handles, timeout);
 
   staging_bytes_ = env::inbox_bytes() / 128 * 64;
   control_.resize(num_ranks_);
   for (int i = 0; i < num_ranks_; ++i) {
     Carver carver(fabric_.base(i, 0));
-    control_[i] = protocol::ControlBlock::carve(carver, control_shape(num_ranks_, inbox));
+    control_[i] = protocol::ControlBlock::carve(carver, control_shape(topology_));
   }
-  num_lanes_ = static_cast<int>(
-      std::clamp<std::int64_t>(inbox / (kMinRingBytes * num_ranks_), 1, most_threads));
+  // With several nodes a lane has a ring for the tokens of each.
+  const int nodes = topology_.num_nodes();
+  num_lanes_ = nodes * static_cast<int>(std::clamp<std::int64_t>(
+                           inbox / (kMinRingBytes * num_ranks_ * nodes), 1,
+                           std::min(most_threads, kMaxLanes / nodes)));
   const protocol::RingShape shape{inbox / (num_lanes_ * num_ranks_) / 128 * 128};
   for (int lane = 0; lane < num_lanes_; ++lane) {
     for (int i = 0; i < num_ranks_; ++i) {
@@ -155,12 +164,30 @@ void Context::open_handles(const std::vector<std::string>& exported,
   }
 }
 
+void Context::open_fabric(const std::vector<std::string>& handles,
+                          std::chrono::milliseconds timeout) {
+  try {
+    fabric_.open_handles(
+        handles, timeout,
+        {.peer_gone = [this](int rank, bool orderly) { peer_gone(rank, orderly); },
+         .segment_mapped = [this](int, int, std::byte*) { own_doorbell_->ring(); }});
+  } catch (const Error& error) {
+    if (topology_.num_nodes() == 1) throw;
+    std::vector<int> ranks = error.ranks();
+    for (int& rank : ranks) rank = global_rank(rank);
+    throw Error(error.code(),
+                fmt::format("among ranks {} to {}, one node, counted from 0: {}", first_rank_,
+                            global_rank(num_ranks_ - 1), error.what()),
+                ranks);
+  }
+}
+
 std::string Context::why_no_pull() {
   if (path_ == env::CombinePath::kRing) return {};
   for (int i = 0; i < num_ranks_; ++i) {
     if (i == rank_) continue;
     const std::string why = memory_[i].open(sights_[i]);
-    if (!why.empty()) return fmt::format("rank {} cannot read rank {}: {}", rank_, i, why);
+    if (!why.empty()) return fmt::format("rank {} cannot read rank {}: {}", global_rank(), global_rank(i), why);
   }
   return {};
 }
@@ -175,14 +202,14 @@ void Context::choose_path(const std::vector<std::string>& why_no_pull) {
                               "that this takes, or use auto or ring",
                               why));
     }
-    if (rank_ == 0) log::debug("combine uses the inbox: {}", why);
+    if (global_rank() == 0) log::debug("combine uses the inbox: {}", why);
     pulls_ = false;
   }
   if (!pulls_) memory_.clear();
   scratch_.resize(pool_.size());
   scratch_bytes_ = std::max<std::int64_t>(
       std::min(kScratchBytes, env::inbox_bytes() / pool_.size()), std::int64_t{64} * num_ranks_);
-  log::debug("rank {}: combine {}", rank_, pulls_ ? "pulls rows" : "uses the inbox");
+  log::debug("rank {}: combine {}", global_rank(), pulls_ ? "pulls rows" : "uses the inbox");
 }
 
 std::byte* Context::scratch(int thread) {
@@ -212,9 +239,9 @@ void Context::check_agreement(const Call& call, int source) {
   if (!difference) return;
   throw Error(ErrorCode::kDisagreement,
               fmt::format("{} (call {}): ranks disagree on {}: {} on rank {}, {} on rank {}",
-                          call.operation, call.epoch, difference->field, difference->mine, rank_,
-                          difference->theirs, source),
-              {source});
+                          call.operation, call.epoch, difference->field, difference->mine,
+                          global_rank(), difference->theirs, global_rank(source)),
+              {global_rank(source)});
 }
 
 void Context::wait_posted(const Call& call, std::int64_t* wait_stats) {
@@ -230,7 +257,8 @@ void Context::wait_flags(const Call& call, const char* what, const protocol::Epo
   const auto arrived = [&](int rank) {
     if (!flags[rank].reached(call.epoch)) return false;
     if (wait_stats != nullptr) {
-      wait_stats[rank] += (std::chrono::steady_clock::now() - start) / std::chrono::nanoseconds(1);
+      wait_stats[global_rank(rank)] +=
+          (std::chrono::steady_clock::now() - start) / std::chrono::nanoseconds(1);
     }
     return true;
   };
@@ -242,7 +270,7 @@ void Context::wait_flags(const Call& call, const char* what, const protocol::Epo
       },
       [&] {
         std::vector<Missing> missing;
-        for (const int rank : ranks) missing.push_back({rank, call.epoch, flags[rank].seen()});
+        for (const int rank : ranks) missing.push_back({global_rank(rank), call.epoch, flags[rank].seen()});
         return missing;
       });
 }

@@ -13,6 +13,7 @@
 #include "base/env.hpp"
 #include "fabric/fabric.hpp"
 #include "fabric/process_memory.hpp"
+#include "plan/topology.hpp"
 #include "protocol/barrier.hpp"
 #include "protocol/control.hpp"
 #include "protocol/host_waiter.hpp"
@@ -21,27 +22,52 @@
 
 namespace deep_ep::host {
 
-/// A rank that a wait still waits for.
+/// What the ranks of other nodes have to do with waits and faults. Ranks are those of all nodes.
+class Network {
+ public:
+  virtual ~Network() = default;
+  /// Looks at what has come: another node's fault becomes this rank's. True if ranks are lost.
+  virtual bool poll() = 0;
+  virtual bool lost(int rank) const = 0;
+  /// The rank, plus 1, that `rank` of another node has been waiting for a while now, or 0; and to
+  /// tell the others so.
+  virtual int waiting_for(int rank) const = 0;
+  virtual void announce_wait(int rank_plus_1) noexcept = 0;
+  /// Tells all ranks of other nodes.
+  virtual void raise_fault(const Error& error) noexcept = 0;
+};
+
+/// A rank, counted over all nodes, that a wait still waits for.
 struct Missing {
   int rank;
   std::uint64_t expected;
   std::uint64_t seen;
 };
 
-/// What the steps of a rank share: everyone's control blocks, the rings, the threads, and how to
-/// wait.
+/// Everything of a fault record but its state. `origin` is counted over all nodes.
+void fill_record(protocol::FaultRecord& record, const Error& error, int origin);
+
+/// What the steps of a rank share: the control blocks of all ranks of its node, the rings, the
+/// threads, and how to wait. Ranks are those of the node, unless it says otherwise.
 class Context {
  public:
   explicit Context(const BackendOptions& options);
 
   int rank() const { return rank_; }
   int num_ranks() const { return num_ranks_; }
+  const plan::Topology& topology() const { return topology_; }
+  /// Counted over all nodes.
+  int global_rank() const { return first_rank_ + rank_; }
+  int global_rank(int rank) const { return first_rank_ + rank; }
+  /// Of waits and faults, once there are other nodes to tell. Outlives this object's calls.
+  void set_network(Network* network) { network_ = network; }
   int num_lanes() const { return num_lanes_; }
   fabric::Fabric& fabric() { return fabric_; }
   ThreadPool& pool() { return pool_; }
-  static std::int64_t control_bytes(int num_ranks);
+  static std::int64_t control_bytes(const plan::Topology& topology);
 
   std::string export_handles(std::int64_t heap_bytes);
+  /// `exported` by the ranks of all nodes.
   void open_handles(const std::vector<std::string>& exported, std::chrono::milliseconds timeout);
   /// Why this rank cannot read its peers' memory; empty if it can. All ranks choose by all ranks'
   /// words whether combine pulls.
@@ -96,18 +122,25 @@ class Context {
   template <class Ready, class ListMissing>
   void wait(const Call& call, const char* what, Ready&& ready, ListMissing&& missing) {
     protocol::HostWaiter waiter(*own().doorbell, *own().fault, call.timeout, crowded_);
+    bool announced = false;
     const protocol::WaitResult result = protocol::wait_until(waiter, [&] {
       // acquire: pairs with peer_gone(); what the peer published before it went is visible to
       // ready().
       const bool some_gone = num_gone_.load(std::memory_order_acquire) != 0;
       if (ready()) return true;
-      if (some_gone) check_gone(call, what, missing());
-      if (waiter.waited() > kAnnounceAfter) announce_wait(missing());
+      // Once more behind it: what a rank sent before it was lost has come by then.
+      const bool some_lost = network_ != nullptr && network_->poll();
+      if (some_lost && ready()) return true;
+      if (some_gone || some_lost) check_gone(call, what, missing());
+      if (waiter.waited() > kAnnounceAfter) {
+        announce_wait(missing());
+        announced = true;
+      }
       return false;
     });
     // Whoever gives up stays marked: others may give up in the same moment and follow the marks.
     if (result != protocol::WaitResult::kReady) throw_unready(call, what, missing());
-    protocol::store_relaxed(own().waiting_for, 0);
+    if (announced) announce_end_of_wait();
   }
 
   /// Throws the Error of this Buffer's fault, if there is one.
@@ -120,18 +153,31 @@ class Context {
   std::optional<Error> fault(const char* operation);
 
  private:
+  void open_fabric(const std::vector<std::string>& handles, std::chrono::milliseconds timeout);
   void peer_gone(int rank, bool orderly);
   // Long against any wait of ranks that work, short against any timeout.
   static constexpr std::chrono::milliseconds kAnnounceAfter{1};
   void announce_wait(const std::vector<Missing>& missing);
+  void announce_end_of_wait();
+  /// Of a rank of any node: the rank, plus 1, that it has been waiting for a while now.
+  int waiting_for(int global_rank);
+  /// Index in this node of a rank of any node, -1 for others.
+  int local_rank(int global_rank) const {
+    const int rank = global_rank - first_rank_;
+    return rank >= 0 && rank < num_ranks_ ? rank : -1;
+  }
   /// Who keeps the missing ranks from coming: follows what they wait for themselves.
   std::vector<int> find_culprits(const std::vector<Missing>& missing);
   void check_gone(const Call& call, const char* what, const std::vector<Missing>& missing);
   [[noreturn]] void throw_unready(const Call& call, const char* what,
                                   const std::vector<Missing>& missing);
 
+  plan::Topology topology_;
+  int first_rank_;  // of this node
   int rank_;
   int num_ranks_;
+  Network* network_ = nullptr;
+  int announced_ = 0;  // the last word of announce_wait
   int num_lanes_ = 1;
   bool crowded_;  // more ranks than cores: spinning would only keep others from running
   fabric::Fabric fabric_;

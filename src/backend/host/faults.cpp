@@ -32,8 +32,17 @@ std::string describe(const char* what, const std::vector<Missing>& missing) {
 
 }  // namespace
 
+void fill_record(protocol::FaultRecord& record, const Error& error, int origin) {
+  record.code = static_cast<std::uint32_t>(error.code());
+  record.origin = origin;
+  record.num_ranks = static_cast<std::int32_t>(
+      std::min<std::size_t>(error.ranks().size(), protocol::FaultRecord::kMaxRanks));
+  std::copy_n(error.ranks().begin(), record.num_ranks, record.ranks);
+  std::strncpy(record.text, error.what(), protocol::FaultRecord::kTextBytes - 1);
+}
+
 void Context::peer_gone(int rank, bool orderly) {
-  log::debug("rank {}: rank {} {}", rank_, rank, orderly ? "left" : "died");
+  log::debug("rank {}: rank {} {}", global_rank(), global_rank(rank), orderly ? "left" : "died");
   gone_[rank].store(orderly ? kLeft : kDied, std::memory_order_relaxed);
   // release: pairs with the acquire in wait().
   num_gone_.fetch_add(1, std::memory_order_release);
@@ -44,19 +53,40 @@ void Context::check_gone(const Call& call, const char* what, const std::vector<M
   // Whoever left because of a fault has told why: that is the news, not that it left.
   if (own().fault->load() != protocol::FaultRecord::kNone) return;
   for (const Missing& one : missing) {
-    const int state = gone_[one.rank].load(std::memory_order_relaxed);
+    const int local = local_rank(one.rank);
+    if (local < 0 && (network_ == nullptr || !network_->lost(one.rank))) continue;
+    const int state = local < 0 ? kDied : gone_[local].load(std::memory_order_relaxed);
     if (state == kHere) continue;
     throw Error(
         ErrorCode::kPeerFailed,
-        fmt::format("{} (call {}) on rank {}: rank {} {}; {}", call.operation, call.epoch, rank_,
-                    one.rank, state == kLeft ? "has destroyed its Buffer" : "has died",
+        fmt::format("{} (call {}) on rank {}: rank {} {}; {}", call.operation, call.epoch,
+                    global_rank(), one.rank,
+                    local < 0         ? "cannot be reached any more"
+                    : state == kLeft ? "has destroyed its Buffer"
+                                      : "has died",
                     describe(what, {one})),
         {one.rank});
   }
 }
 
 void Context::announce_wait(const std::vector<Missing>& missing) {
-  if (!missing.empty()) protocol::store_relaxed(own().waiting_for, missing.front().rank + 1);
+  if (missing.empty()) return;
+  const int word = missing.front().rank + 1;
+  protocol::store_relaxed(own().waiting_for, word);
+  if (network_ != nullptr && announced_ != word) network_->announce_wait(word);
+  announced_ = word;
+}
+
+void Context::announce_end_of_wait() {
+  protocol::store_relaxed(own().waiting_for, 0);
+  if (network_ != nullptr) network_->announce_wait(0);
+  announced_ = 0;
+}
+
+int Context::waiting_for(int global_rank) {
+  const int local = local_rank(global_rank);
+  if (local >= 0) return protocol::load_relaxed(peer(local).waiting_for);
+  return network_ == nullptr ? 0 : network_->waiting_for(global_rank);
 }
 
 std::vector<int> Context::find_culprits(const std::vector<Missing>& missing) {
@@ -68,13 +98,13 @@ std::vector<int> Context::find_culprits(const std::vector<Missing>& missing) {
     // this rank.
     while (std::find(path.begin(), path.end(), at) == path.end()) {
       path.push_back(at);
-      const int next = protocol::load_relaxed(peer(at).waiting_for) - 1;
-      if (next < 0 || next >= num_ranks_) break;
+      const int next = waiting_for(at) - 1;
+      if (next < 0 || next >= topology_.num_ranks) break;
       at = next;
     }
     culprits.insert(std::find(path.begin(), path.end(), at), path.end());
   }
-  culprits.erase(rank_);
+  culprits.erase(global_rank());
   if (culprits.empty()) {
     for (const Missing& one : missing) culprits.insert(one.rank);
   }
@@ -92,7 +122,7 @@ void Context::throw_unready(const Call& call, const char* what,
   const std::vector<int> culprits = find_culprits(missing);
   throw Error(ErrorCode::kTimeout,
               fmt::format("{} (call {}) on rank {}: {} did not arrive within {} ms; {}",
-                          call.operation, call.epoch, rank_, list_ranks(culprits),
+                          call.operation, call.epoch, global_rank(), list_ranks(culprits),
                           call.timeout.count(), describe(what, missing)),
               culprits);
 }
@@ -110,31 +140,28 @@ void Context::throw_unreadable(const Call& call, int rank, const std::string& er
   wait(
       call, "its rows", [&] { return std::chrono::steady_clock::now() >= end; },
       [&] {
-        return std::vector<Missing>{{rank, call.epoch, posted.seen()}};
+        return std::vector<Missing>{{global_rank(rank), call.epoch, posted.seen()}};
       });
   throw Error(ErrorCode::kPeerFailed,
               fmt::format("{} (call {}) on rank {}: the rows of rank {} cannot be read: {}",
-                          call.operation, call.epoch, rank_, rank, error),
-              {rank});
+                          call.operation, call.epoch, global_rank(), global_rank(rank), error),
+              {global_rank(rank)});
 }
 
 void Context::raise_fault(const Error& error) noexcept {
   for (int i = 0; i < static_cast<int>(control_.size()); ++i) {
     protocol::FaultRecord& record = *peer(i).fault;
     if (!record.claim()) continue;
-    record.code = static_cast<std::uint32_t>(error.code());
-    record.origin = rank_;
-    record.num_ranks = static_cast<std::int32_t>(
-        std::min<std::size_t>(error.ranks().size(), protocol::FaultRecord::kMaxRanks));
-    std::copy_n(error.ranks().begin(), record.num_ranks, record.ranks);
-    std::strncpy(record.text, error.what(), protocol::FaultRecord::kTextBytes - 1);
+    fill_record(record, error, global_rank());
     record.publish();
     ring_doorbell(i);
   }
+  if (network_ != nullptr) network_->raise_fault(error);
 }
 
 std::optional<Error> Context::fault(const char* operation) {
   if (control_.empty()) return std::nullopt;
+  if (network_ != nullptr) network_->poll();
   const protocol::FaultRecord& record = *own().fault;
   std::uint32_t state = record.load();
   if (state == protocol::FaultRecord::kNone) return std::nullopt;
@@ -146,16 +173,16 @@ std::optional<Error> Context::fault(const char* operation) {
   if (state == protocol::FaultRecord::kClaimed) {
     return Error(ErrorCode::kPeerFailed,
                  fmt::format("{} on rank {}: another rank failed and died before it said why",
-                             operation, rank_));
+                             operation, global_rank()));
   }
   std::vector<int> ranks(record.ranks, record.ranks + record.num_ranks);
   auto code = static_cast<ErrorCode>(record.code);
-  if (record.origin == rank_) return Error(code, record.text, std::move(ranks));
+  if (record.origin == global_rank()) return Error(code, record.text, std::move(ranks));
   // Another rank's invalid argument is not this caller's.
   if (code == ErrorCode::kInvalidArgument) code = ErrorCode::kPeerFailed;
   if (ranks.empty()) ranks.push_back(record.origin);
   return Error(code,
-               fmt::format("{} on rank {}: rank {} reported: {}", operation, rank_, record.origin,
+               fmt::format("{} on rank {}: rank {} reported: {}", operation, global_rank(), record.origin,
                            record.text),
                std::move(ranks));
 }

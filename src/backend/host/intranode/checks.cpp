@@ -10,7 +10,7 @@ namespace deep_ep::host::intranode {
 namespace {
 
 template <class Id>
-void check_ids(const deep_ep::intranode::NotifyDispatchParams& params, int num_ranks) {
+void check_ids(const RoutingView& params, int num_ranks) {
   const std::int64_t topk = params.call.record.num_topk;
   const std::int64_t experts = params.call.record.num_experts;
   const std::int64_t local_experts = experts / num_ranks;
@@ -60,7 +60,7 @@ void check_prepared_ids(const deep_ep::intranode::DispatchParams& params, int nu
 
 }  // namespace
 
-void check_routing(const deep_ep::intranode::NotifyDispatchParams& params, int num_ranks) {
+void check_routing(const RoutingView& params, int num_ranks) {
   if (!params.topk_idx.defined()) return;
   if (params.topk_idx.dtype == DType::kInt64) {
     check_ids<std::int64_t>(params, num_ranks);

@@ -5,8 +5,14 @@
 // What must hold before a step writes to other ranks' memory. All throw Error(kInvalidArgument).
 namespace deep_ep::host::intranode {
 
-/// topk_idx against num_experts, is_token_in_rank and num_tokens_per_expert.
-void check_routing(const deep_ep::intranode::NotifyDispatchParams& params, int num_ranks);
+/// topk_idx, if there, against num_experts, is_token_in_rank and num_tokens_per_expert.
+struct RoutingView {
+  const Call& call;
+  const TensorView& topk_idx;                // [N, K] or undefined
+  const bool* is_token_in_rank;              // [N, R]
+  const std::int32_t* num_tokens_per_expert;  // [E]
+};
+void check_routing(const RoutingView& params, int num_ranks);
 
 /// topk_idx, if there, against num_experts and the handle that it goes with.
 void check_prepared_routing(const deep_ep::intranode::DispatchParams& params, int num_ranks);

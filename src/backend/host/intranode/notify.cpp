@@ -72,7 +72,9 @@ void notify_dispatch(Context& context, const NotifyDispatchParams& params) {
   require(params.call.record.num_experts / context.num_ranks() <= kMaxLocalExperts,
           "num_experts is {}, more than {} for each of {} ranks", params.call.record.num_experts,
           kMaxLocalExperts, context.num_ranks());
-  check_routing(params, context.num_ranks());
+  check_routing(
+      {params.call, params.topk_idx, params.is_token_in_rank, params.num_tokens_per_expert},
+      context.num_ranks());
   build_own_slots(params, context.num_ranks());
   write_counts(context, params);
   context.post(params.call);

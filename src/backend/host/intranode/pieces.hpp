@@ -25,13 +25,12 @@ struct Pieces {
   };
 
   /// `max_bytes`, rounded down so that a piece holds whole elements and whole cache lines.
-  Pieces(const deep_ep::intranode::CombineParams& params, std::int64_t most)
+  Pieces(const CombineStep& step, std::int64_t most)
       // From the record, which is the same on all ranks: a rank without rows may pass a null
       // pointer.
-      : weights_bytes(params.call.record.has_topk_weights
-                          ? params.call.record.num_topk * std::int64_t{4}
-                          : 0),
-        x_bytes(params.call.record.hidden * static_cast<std::int64_t>(size_of(params.dtype))),
+      : weights_bytes(
+            step.call.record.has_topk_weights ? step.call.record.num_topk * std::int64_t{4} : 0),
+        x_bytes(step.call.record.hidden * static_cast<std::int64_t>(size_of(step.dtype))),
         max_bytes(std::max<std::int64_t>(most / 64, 1) * 64) {}
 
   int num_weights() const { return static_cast<int>((weights_bytes + max_bytes - 1) / max_bytes); }
