@@ -22,6 +22,8 @@ using verify::CaseResult;
 
 struct Options {
   int ranks = 0;
+  int nodes = 0;  // 0: the ranks are of one node
+  int ranks_per_node = 0;
   std::string backend = "host";
   std::vector<std::int64_t> tokens{};
   std::optional<std::int64_t> hidden{};
@@ -64,6 +66,9 @@ Case shape_case(const Options& options, int ranks) {
 int run_cases(std::shared_ptr<Bootstrap> bootstrap, const std::vector<Case>& cases,
               const Options& options) {
   Buffer buffer(bootstrap, {.device = device_from(options.backend, bootstrap->rank())});
+  require(options.nodes == 0 || buffer.num_ranks_per_node() == options.ranks_per_node,
+          "--ranks-per-node is {}, but the nodes have {} ranks", options.ranks_per_node,
+          buffer.num_ranks_per_node());
   int failed = 0;
   for (const Case& c : cases) {
     const CaseResult result = gather_result(*bootstrap, verify::run_case(buffer, c));
@@ -76,15 +81,58 @@ int run_cases(std::shared_ptr<Bootstrap> bootstrap, const std::vector<Case>& cas
   return failed == 0 ? 0 : 1;
 }
 
-int verify_command(const Options& options) {
-  const int ranks = count_ranks(options.ranks, 4);
-  const std::vector<Case> cases = options.has_shape()
-                                      ? std::vector<Case>{shape_case(options, ranks)}
-                                      : verify::covering_set(ranks, options.seed);
+int verify_cases(const Options& options, int ranks) {
+  std::vector<Case> cases = options.has_shape() ? std::vector<Case>{shape_case(options, ranks)}
+                                                : verify::covering_set(ranks, options.seed);
+  if (options.nodes > 1) {
+    std::erase_if(cases, [&](const Case& c) { return !verify::can_span_nodes(c); });
+    for (Case& c : cases) c.ranks_per_node = options.ranks_per_node;
+  }
   for (const Case& c : cases) verify::validate(c);
   return run_ranks(ranks, [&](std::shared_ptr<Bootstrap> bootstrap) {
     return run_cases(std::move(bootstrap), cases, options);
   });
+}
+
+int verify_command(const Options& options) {
+  return verify_cases(options, count_ranks(options.ranks, 4));
+}
+
+/// Ranks of this machine pose as several nodes, unless a launcher has started them on some.
+int verify_internode_command(const Options& options) {
+  require(options.nodes >= 2, "--nodes is {}, must be at least 2", options.nodes);
+  require(options.ranks_per_node >= 1, "--ranks-per-node is {}, must be at least 1",
+          options.ranks_per_node);
+  pose_as_nodes(options.ranks_per_node);
+  return verify_cases(options, count_ranks(options.nodes * options.ranks_per_node, 0));
+}
+
+void add_shape_options(CLI::App& command, Options& options) {
+  command.add_option("--backend", options.backend, kBackends)->default_str("host");
+  command.add_option("--tokens", options.tokens, "Tokens of a rank, or a list with one for each")
+      ->delimiter(',');
+  command.add_option("--hidden", options.hidden, "Values of a row");
+  command.add_option("--topk", options.topk, "Experts of a token");
+  command.add_option("--experts", options.experts, "Experts of all ranks");
+  command.add_option("--dtype", options.dtype, "bf16, fp16, fp32, fp8 or bytes");
+  command.add_option("--routing", options.routing,
+                     "uniform, zipf, grouped, all-to-all, to-rank-zero, to-self, none, holes or "
+                     "duplicates");
+  command.add_flag("--async", options.async, "Calls return at once and are chained by events");
+  command.add_option("--seed", options.seed, "Of routing and payload");
+  command.add_flag("-v,--verbose", options.verbose, "Print each case's numbers");
+}
+
+void add_verify_internode(CLI::App& verify, int& status) {
+  CLI::App* command = verify.add_subcommand("internode", "The same over several nodes");
+  const auto options = std::make_shared<Options>();
+  command->add_option("--nodes", options->nodes, "Nodes, which ranks of this machine pose as")
+      ->default_val(2);
+  command->add_option("--ranks-per-node", options->ranks_per_node, "Ranks of each, a process each")
+      ->default_val(2);
+  add_shape_options(*command, *options);
+  command->footer("Without a shape (tokens to async) a covering set of cases runs.");
+  command->callback([options, &status] { status = verify_internode_command(*options); });
 }
 
 }  // namespace
@@ -94,23 +142,12 @@ void add_verify(CLI::App& app, int& status) {
       "verify", "Layers on this machine, every output compared bitwise with the reference");
   const auto options = std::make_shared<Options>();
   command->add_option("--ranks", options->ranks, "Ranks, one process each")->default_str("4");
-  command->add_option("--backend", options->backend, kBackends)->default_str("host");
-  command->add_option("--tokens", options->tokens, "Tokens of a rank, or a list with one for each")
-      ->delimiter(',');
-  command->add_option("--hidden", options->hidden, "Values of a row");
-  command->add_option("--topk", options->topk, "Experts of a token");
-  command->add_option("--experts", options->experts, "Experts of all ranks");
-  command->add_option("--dtype", options->dtype, "bf16, fp16, fp32, fp8 or bytes");
-  command->add_option("--routing", options->routing,
-                      "uniform, zipf, grouped, all-to-all, to-rank-zero, to-self, none, holes or "
-                      "duplicates");
-  command->add_flag("--async", options->async, "Calls return at once and are chained by events");
+  add_shape_options(*command, *options);
   command->add_flag("--prepare", options->prepare,
                     "Counts first, then a dispatch to memory of the caller's");
   command->add_flag("--grouped", options->grouped, "Rows grouped by expert, there and back");
-  command->add_option("--seed", options->seed, "Of routing and payload");
-  command->add_flag("-v,--verbose", options->verbose, "Print each case's numbers");
   command->footer("Without a shape (tokens to grouped) a covering set of cases runs.");
+  add_verify_internode(*command, status);
   add_verify_low_latency(*command, status);
   command->callback([command, options, &status] {
     if (command->get_subcommands().empty()) status = verify_command(*options);

@@ -29,6 +29,19 @@ RowGroups clone(const RowGroups& groups) {
           groups.weights.defined() ? clone(groups.weights) : Tensor()};
 }
 
+InternodeHandle clone(const InternodeHandle& handle) {
+  return {clone(handle.is_token_in_rank),
+          clone(handle.rdma_channel_prefix_matrix),
+          clone(handle.gbl_channel_prefix_matrix),
+          clone(handle.recv_rdma_channel_prefix_matrix),
+          clone(handle.recv_rdma_rank_prefix_sum),
+          clone(handle.recv_gbl_channel_prefix_matrix),
+          clone(handle.recv_gbl_rank_prefix_sum),
+          clone(handle.recv_src_meta),
+          clone(handle.send_rdma_head),
+          clone(handle.send_nvl_head)};
+}
+
 /// The calls of one case, in order, with the check of each one's outputs. Without async a call is
 /// checked at once; with it, or to look again at results that were held, at the end.
 class Run {
@@ -48,7 +61,11 @@ class Run {
     event_.host_wait();
     for (const auto& check : late_checks_) check();
     checks_.stage("handle, after all calls", event_);
-    checks_.handle(on_host(handle_));
+    if (several_nodes()) {
+      checks_.handle(on_host(internode_handle_));
+    } else {
+      checks_.handle(on_host(handle_));
+    }
     return checks_.result();
   }
 
@@ -74,6 +91,15 @@ class Run {
       *tensor = passed(*tensor);
     return handle;
   }
+
+  InternodeHandle passed(InternodeHandle handle) const {
+    if (case_.clone_handle) handle = clone(handle);
+    for (Tensor* tensor : {&handle.recv_src_meta, &handle.is_token_in_rank, &handle.send_rdma_head,
+                           &handle.send_nvl_head})
+      *tensor = passed(*tensor);
+    return handle;
+  }
+  bool several_nodes() const { return case_.node_size() < case_.ranks; }
 
   RowGroups passed(RowGroups groups) const {
     if (case_.clone_handle) groups = clone(groups);
@@ -121,6 +147,7 @@ class Run {
   EventHandle event_{};
   DispatchLayout layout_{};
   IntranodeHandle handle_{};
+  InternodeHandle internode_handle_{};
   RowGroups groups_{};
   std::vector<std::function<void()>> late_checks_{};
 };
@@ -167,6 +194,7 @@ void Run::dispatch() {
   const BroughtOutputs brought = bring_outputs(args);
   DispatchResult got = buffer_.dispatch(args);
   handle_ = got.handle;
+  internode_handle_ = got.internode_handle;
   groups_ = got.groups;
   const EventHandle event = got.event;
   finish(event, "dispatch", [this, x, scales, ids, weights, stats, brought, got = std::move(got)] {
@@ -184,11 +212,14 @@ void Run::dispatch_cached(int round) {
   if (case_.clone_handle) event_.host_wait();
   const Tensor x = input(inputs_.x(round)), scales = input(inputs_.scales(round)),
                stats = input(inputs_.stats());
-  const IntranodeHandle handle = passed(handle_);
   DispatchArgs args;
   args.x = passed(x);
   args.x_scales = passed(scales);
-  args.handle = handle;
+  if (several_nodes()) {
+    args.internode_handle = passed(internode_handle_);
+  } else {
+    args.handle = passed(handle_);
+  }
   args.config = case_.late_config;
   args.dispatch_wait_recv_cost_stats = stats;
   args.options = options();
@@ -199,7 +230,8 @@ void Run::dispatch_cached(int round) {
   const EventHandle event = got.event;
   finish(
       event, fmt::format("cached dispatch {}", round),
-      [this, x, scales, stats, handle, groups = args.groups, round, brought, got = std::move(got)] {
+      [this, x, scales, stats, handle = args.handle, other = args.internode_handle,
+       groups = args.groups, round, brought, got = std::move(got)] {
         brought.check(checks_.compare(), got);
         const DispatchResult here = on_host(got);
         checks_.cached_dispatch(here);
@@ -216,10 +248,13 @@ void Run::combine(int round) {
   const Tensor bias0 = case_.biases > 0 ? input(inputs_.bias(0, round)) : Tensor();
   const Tensor bias1 = case_.biases > 1 ? input(inputs_.bias(1, round)) : Tensor();
   const Tensor stats = input(inputs_.stats());
-  const IntranodeHandle handle = passed(handle_);
   CombineArgs args;
   args.x = passed(x);
-  args.handle = handle;
+  if (several_nodes()) {
+    args.internode_handle = passed(internode_handle_);
+  } else {
+    args.handle = passed(handle_);
+  }
   args.topk_weights = passed(weights);
   args.bias = {passed(bias0), passed(bias1)};
   args.config = case_.late_config;
@@ -230,8 +265,8 @@ void Run::combine(int round) {
   CombineResult got = buffer_.combine(args);
   const EventHandle event = got.event;
   finish(event, fmt::format("combine {}", round),
-         [this, x, weights, bias0, bias1, stats, handle, groups = args.groups, round,
-          got = std::move(got)] {
+         [this, x, weights, bias0, bias1, stats, handle = args.handle,
+          other = args.internode_handle, groups = args.groups, round, got = std::move(got)] {
            checks_.combined(on_host(got), round);
            checks_.stats(on_host(stats));
          });
@@ -242,10 +277,11 @@ void Run::combine(int round) {
 std::string Case::describe() const {
   const auto flag = [](bool on, const char* text) { return on ? text : ""; };
   return fmt::format(
-      "ranks={} tokens={} hidden={} dtype={} combine_dtype={} scales={} topk={} experts={} "
+      "ranks={}{} tokens={} hidden={} dtype={} combine_dtype={} scales={} topk={} experts={} "
       "routing={} seed={} {} alignment={} worst={} cached={} combines={} biases={} sms={}/{} "
       "outputs={} groups={}{}{}{}{}{}{}{}",
-      ranks, fmt::join(tokens, ","), hidden, to_string(dtype), to_string(combine_dtype),
+      ranks, ranks_per_node > 0 ? fmt::format(" ranks_per_node={}", ranks_per_node) : "",
+      fmt::join(tokens, ","), hidden, to_string(dtype), to_string(combine_dtype),
       static_cast<int>(scales), topk, experts, to_string(routing), seed, to_string(topk_dtype),
       expert_alignment, num_worst_tokens, cached_repeats, combines, biases, config.num_sms,
       late_config.num_sms, static_cast<int>(outputs), static_cast<int>(groups),
@@ -261,11 +297,18 @@ void CaseResult::merge(const CaseResult& other) {
   if (first_mismatch.empty()) first_mismatch = other.first_mismatch;
 }
 
+bool can_span_nodes(const Case& c) {
+  return c.ranks > 1 && !c.prepare && c.groups == Groups::kNone;
+}
+
 void validate(const Case& c) {
   require(c.ranks >= 1, "ranks = {} must be at least 1", c.ranks);
   require(c.tokens.size() == 1 || c.tokens.size() == static_cast<std::size_t>(c.ranks),
           "tokens has {} entries; allowed: 1 or one for each of the {} ranks", c.tokens.size(),
           c.ranks);
+  require(c.ranks % c.node_size() == 0, "ranks_per_node = {} must divide the {} ranks",
+          c.ranks_per_node, c.ranks);
+  require(c.node_size() == c.ranks || can_span_nodes(c), "prepare and groups are for one node");
   for (const std::int64_t tokens : c.tokens)
     require(tokens >= 0, "tokens = {} must not be negative", tokens);
   for (const DType dtype : {c.dtype, c.combine_dtype})

@@ -29,6 +29,7 @@ struct Case {
 
   std::string name{};
   int ranks = 1;
+  int ranks_per_node = 0;                  ///< of the Buffer; 0: all ranks are of one node
   std::vector<std::int64_t> tokens{64};  ///< N of each rank; one entry: the same on all
   std::int64_t hidden = 256;
   DType dtype = DType::kBfloat16;          ///< of dispatch; kUint8 for opaque bytes
@@ -58,6 +59,7 @@ struct Case {
   Config config{};                ///< of dispatch
   Config late_config{};  ///< of the cached dispatches and combines; differing num_sms is legal
 
+  int node_size() const { return ranks_per_node == 0 ? ranks : ranks_per_node; }
   std::int64_t tokens_of(int rank) const {
     return tokens.size() == 1 ? tokens[0] : tokens[static_cast<std::size_t>(rank)];
   }
@@ -76,6 +78,9 @@ struct CaseResult {
   bool passed() const { return wrong_elements == 0 && first_mismatch.empty(); }
   void merge(const CaseResult& other);
 };
+
+/// Whether the case asks for nothing that ranks of one node only can do.
+bool can_span_nodes(const Case& c);
 
 /// Throws Error(kInvalidArgument) naming the field if no Buffer could run the case.
 void validate(const Case& c);

@@ -28,8 +28,15 @@ void Checks::layout(const DispatchLayout& layout) {
   if (compare_.shape("is_token_in_rank", layout.is_token_in_rank, DType::kBool,
                      {inputs_.tokens(), case_.ranks}))
     compare_.values("is_token_in_rank", layout.is_token_in_rank, expected_.is_token_in_rank);
-  compare_.expect(!layout.num_tokens_per_rdma_rank.defined(),
-                  "num_tokens_per_rdma_rank is undefined on one node");
+  const int nodes = case_.ranks / case_.node_size();
+  if (nodes == 1) {
+    compare_.expect(!layout.num_tokens_per_rdma_rank.defined(),
+                    "num_tokens_per_rdma_rank is undefined on one node");
+  } else if (compare_.shape("num_tokens_per_rdma_rank", layout.num_tokens_per_rdma_rank,
+                            DType::kInt32, {nodes})) {
+    compare_.values("num_tokens_per_rdma_rank", layout.num_tokens_per_rdma_rank,
+                    expected_.internode.num_tokens_per_rdma_rank);
+  }
 }
 
 void Checks::counts(std::int64_t rows, const std::vector<std::int32_t>& list, bool worst) {
@@ -54,7 +61,11 @@ void Checks::prepared(const PreparedDispatch& got) {
 void Checks::first_dispatch(const DispatchResult& got) {
   counts(got.num_recv_tokens, got.num_recv_tokens_per_expert_list, case_.num_worst_tokens != 0);
   topk(got);
-  handle(got.handle);
+  if (case_.node_size() < case_.ranks) {
+    handle(got.internode_handle);
+  } else {
+    handle(got.handle);
+  }
 }
 
 void Checks::topk(const DispatchResult& got) {
@@ -96,7 +107,8 @@ void Checks::cached_dispatch(const DispatchResult& got) {
                   "num_recv_tokens_per_expert_list is empty when cached");
   compare_.expect(!got.recv_topk_idx.defined() && !got.recv_topk_weights.defined(),
                   "recv_topk_idx and recv_topk_weights are undefined when cached");
-  compare_.expect(!got.handle.rank_prefix_matrix.defined() && !got.handle.send_head.defined(),
+  compare_.expect(!got.handle.rank_prefix_matrix.defined() && !got.handle.send_head.defined() &&
+                      !got.internode_handle.recv_src_meta.defined(),
                   "the handle is undefined when cached");
 }
 

@@ -26,6 +26,7 @@ class Checks {
   /// Rows by expert: `found` by this dispatch, else of the groups that it was given.
   void groups(const DispatchResult& got, int round, bool found);
   void handle(const IntranodeHandle& handle);
+  void handle(const InternodeHandle& handle);
   void combined(const CombineResult& got, int round);
   void unchanged_x(const Tensor& x, int round);
   void stats(const Tensor& stats);
@@ -38,6 +39,7 @@ class Checks {
   void grouped_rows(const DispatchResult& got, int round);
   void topk(const DispatchResult& got);
   void channels(const IntranodeHandle& handle);
+  void channels(const InternodeHandle& handle);
   std::vector<std::byte> expected_rows(int round) const;
 
   const Case& case_;

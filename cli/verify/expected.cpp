@@ -71,6 +71,46 @@ void find_groups(const Case& c, const std::vector<plan::reference::DispatchOutpu
   }
 }
 
+/// Bit i: the token has an expert on the rank of index i of the node.
+std::uint64_t mask_at(const Case& c, const RankRouting& routing, std::int64_t token, int node) {
+  std::uint64_t mask = 0;
+  for (int k = 0; k < c.topk; ++k) {
+    const std::int64_t expert = routing.topk_idx[static_cast<std::size_t>(token * c.topk + k)];
+    if (expert < 0) continue;
+    const std::int64_t rank = expert / (c.experts / c.ranks);
+    if (rank / c.node_size() == node) mask |= std::uint64_t{1} << (rank % c.node_size());
+  }
+  return mask;
+}
+
+void find_records(const Case& c, const std::vector<RankRouting>& routings, Expected& expected) {
+  const int nodes = c.ranks / c.node_size();
+  const int own_node = expected.rank / c.node_size();
+  InternodeExpected& internode = expected.internode;
+  internode.num_tokens_per_rdma_rank.assign(static_cast<std::size_t>(nodes), 0);
+  for (std::int64_t token = 0; token < c.tokens_of(expected.rank); ++token)
+    for (int node = 0; node < nodes; ++node) {
+      std::int32_t& count = internode.num_tokens_per_rdma_rank[static_cast<std::size_t>(node)];
+      internode.send_rdma_head.push_back(mask_at(c, expected.own, token, node) != 0 ? count++ : -1);
+    }
+  for (int node = 0; node < nodes; ++node) {
+    const int source = node * c.node_size() + expected.rank % c.node_size();
+    auto& tokens = internode.record_tokens.emplace_back();
+    std::vector<std::int32_t> next(static_cast<std::size_t>(c.node_size()), 0);
+    for (std::int64_t token = 0; token < c.tokens_of(source); ++token) {
+      const std::uint64_t mask =
+          mask_at(c, routings[static_cast<std::size_t>(source)], token, own_node);
+      if (mask == 0) continue;
+      tokens.push_back(static_cast<std::int32_t>(token));
+      for (std::size_t i = 0; i < next.size(); ++i)
+        internode.send_nvl_head.push_back((mask >> i & 1) != 0 ? next[i]++ : -1);
+    }
+  }
+  for (const RowSource& row : expected.sources)
+    internode.row_masks.push_back(
+        mask_at(c, routings[static_cast<std::size_t>(row.rank)], row.token, own_node));
+}
+
 /// What the rows of combine at `target` that are this rank's hold in columns [first, first +
 /// count).
 std::vector<std::byte> reduced_rows(const Case& c, const Expected& expected, std::size_t target,
@@ -166,6 +206,7 @@ Expected make_expected(const Case& c, const std::vector<RankRouting>& routings, 
   if (!expected.sources.empty())
     std::memcpy(expected.sources.data(), expected.received.x.data(), expected.received.x.size());
   count_layout(c, expected);
+  if (c.node_size() < c.ranks) find_records(c, routings, expected);
   return expected;
 }
 
@@ -208,7 +249,7 @@ plan::reference::CombineOutput expected_combine(const Case& c, const Expected& e
                own.bias[b].data() + static_cast<std::size_t>(token) * row_bytes);
   }
   auto outputs = plan::reference::combine(c.combine_dtype, count, weights ? c.topk : 0, routing,
-                                          tokens, inputs);
+                                          tokens, inputs, c.node_size());
   return std::move(outputs[static_cast<std::size_t>(expected.rank)]);
 }
 

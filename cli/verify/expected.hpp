@@ -44,6 +44,15 @@ struct RemoteGroups {
   std::vector<float> weights;
 };
 
+/// Beside that, with several nodes: what crosses over this rank.
+struct InternodeExpected {
+  std::vector<std::int32_t> num_tokens_per_rdma_rank;     // [nodes]
+  std::vector<std::int32_t> send_rdma_head;               // [N, nodes]
+  std::vector<std::vector<std::int32_t>> record_tokens;   // [nodes] of the records from each
+  std::vector<std::int32_t> send_nvl_head;                // [M, ranks of a node]
+  std::vector<std::uint64_t> row_masks;                   // [Nr]
+};
+
 /// What one rank must see, from plan/reference on the routing of all ranks. Rows of payload are not
 /// stored: the reference moves their names, and fill_row makes their content.
 struct Expected {
@@ -56,6 +65,7 @@ struct Expected {
   plan::reference::DispatchOutput received;
   std::vector<RowSource> sources;              // [Nr]
   std::vector<std::vector<RemoteRow>> remote;  // [R]: the rows that combine must bring back
+  InternodeExpected internode;                 // with several nodes
   plan::reference::RowGroups groups;           // if the case has groups, and
   std::vector<RemoteGroups> remote_groups;     // [R]
 };

@@ -21,6 +21,19 @@ IntranodeHandle on_host(const IntranodeHandle& handle) {
           on_host(handle.is_token_in_rank),           on_host(handle.send_head)};
 }
 
+InternodeHandle on_host(const InternodeHandle& handle) {
+  return {on_host(handle.is_token_in_rank),
+          on_host(handle.rdma_channel_prefix_matrix),
+          on_host(handle.gbl_channel_prefix_matrix),
+          on_host(handle.recv_rdma_channel_prefix_matrix),
+          on_host(handle.recv_rdma_rank_prefix_sum),
+          on_host(handle.recv_gbl_channel_prefix_matrix),
+          on_host(handle.recv_gbl_rank_prefix_sum),
+          on_host(handle.recv_src_meta),
+          on_host(handle.send_rdma_head),
+          on_host(handle.send_nvl_head)};
+}
+
 DispatchLayout on_host(DispatchLayout layout) {
   layout.num_tokens_per_rank = on_host(layout.num_tokens_per_rank);
   layout.num_tokens_per_expert = on_host(layout.num_tokens_per_expert);
@@ -35,6 +48,7 @@ DispatchResult on_host(DispatchResult result) {
         &result.groups.grouped_rows, &result.groups.recv_rows, &result.groups.weights})
     *tensor = on_host(*tensor);
   result.handle = on_host(result.handle);
+  result.internode_handle = on_host(result.internode_handle);
   return result;
 }
 

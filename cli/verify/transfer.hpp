@@ -13,6 +13,7 @@ Stream own_stream();
 Tensor on_device(const Tensor& tensor, Device device);
 Tensor on_host(const Tensor& tensor);
 IntranodeHandle on_host(const IntranodeHandle& handle);
+InternodeHandle on_host(const InternodeHandle& handle);
 DispatchLayout on_host(DispatchLayout layout);
 DispatchResult on_host(DispatchResult result);
 CombineResult on_host(CombineResult result);

@@ -52,7 +52,8 @@ struct DispatchArgs {
   TensorView x{};
   /// Optional [N, S], float32 or int32 (packed), any strides: scales of x.
   TensorView x_scales{};
-  /// Handle of an earlier dispatch with the same N.
+  /// Handle of an earlier dispatch with the same N; with several nodes internode_handle takes its
+  /// place.
   std::optional<IntranodeHandle> handle{};
   /// From get_dispatch_layout, or the caller's own: num_tokens_per_rank and is_token_in_rank are
   /// required, num_tokens_per_expert is needed for the per-expert counts.
@@ -99,6 +100,9 @@ struct DispatchArgs {
   /// the rows of grouped_x say how many grouped rows there may be; more are Error(kCapacity).
   TensorView grouped_x{};
   TensorView grouped_x_scales{};
+
+  /// With several nodes: as `handle`.
+  std::optional<InternodeHandle> internode_handle{};
 };
 
 /// Rows are in (source rank, token index) order. Nr = num_recv_tokens, or num_worst_tokens if that
@@ -115,7 +119,7 @@ struct DispatchResult {
   /// Received rows. -1 with num_worst_tokens (see handle.rank_prefix_matrix); the rows of the given
   /// handle's recv_src_idx if cached.
   std::int64_t num_recv_tokens = 0;
-  IntranodeHandle handle;  ///< undefined tensors if cached
+  IntranodeHandle handle;  ///< undefined tensors if cached, or with several nodes
   EventHandle event;       ///< of the end of the call; see Buffer on who has waited for it
 
   // With group_rows. G is the sum of num_recv_tokens_per_expert_list or, with num_worst_tokens, the
@@ -124,6 +128,8 @@ struct DispatchResult {
   Tensor grouped_x;  ///< [G, H], dtype of x: a copy of the received row for each local expert
   Tensor grouped_x_scales;  ///< [G, S] row-major, if x_scales was given
   RowGroups groups;         ///< if cached, the given ones
+
+  InternodeHandle internode_handle;  ///< with several nodes, unless cached
 };
 
 struct CombineArgs {
@@ -144,13 +150,26 @@ struct CombineArgs {
   /// ascending expert, rounded once to the dtype of x. groups.weights weighs them; undefined: rows
   /// count as they are. Padding is not read. topk_weights stays [Nr, K].
   std::optional<RowGroups> groups{};
+  /// With several nodes: in place of `handle`.
+  InternodeHandle internode_handle{};
 };
 
 struct CombineResult {
-  Tensor combined_x;  ///< [N, H], dtype of x: fp32 sum over the token's ranks in ascending order,
-                      ///< rounded once
+  /// [N, H], dtype of x: fp32 sum over the token's ranks in ascending order, rounded once. With
+  /// several nodes each node's sum is rounded to the dtype of x, then these are summed in fp32 in
+  /// ascending order and rounded.
+  Tensor combined_x;
   Tensor combined_topk_weights;  ///< [N, K] float32, if topk_weights was given
   EventHandle event;             ///< as in DispatchResult
+};
+
+/// What this rank has given to the network so far.
+struct NetworkCounts {
+  std::int64_t rows = 0;       ///< tokens of dispatches, and sums of combines
+  std::int64_t row_bytes = 0;  ///< of these, as they travel: padded, with what goes with them
+  std::int64_t puts = 0;       ///< one for several rows; those of counts and faults included
+  std::int64_t put_bytes = 0;
+  std::int64_t signals = 0;
 };
 
 /// One rank's end of the exchange: memory that its peers map, and the calls that move tokens
@@ -206,6 +225,10 @@ class DEEP_EP_API Buffer {
   /// The paths that dispatch and combine take while all ranks are of one node.
   DispatchResult intranode_dispatch(const DispatchArgs& args);
   CombineResult intranode_combine(const CombineArgs& args);
+  /// And with several nodes, on hosts: groups of rows and prepare_dispatch are of one node only, as
+  /// low latency is. With num_worst_tokens that number bounds M too (see InternodeHandle).
+  DispatchResult internode_dispatch(const DispatchArgs& args);
+  CombineResult internode_combine(const CombineArgs& args);
 
   /// Low latency: small batches through buffers of a fixed size, num_rdma_bytes, without counts on
   /// the host; may be captured. Collective; the ranks of a call agree on all but N and
@@ -267,6 +290,12 @@ class DEEP_EP_API Buffer {
   std::int64_t live_bytes() const;
   /// The rank's own heap from `offset` bytes on, as elements of `dtype`; the view keeps it mapped.
   Tensor get_local_buffer_tensor(DType dtype, std::int64_t offset = 0) const;
+  /// Nodes, and which ranks are of one: those that map each other's memory, or, with
+  /// DEEP_EP_RANKS_PER_NODE, so many neighbours each.
+  int num_nodes() const;
+  int num_ranks_per_node() const;
+  /// Zero while there is one node.
+  NetworkCounts network_counts() const;
   /// How rows move between the ranks, in words, for logs and benchmarks.
   std::string transport() const;
   /// The last 256 operations (what, epoch, shapes, state, times in ns) as a JSON array, oldest

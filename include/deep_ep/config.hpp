@@ -15,8 +15,10 @@ struct DEEP_EP_API Config {
                                             ///< of no effect where rows are read, not written
   int num_max_nvl_chunked_recv_tokens =
       256;  ///< combine: rows in flight from one rank to another at most
-  int num_max_rdma_chunked_send_tokens = 6;    ///< the same between nodes
-  int num_max_rdma_chunked_recv_tokens = 256;  ///< the same between nodes
+  int num_max_rdma_chunked_send_tokens =
+      6;  ///< between nodes, dispatch and combine: rows put before the receiver is told
+  int num_max_rdma_chunked_recv_tokens =
+      256;  ///< between nodes: rows in flight from one rank to another at most
 
   /// Throws Error(kInvalidArgument) naming the first field that is out of range: all at least 1,
   /// send <= recv.
@@ -28,7 +30,9 @@ struct DEEP_EP_API Config {
   /// 128. Formula: docs/memory.md.
   std::int64_t get_nvl_buffer_size_hint(std::int64_t hidden_bytes, int num_ranks) const noexcept;
 
-  /// Bytes to pass as Buffer's num_rdma_bytes; 0 while all ranks are of one node. Never throws.
+  /// Bytes to pass as Buffer's num_rdma_bytes for high throughput; 0 while all ranks are of one
+  /// node. Nodes are taken to have DEEP_EP_RANKS_PER_NODE ranks, else 8. A Buffer makes less do:
+  /// rings hold fewer rows then. Never throws. Multiple of 128. Formula: docs/memory.md.
   std::int64_t get_rdma_buffer_size_hint(std::int64_t hidden_bytes, int num_ranks) const noexcept;
 };
 

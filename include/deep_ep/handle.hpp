@@ -43,6 +43,41 @@ struct IntranodeHandle {
   Tensor send_head;
 };
 
+/// The handle of a dispatch over several nodes, with DeepEP's tensors: `nodes` nodes of G ranks,
+/// rank = node * G + index. A token crosses the network once for each node, as a record, from its
+/// rank to the one of the same index there, which passes it on inside the node; records of a rank
+/// for a node are numbered in ascending token. Records for a rank's own node count like others,
+/// though they cross nothing. M = records that this rank passes on, its own for its node included. As
+/// data like IntranodeHandle: clones work as well, with any Config, any number of times, and no call
+/// changes a handle.
+struct InternodeHandle {
+  /// bool [N, R]
+  Tensor is_token_in_rank;
+  /// int32 [nodes, C]: element [n][c] = records of this rank's channels 0..c for node n.
+  Tensor rdma_channel_prefix_matrix;
+  /// int32 [R, C]: element [j][c] = tokens of this rank's channels 0..c that go to rank j.
+  Tensor gbl_channel_prefix_matrix;
+  /// int32 [nodes, C]: element [n][c] = records from node n (from its rank of this rank's index)
+  /// before channel c.
+  Tensor recv_rdma_channel_prefix_matrix;
+  /// int32 [nodes]: element [n] = records from nodes 0..n; the last one is M.
+  Tensor recv_rdma_rank_prefix_sum;
+  /// int32 [R, C]: element [i][c] = rows received from rank i's channels before c.
+  Tensor recv_gbl_channel_prefix_matrix;
+  /// int32 [R]: element [i] = rows received from ranks 0..i.
+  Tensor recv_gbl_rank_prefix_sum;
+  /// uint8 [Nr or num_worst_tokens, 16], from a multiple of 8 bytes on: of each received row int32
+  /// node of its source, int32 token index there, uint64 mask of the ranks of this node, by index,
+  /// that have a row of the token; all bits set behind the last row.
+  Tensor recv_src_meta;
+  /// int32 [N, nodes]: number of the token's record for that node; -1 if there is none.
+  Tensor send_rdma_head;
+  /// int32 [M or num_worst_tokens, G]: of each record that this rank passes on, by source node and
+  /// number, the position of its row among those that its source sends to each rank of this node;
+  /// -1 if it has none there, and behind the last record.
+  Tensor send_nvl_head;
+};
+
 /// How received rows are grouped by local expert, as data like a handle: for every (received row,
 /// local expert that it names) one grouped row, those of an expert next to each other in ascending
 /// received row. G grouped rows in all, padding included.

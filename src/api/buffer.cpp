@@ -32,25 +32,47 @@ Buffer::Impl::Impl(std::shared_ptr<Bootstrap> bootstrap, const BufferOptions& op
 std::string Buffer::Impl::allocate_and_export() {
   validate(options_, bootstrap_->rank(), bootstrap_->size());
   options_.timeout = choose_timeout(options_.timeout);
-  const int node = env::ranks_per_node();
-  if (node > 0 && node < bootstrap_->size()) {
-    throw Error(ErrorCode::kUnsupported,
-                fmt::format("DEEP_EP_RANKS_PER_NODE is {} for {} ranks: several nodes need "
-                            "internode mode, which this version does not have",
-                            node, bootstrap_->size()));
-  }
   trace::step("allocate");
-  // While all ranks are peers the memory for low latency is ordinary mapped memory too.
+  // While all ranks are peers the memory for low latency is ordinary mapped memory too; else it is
+  // the symmetric heap's.
+  const std::int64_t low_latency_bytes =
+      topology_.num_nodes() == 1 ? (options_.num_rdma_bytes + 127) / 128 * 128 : 0;
   backend_ = make_backend({.device = options_.device,
                            .heap_bytes = options_.num_nvl_bytes,
-                           .low_latency_bytes = (options_.num_rdma_bytes + 127) / 128 * 128,
+                           .low_latency_bytes = low_latency_bytes,
                            .enable_shrink = options_.enable_shrink,
                            .timeout = options_.timeout,
                            .num_threads = options_.num_threads,
                            .rank = bootstrap_->rank(),
-                           .num_ranks = bootstrap_->size()});
+                           .num_ranks = bootstrap_->size(),
+                           .topology = topology_,
+                           .ranks_on_host = ranks_on_host_,
+                           .one_process = one_process_});
   trace::step("export_handles");
   return backend_->export_handles();
+}
+
+void Buffer::Impl::find_nodes(const std::vector<std::string>& ids) {
+  std::vector<std::string> hosts;
+  const auto own = internode::UniqueId::decode(ids[bootstrap_->rank()]);
+  ranks_on_host_ = 0;
+  one_process_ = true;
+  for (const std::string& text : ids) {
+    const auto id = internode::UniqueId::decode(text);
+    hosts.push_back(id.host);
+    ranks_on_host_ += id.host == own.host ? 1 : 0;
+    one_process_ = one_process_ && id.process == own.process;
+  }
+  topology_ = plan::find_topology(hosts, env::ranks_per_node());
+}
+
+void Buffer::Impl::require_one_node(const char* operation) const {
+  if (topology_.num_nodes() == 1) return;
+  throw Error(ErrorCode::kUnsupported,
+              fmt::format("{}: the {} ranks are of {} nodes of {}, this call is for ranks of one "
+                          "node",
+                          operation, topology_.num_ranks, topology_.num_nodes(),
+                          topology_.ranks_per_node));
 }
 
 // A failure on one rank must fail all: what each exports begins with "+", or is "-" and the reason.
@@ -85,6 +107,8 @@ void Buffer::Impl::sync() {
     return all;
   };
   (void)exchange([this] { return std::to_string(options_.num_rdma_bytes); }, "num_rdma_bytes");
+  (void)exchange([] { return std::to_string(env::ranks_per_node()); }, "DEEP_EP_RANKS_PER_NODE");
+  find_nodes(exchange([] { return internode::get_unique_id().encode(); }));
   const std::vector<std::string> handles = exchange([this] { return allocate_and_export(); });
   trace::step("Buffer::sync");
   trace::step("open_handles");
@@ -93,6 +117,8 @@ void Buffer::Impl::sync() {
     return backend_->findings();
   }));
   internode::init(*backend_);
+  if (topology_.num_nodes() > 1)
+    internode::alloc(*backend_, *bootstrap_, options_.num_rdma_bytes);
 }
 
 Buffer::Impl::~Impl() { destroy(); }
@@ -102,6 +128,7 @@ void Buffer::Impl::destroy() {
   *self_ = nullptr;
   trace::step("synchronize");
   backend_->synchronize();
+  if (topology_.num_nodes() > 1) internode::free(*backend_);
   trace::step("release");
   backend_->close();
   internode::finalize(*backend_);
@@ -186,7 +213,13 @@ void Buffer::Impl::barrier() {
     Call call = make_call("barrier", {});
     call.record.kind = protocol::OpKind::kBarrier;
     const std::uint64_t number = log_.begin("barrier", epoch_, call.record);
-    backend_->submit({}, stage(number, true, [&] { intranode::barrier(*backend_, {call}); }));
+    backend_->submit({}, stage(number, true, [&] {
+                       if (topology_.num_nodes() > 1) {
+                         internode::barrier(*backend_, {call});
+                       } else {
+                         intranode::barrier(*backend_, {call});
+                       }
+                     }));
   });
 }
 
@@ -221,17 +254,26 @@ internode::LayoutParams Buffer::Impl::allocate_layout(const TensorView& topk_idx
   internode::LayoutParams params;
   params.shape = validate_topk_idx(topk_idx, num_experts, num_ranks, options_.device);
   params.topk_idx = topk_idx;
-  const std::vector<Tensor> made =
-      allocate({{nullptr, DType::kInt32, {num_ranks}, options_.device},
-                {nullptr, DType::kInt32, {num_experts}, options_.device},
-                {nullptr, DType::kBool, {params.shape.num_tokens, num_ranks}, options_.device}},
-               options);
+  std::vector<TensorView> views{
+      {nullptr, DType::kInt32, {num_ranks}, options_.device},
+      {nullptr, DType::kInt32, {num_experts}, options_.device},
+      {nullptr, DType::kBool, {params.shape.num_tokens, num_ranks}, options_.device}};
+  if (topology_.num_nodes() > 1)
+    views.emplace_back(nullptr, DType::kInt32,
+                       std::initializer_list<std::int64_t>{topology_.num_nodes()},
+                       options_.device);
+  const std::vector<Tensor> made = allocate(std::move(views), options);
   layout.num_tokens_per_rank = made[0];
   layout.num_tokens_per_expert = made[1];
   layout.is_token_in_rank = made[2];
   params.num_tokens_per_rank = layout.num_tokens_per_rank.as<std::int32_t>();
   params.num_tokens_per_expert = layout.num_tokens_per_expert.as<std::int32_t>();
   params.is_token_in_rank = layout.is_token_in_rank.as<bool>();
+  params.topology = topology_;
+  if (topology_.num_nodes() > 1) {
+    layout.num_tokens_per_rdma_rank = made[3];
+    params.num_tokens_per_rdma_rank = layout.num_tokens_per_rdma_rank.as<std::int32_t>();
+  }
   return params;
 }
 
@@ -270,9 +312,12 @@ DispatchLayout Buffer::get_dispatch_layout(const TensorView& topk_idx, int num_e
   return impl_->get_dispatch_layout(topk_idx, num_experts, options);
 }
 
-// While all ranks are of one node there is one path.
-DispatchResult Buffer::dispatch(const DispatchArgs& args) { return intranode_dispatch(args); }
-CombineResult Buffer::combine(const CombineArgs& args) { return intranode_combine(args); }
+DispatchResult Buffer::dispatch(const DispatchArgs& args) {
+  return num_nodes() > 1 ? internode_dispatch(args) : intranode_dispatch(args);
+}
+CombineResult Buffer::combine(const CombineArgs& args) {
+  return num_nodes() > 1 ? internode_combine(args) : intranode_combine(args);
+}
 
 PreparedDispatch Buffer::prepare_dispatch(const DispatchArgs& args) {
   trace::step("Buffer::prepare_dispatch");
@@ -285,6 +330,15 @@ DispatchResult Buffer::intranode_dispatch(const DispatchArgs& args) {
 CombineResult Buffer::intranode_combine(const CombineArgs& args) {
   trace::step("Buffer::intranode_combine");
   return impl_->intranode_combine(args);
+}
+
+DispatchResult Buffer::internode_dispatch(const DispatchArgs& args) {
+  trace::step("Buffer::internode_dispatch");
+  return impl_->internode_dispatch(args);
+}
+CombineResult Buffer::internode_combine(const CombineArgs& args) {
+  trace::step("Buffer::internode_combine");
+  return impl_->internode_combine(args);
 }
 
 void Buffer::barrier() { impl_->barrier(); }
@@ -322,6 +376,12 @@ Tensor Buffer::get_local_buffer_tensor(DType dtype, std::int64_t offset) const {
   return {TensorView(heap.as<std::byte>() + offset, dtype, {(heap.shape[0] - offset) / size},
                      heap.device),
           heap.owner()};
+}
+
+int Buffer::num_nodes() const { return impl_->topology_.num_nodes(); }
+int Buffer::num_ranks_per_node() const { return impl_->topology_.ranks_per_node; }
+NetworkCounts Buffer::network_counts() const {
+  return impl_->backend_ ? impl_->backend_->network_counts() : NetworkCounts{};
 }
 
 std::string Buffer::transport() const {

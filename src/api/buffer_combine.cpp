@@ -35,7 +35,31 @@ void Buffer::Impl::reduce_first(CombineJob& job) {
   params.num_rows = reduce.num_rows;
 }
 
+/// Inputs and results, of whatever mode.
+void Buffer::Impl::place_sums(const CombineArgs& args, CombineStep& step, CombineResult& result) {
+  const std::int64_t tokens = step.call.record.num_tokens;
+  std::vector<TensorView> views{
+      {nullptr, args.x.dtype, {tokens, args.x.shape[1]}, options_.device}};
+  if (args.topk_weights.defined())
+    views.push_back(
+        {nullptr, DType::kFloat32, {tokens, args.topk_weights.shape[1]}, options_.device});
+  const std::vector<Tensor> made = allocate(std::move(views), args.options);
+  result.combined_x = made[0];
+  step.dtype = args.x.dtype;
+  step.x = args.x.as<const std::byte>();
+  step.num_rows = args.x.shape[0];
+  for (int i = 0; i < 2; ++i) step.bias[i] = args.bias[i].as<const std::byte>();
+  step.combined_x = result.combined_x.as<std::byte>();
+  if (args.topk_weights.defined()) {
+    result.combined_topk_weights = made[1];
+    step.topk_weights = args.topk_weights.as<const float>();
+    step.combined_topk_weights = result.combined_topk_weights.as<float>();
+  }
+  step.wait_stats = args.combine_wait_recv_cost_stats.as<std::int64_t>();
+}
+
 CombineResult Buffer::Impl::intranode_combine(const CombineArgs& args) {
+  require_one_node("intranode_combine");
   return collective("intranode_combine", [&] {
     auto job = std::make_shared<CombineJob>();
     job->args = args;
@@ -44,33 +68,15 @@ CombineResult Buffer::Impl::intranode_combine(const CombineArgs& args) {
     params.call.record = validate_combine(args, bootstrap_->size(), options_.device);
     const std::uint64_t number = log_.begin("intranode_combine", epoch_, params.call.record);
 
-    const std::int64_t tokens = params.call.record.num_tokens;
     CombineResult& result = job->result;
-    std::vector<TensorView> views{
-        {nullptr, args.x.dtype, {tokens, args.x.shape[1]}, options_.device}};
-    if (args.topk_weights.defined())
-      views.push_back(
-          {nullptr, DType::kFloat32, {tokens, args.topk_weights.shape[1]}, options_.device});
-    const std::vector<Tensor> made = allocate(std::move(views), args.options);
-    result.combined_x = made[0];
-    params.dtype = args.x.dtype;
-    params.x = args.x.as<const std::byte>();
-    params.num_rows = args.x.shape[0];
+    place_sums(args, params, result);
     params.handle_rows = args.handle.recv_src_idx.shape[0];
-    for (int i = 0; i < 2; ++i) params.bias[i] = args.bias[i].as<const std::byte>();
     params.rank_prefix_matrix = args.handle.rank_prefix_matrix.as<const std::int32_t>();
     params.recv_src_idx = args.handle.recv_src_idx.as<const std::int32_t>();
     params.send_head = args.handle.send_head.as<const std::int32_t>();
     params.chunk_rows = args.config.num_max_nvl_chunked_send_tokens;
     params.window_rows = args.config.num_max_nvl_chunked_recv_tokens;
-    params.combined_x = result.combined_x.as<std::byte>();
-    if (args.topk_weights.defined()) {
-      result.combined_topk_weights = made[1];
-      params.topk_weights = args.topk_weights.as<const float>();
-      params.combined_topk_weights = result.combined_topk_weights.as<float>();
-    }
     if (args.groups) reduce_first(*job);
-    params.wait_stats = args.combine_wait_recv_cost_stats.as<std::int64_t>();
 
     result.event = backend_->submit(args.options, stage(number, true, [this, job] {
                                       if (job->args.groups)

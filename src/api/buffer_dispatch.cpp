@@ -14,9 +14,9 @@ namespace {
 // Far above half the SMs of any GPU; keeps the handle's matrices small for any num_sms.
 constexpr int kMaxChannels = 1024;
 
-int num_channels(const Config& config) { return std::clamp(config.num_sms / 2, 1, kMaxChannels); }
-
 }  // namespace
+
+int num_channels(const Config& config) { return std::clamp(config.num_sms / 2, 1, kMaxChannels); }
 
 std::shared_ptr<Buffer::Impl::DispatchJob> Buffer::Impl::make_dispatch(const char* operation,
                                                                        const DispatchArgs& given) {
@@ -95,9 +95,8 @@ void Buffer::Impl::make_notify(DispatchJob& job) {
   dispatch.num_channels = channels;
 }
 
-void Buffer::Impl::place_results(DispatchJob& job, std::int64_t rows) {
+void Buffer::Impl::place_results(AnyDispatchJob& job, DispatchStep& dispatch, std::int64_t rows) {
   const DispatchArgs& args = job.args;
-  intranode::DispatchParams& dispatch = job.dispatch;
   DispatchResult& result = job.result;
   bool all_given = true;
   // What the caller brings is a result as it is; `copy_to` is then where its rows are copied to.
@@ -137,7 +136,6 @@ void Buffer::Impl::place_results(DispatchJob& job, std::int64_t rows) {
   keep(arrays.scales, args.recv_x_scales, result.recv_x_scales);
   keep(arrays.topk_idx, args.recv_topk_idx, result.recv_topk_idx);
   keep(arrays.topk_weights, args.recv_topk_weights, result.recv_topk_weights);
-  if (!args.handle) place_handle(job, rows);
   dispatch.block = job.block.block;
   dispatch.block_rows = rows;
 }
@@ -193,6 +191,7 @@ void Buffer::Impl::find_counts(const std::shared_ptr<DispatchJob>& job) {
 }
 
 PreparedDispatch Buffer::Impl::prepare_dispatch(const DispatchArgs& args) {
+  require_one_node("prepare_dispatch");
   return collective("prepare_dispatch", [&] {
     validate_prepare(args);
     const std::shared_ptr<DispatchJob> job = make_dispatch("prepare_dispatch", args);
@@ -211,13 +210,15 @@ PreparedDispatch Buffer::Impl::prepare_dispatch(const DispatchArgs& args) {
 }
 
 DispatchResult Buffer::Impl::intranode_dispatch(const DispatchArgs& args) {
+  require_one_node("intranode_dispatch");
   return collective("intranode_dispatch", [&] {
     const std::shared_ptr<DispatchJob> job = make_dispatch("intranode_dispatch", args);
     DispatchResult& result = job->result;
     find_counts(job);
     const bool counts_come_late = !job->dispatch.cached && args.num_worst_tokens > 0;
     const std::int64_t rows = counts_come_late ? args.num_worst_tokens : result.num_recv_tokens;
-    place_results(*job, rows);
+    place_results(*job, job->dispatch, rows);
+    if (!args.handle) place_handle(*job, rows);
     if (args.group_rows) allocate_groups(*job, rows);
     const bool counted = !job->dispatch.cached && !counts_come_late;
     result.event = backend_->submit(

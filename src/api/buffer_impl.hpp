@@ -32,10 +32,14 @@ class __attribute__((visibility("hidden"))) Buffer::Impl {  // a member of an ex
   PreparedDispatch prepare_dispatch(const DispatchArgs& args);
   DispatchResult intranode_dispatch(const DispatchArgs& args);
   CombineResult intranode_combine(const CombineArgs& args);
+  DispatchResult internode_dispatch(const DispatchArgs& args);
+  CombineResult internode_combine(const CombineArgs& args);
   LowLatencyDispatchResult low_latency_dispatch(const LowLatencyDispatchArgs& args);
   LowLatencyCombineResult low_latency_combine(const LowLatencyCombineArgs& args);
   Tensor get_next_low_latency_combine_buffer(const LowLatencyHandle& handle);
   void low_latency_mask(const char* operation, const std::function<void()>& body);
+  /// Throws Error(kUnsupported) for a call that touches no peer then.
+  void require_one_node(const char* operation) const;
   void barrier();
   void reserve(std::int64_t bytes);
   void check() const;
@@ -43,12 +47,16 @@ class __attribute__((visibility("hidden"))) Buffer::Impl {  // a member of an ex
 
   std::shared_ptr<Bootstrap> bootstrap_;
   BufferOptions options_;
+  plan::Topology topology_;
   std::unique_ptr<Backend> backend_;  // null once destroyed
   OperationLog log_;
 
  private:
+  struct AnyDispatchJob;
   struct DispatchJob;
   struct CombineJob;
+  struct InternodeDispatchJob;
+  struct InternodeCombineJob;
   struct LowLatencyDispatchJob;
   struct LowLatencyCombineJob;
 
@@ -116,6 +124,8 @@ class __attribute__((visibility("hidden"))) Buffer::Impl {  // a member of an ex
   EventHandle submit_low_latency(LowLatencyCalls& calls, const std::shared_ptr<Job>& job,
                                  std::function<void()>& hook);
 
+  /// Topology and transport, from every rank's unique id.
+  void find_nodes(const std::vector<std::string>& ids);
   std::string allocate_and_export();
   /// A stage of call `number` on the communication stream: its Error becomes a fault, and is
   /// logged, wherever it runs.
@@ -138,14 +148,23 @@ class __attribute__((visibility("hidden"))) Buffer::Impl {  // a member of an ex
   /// What the result has of counts; waits for them if they are not known.
   void find_counts(const std::shared_ptr<DispatchJob>& job);
   void wait_counts(const std::shared_ptr<DispatchJob>& job, Backend::Part part);
-  void place_results(DispatchJob& job, std::int64_t rows);
+  void place_results(AnyDispatchJob& job, DispatchStep& dispatch, std::int64_t rows);
   void allocate_groups(DispatchJob& job, std::int64_t rows);
   static void set_arrays(DispatchJob& job);
   std::int64_t choose_grouped_rows(const DispatchJob& job) const;
   void place_handle(DispatchJob& job, std::int64_t rows);
   void notify(DispatchJob& job);
+  void place_sums(const CombineArgs& args, CombineStep& step, CombineResult& result);
   void reduce_first(CombineJob& job);
+  std::shared_ptr<InternodeDispatchJob> make_internode_dispatch(const DispatchArgs& args);
+  void make_internode_notify(InternodeDispatchJob& job);
+  void place_internode_handle(InternodeDispatchJob& job, std::int64_t rows, std::int64_t records);
+  void internode_notify(InternodeDispatchJob& job);
+  /// Waits for the counts of a dispatch without a handle.
+  void find_internode_counts(const std::shared_ptr<InternodeDispatchJob>& job);
 
+  int ranks_on_host_ = 1;
+  bool one_process_ = false;
   std::uint64_t epoch_ = 0;
   LowLatencyCalls low_latency_dispatches_;
   LowLatencyCalls low_latency_combines_;

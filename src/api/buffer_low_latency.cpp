@@ -124,6 +124,7 @@ void Buffer::Impl::fill_params(LowLatencyDispatchJob& job, const LowLatencyDispa
 }
 
 LowLatencyDispatchResult Buffer::Impl::low_latency_dispatch(const LowLatencyDispatchArgs& args) {
+  require_one_node("low_latency_dispatch");
   constexpr const char* kOperation = "low_latency_dispatch";
   LowLatencyCalls& calls = low_latency_dispatches_;
   return low_latency(kOperation, calls, [&] {
@@ -171,6 +172,7 @@ LowLatencyDispatchResult Buffer::Impl::low_latency_dispatch(const LowLatencyDisp
 }
 
 LowLatencyCombineResult Buffer::Impl::low_latency_combine(const LowLatencyCombineArgs& args) {
+  require_one_node("low_latency_combine");
   constexpr const char* kOperation = "low_latency_combine";
   LowLatencyCalls& calls = low_latency_combines_;
   return low_latency(kOperation, calls, [&] {
@@ -261,6 +263,7 @@ Tensor Buffer::get_next_low_latency_combine_buffer(const LowLatencyHandle& handl
 void Buffer::clean_low_latency_buffer(int num_max_dispatch_tokens_per_rank, std::int64_t hidden,
                                       int num_experts) {
   trace::step("Buffer::clean_low_latency_buffer");
+  impl_->require_one_node("clean_low_latency_buffer");
   constexpr int kTopk = 1;
   const int ranks = num_ranks();
   require(num_max_dispatch_tokens_per_rank >= 1 && hidden >= 1 && num_experts >= ranks &&

@@ -2,7 +2,10 @@
 
 #include <algorithm>
 
+#include "base/env.hpp"
 #include "base/error.hpp"
+#include "plan/internode.hpp"
+#include "protocol/rail.hpp"
 
 namespace deep_ep {
 
@@ -48,6 +51,29 @@ std::int64_t Config::get_nvl_buffer_size_hint(std::int64_t hidden_bytes,
   return align_up(std::min(usual, ours));
 }
 
-std::int64_t Config::get_rdma_buffer_size_hint(std::int64_t, int) const noexcept { return 0; }
+std::int64_t Config::get_rdma_buffer_size_hint(std::int64_t hidden_bytes,
+                                               int num_ranks) const noexcept {
+  int ranks_per_node = 8;
+  try {
+    if (const int given = env::ranks_per_node(); given > 0) ranks_per_node = given;
+  } catch (const Error&) {  // a Buffer says so
+  }
+  ranks_per_node = std::min(ranks_per_node, plan::kMaxRanksPerNode);
+  const int nodes = std::min((std::clamp(num_ranks, 1, 1 << 20) + ranks_per_node - 1) / ranks_per_node,
+                             plan::kMaxNodes);
+  if (nodes == 1) return 0;
+  // 128 experts a token and 128 scales a row at most, as DeepEP takes them.
+  const plan::RecordFormat record(
+      {.x_bytes = std::clamp<std::int64_t>(hidden_bytes, 1, std::int64_t{1} << 30),
+       .scale_bytes = 128 * 4,
+       .topk_idx_bytes = 128 * 8,
+       .topk_weights_bytes = 128 * 4},
+      ranks_per_node);
+  const std::int64_t window = std::clamp(num_max_rdma_chunked_recv_tokens, 1, 1 << 16);
+  protocol::RailShape shape{nodes * ranks_per_node, ranks_per_node, 1};
+  shape.ring_bytes =
+      std::max(align_up(window * record.bytes), protocol::RailBlock::kLeastRingBytes);
+  return protocol::RailBlock::bytes(shape);
+}
 
 }  // namespace deep_ep

@@ -55,20 +55,6 @@ void add_scales(const TensorView& scales, std::int64_t num_tokens, Device device
   shape.format.scale_bytes = scales.shape[1] * static_cast<std::int64_t>(size_of(scales.dtype));
 }
 
-void refuse_with_handle(const DispatchArgs& args) {
-  const auto refuse = [](const TensorView& tensor, const char* name) {
-    require(!tensor.defined(), "{} is {}, it must not be given together with handle", name, tensor);
-  };
-  refuse(args.topk_idx, "topk_idx");
-  refuse(args.topk_weights, "topk_weights");
-  refuse(args.layout.num_tokens_per_rank, "num_tokens_per_rank");
-  refuse(args.layout.is_token_in_rank, "is_token_in_rank");
-  refuse(args.layout.num_tokens_per_expert, "num_tokens_per_expert");
-  require(args.num_worst_tokens == 0,
-          "num_worst_tokens is {}, it must be 0 together with handle, whose rows are known",
-          args.num_worst_tokens);
-}
-
 void add_topk(const DispatchArgs& args, Device device, DispatchShape& shape);
 
 /// Of a dispatch with counts that were found before.
@@ -89,25 +75,6 @@ void add_prepared(const DispatchArgs& args, int num_ranks, Device device, Dispat
   require(prepared.expert_alignment >= 1, "prepared.expert_alignment is {}, must be at least 1",
           prepared.expert_alignment);
   shape.record.num_experts = prepared.num_experts;
-  add_topk(args, device, shape);
-}
-
-void add_routing(const DispatchArgs& args, int num_ranks, Device device, DispatchShape& shape) {
-  const std::int64_t tokens = args.x.shape[0];
-  const DispatchLayout& layout = args.layout;
-  expect(layout.num_tokens_per_rank, {"num_tokens_per_rank", device, {DType::kInt32}, {num_ranks}});
-  expect(layout.is_token_in_rank,
-         {"is_token_in_rank", device, {DType::kBool}, {tokens, num_ranks}});
-  if (layout.num_tokens_per_expert.defined()) {
-    expect(layout.num_tokens_per_expert, {"num_tokens_per_expert", device, {DType::kInt32}, {-1}});
-    const std::int64_t experts = layout.num_tokens_per_expert.shape[0];
-    require(experts > 0 && experts % num_ranks == 0 && experts <= INT32_MAX,
-            "num_tokens_per_expert has {} elements, must be a positive multiple of the {} ranks",
-            experts, num_ranks);
-    shape.record.num_experts = static_cast<std::int32_t>(experts);
-  }
-  require(args.num_worst_tokens == 0 || args.topk_idx.defined(),
-          "num_worst_tokens is {}, which needs topk_idx", args.num_worst_tokens);
   add_topk(args, device, shape);
 }
 
@@ -148,6 +115,40 @@ void validate_groups(const DispatchArgs& args, Device device) {
 }
 
 }  // namespace
+
+void refuse_with_handle(const DispatchArgs& args, const char* handle) {
+  const auto refuse = [handle](const TensorView& tensor, const char* name) {
+    require(!tensor.defined(), "{} is {}, it must not be given together with {}", name, tensor,
+            handle);
+  };
+  refuse(args.topk_idx, "topk_idx");
+  refuse(args.topk_weights, "topk_weights");
+  refuse(args.layout.num_tokens_per_rank, "num_tokens_per_rank");
+  refuse(args.layout.is_token_in_rank, "is_token_in_rank");
+  refuse(args.layout.num_tokens_per_expert, "num_tokens_per_expert");
+  require(args.num_worst_tokens == 0,
+          "num_worst_tokens is {}, it must be 0 together with {}, whose rows are known",
+          args.num_worst_tokens, handle);
+}
+
+void add_routing(const DispatchArgs& args, int num_ranks, Device device, DispatchShape& shape) {
+  const std::int64_t tokens = args.x.shape[0];
+  const DispatchLayout& layout = args.layout;
+  expect(layout.num_tokens_per_rank, {"num_tokens_per_rank", device, {DType::kInt32}, {num_ranks}});
+  expect(layout.is_token_in_rank,
+         {"is_token_in_rank", device, {DType::kBool}, {tokens, num_ranks}});
+  if (layout.num_tokens_per_expert.defined()) {
+    expect(layout.num_tokens_per_expert, {"num_tokens_per_expert", device, {DType::kInt32}, {-1}});
+    const std::int64_t experts = layout.num_tokens_per_expert.shape[0];
+    require(experts > 0 && experts % num_ranks == 0 && experts <= INT32_MAX,
+            "num_tokens_per_expert has {} elements, must be a positive multiple of the {} ranks",
+            experts, num_ranks);
+    shape.record.num_experts = static_cast<std::int32_t>(experts);
+  }
+  require(args.num_worst_tokens == 0 || args.topk_idx.defined(),
+          "num_worst_tokens is {}, which needs topk_idx", args.num_worst_tokens);
+  add_topk(args, device, shape);
+}
 
 void validate(const BufferOptions& options, int rank, int num_ranks) {
   require(num_ranks >= 1, "bootstrap has {} ranks, at least 1 is needed", num_ranks);
@@ -191,7 +192,7 @@ plan::RoutingShape validate_topk_idx(const TensorView& topk_idx, int num_experts
   return shape;
 }
 
-DispatchShape validate_dispatch(const DispatchArgs& args, int num_ranks, Device device) {
+DispatchShape validate_payload(const DispatchArgs& args, int num_ranks, Device device) {
   validate(args.options);
   args.config.validate();
   require(args.expert_alignment >= 1, "expert_alignment is {}, must be at least 1",
@@ -207,19 +208,25 @@ DispatchShape validate_dispatch(const DispatchArgs& args, int num_ranks, Device 
                device);
   DispatchShape shape{};
   shape.record.scale_dtype = shape.record.topk_dtype = -1;
-  shape.record.kind = args.prepared ? protocol::OpKind::kPreparedDispatch
-                      : args.handle ? protocol::OpKind::kCachedDispatch
-                                    : protocol::OpKind::kDispatch;
   shape.record.x_dtype = static_cast<std::int32_t>(args.x.dtype);
   shape.record.hidden = args.x.shape[1];
   shape.record.num_tokens = args.x.shape[0];
   shape.format.x_bytes = row_bytes(args.x);
   add_scales(args.x_scales, args.x.shape[0], device, shape);
+  return shape;
+}
+
+DispatchShape validate_dispatch(const DispatchArgs& args, int num_ranks, Device device) {
+  DispatchShape shape = validate_payload(args, num_ranks, device);
+  shape.record.kind = args.prepared ? protocol::OpKind::kPreparedDispatch
+                      : args.handle ? protocol::OpKind::kCachedDispatch
+                                    : protocol::OpKind::kDispatch;
+  require(!args.internode_handle, "internode_handle is given, but all ranks are of one node");
   if (args.prepared) {
     add_prepared(args, num_ranks, device, shape);
     expect_tokens(args.prepared->handle, args.x);
   } else if (args.handle) {
-    refuse_with_handle(args);
+    refuse_with_handle(args, "handle");
     expect_handle(*args.handle, num_ranks, device);
     expect_tokens(*args.handle, args.x);
   } else {
@@ -251,8 +258,6 @@ void validate_output(const char* name, const TensorView& output, const TensorVie
 }
 
 protocol::CallRecord validate_combine(const CombineArgs& args, int num_ranks, Device device) {
-  validate(args.options);
-  args.config.validate();
   expect_rows(args.x,
               {"x", device, {DType::kBfloat16, DType::kFloat16, DType::kFloat32}, {-1, -1}});
   expect_handle(args.handle, num_ranks, device);
@@ -264,7 +269,13 @@ protocol::CallRecord validate_combine(const CombineArgs& args, int num_ranks, De
             args.groups->recv_rows.shape[0]);
     rows = args.handle.recv_src_idx.shape[0];
   }
-  const std::int64_t tokens = args.handle.is_token_in_rank.shape[0];
+  return validate_sums(args, args.handle.is_token_in_rank.shape[0], rows, num_ranks, device);
+}
+
+protocol::CallRecord validate_sums(const CombineArgs& args, std::int64_t tokens, std::int64_t rows,
+                                   int num_ranks, Device device) {
+  validate(args.options);
+  args.config.validate();
   protocol::CallRecord record{};
   record.kind = protocol::OpKind::kCombine;
   record.x_dtype = static_cast<std::int32_t>(args.x.dtype);

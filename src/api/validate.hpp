@@ -23,6 +23,9 @@ struct DispatchShape {
   protocol::CallRecord record;
 };
 DispatchShape validate_dispatch(const DispatchArgs& args, int num_ranks, Device device);
+/// The same over several nodes.
+DispatchShape validate_internode_dispatch(const DispatchArgs& args, const plan::Topology& topology,
+                                          Device device);
 /// What must not be given to prepare_dispatch.
 void validate_prepare(const DispatchArgs& args);
 /// An output that the caller brings, if it does, of `rows` rows like those of the input `like`.
@@ -30,5 +33,19 @@ void validate_output(const char* name, const TensorView& output, const TensorVie
                      std::int64_t rows, Device device);
 
 protocol::CallRecord validate_combine(const CombineArgs& args, int num_ranks, Device device);
+protocol::CallRecord validate_internode_combine(const CombineArgs& args,
+                                                const plan::Topology& topology, Device device);
+
+// Parts of the above, for both modes.
+
+/// All of a dispatch but where rows go.
+DispatchShape validate_payload(const DispatchArgs& args, int num_ranks, Device device);
+/// Of a dispatch without a handle: where rows go.
+void add_routing(const DispatchArgs& args, int num_ranks, Device device, DispatchShape& shape);
+/// What must not be given together with `handle`, the argument of that name.
+void refuse_with_handle(const DispatchArgs& args, const char* handle);
+/// All of a combine but its handle, of `tokens` tokens and, if topk_weights is given, `rows` rows.
+protocol::CallRecord validate_sums(const CombineArgs& args, std::int64_t tokens, std::int64_t rows,
+                                   int num_ranks, Device device);
 
 }  // namespace deep_ep

@@ -10,6 +10,8 @@
 #include <vector>
 
 #include "backend/params.hpp"
+#include "deep_ep/bootstrap.hpp"
+#include "deep_ep/buffer.hpp"
 #include "deep_ep/error.hpp"
 #include "deep_ep/event.hpp"
 #include "deep_ep/handle.hpp"
@@ -104,6 +106,17 @@ class Backend {
   virtual void update_mask(int rank, bool masked, Stream stream) = 0;
   virtual void query_mask(std::int32_t* masks, Stream stream) = 0;
   virtual void clean_mask(Stream stream) = 0;
+
+  // -- several nodes; a backend without them throws Error(kUnsupported)
+  /// Collective: makes the symmetric heap, as large as this topology needs at least.
+  virtual void alloc_symmetric(Bootstrap& bootstrap, std::int64_t bytes);
+  virtual void free_symmetric() noexcept {}
+  virtual void barrier(const internode::BarrierParams& params);
+  virtual void notify_dispatch(const internode::NotifyDispatchParams& params);
+  virtual void dispatch(const internode::DispatchParams& params);
+  virtual void cached_notify(const internode::CombineParams& params);
+  virtual void combine(const internode::CombineParams& params);
+  virtual NetworkCounts network_counts() const { return {}; }
 };
 
 struct BackendOptions {

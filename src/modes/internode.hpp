@@ -1,17 +1,60 @@
 #pragma once
 
+#include <string>
+
 #include "backend/backend.hpp"
 
-/// High throughput over several nodes. Until that mode exists: what all modes share.
+/// High throughput over several nodes. A Buffer call is one of:
+///   dispatch                notify_dispatch -> dispatch
+///   dispatch with a handle  dispatch
+///   combine                 cached_notify -> combine
+/// A Buffer of several nodes: get_unique_id at its construction, init -> alloc when the ranks of
+/// each node have mapped each other's memory, free -> finalize at its end. While all ranks are of
+/// one node, init and finalize do nothing.
 namespace deep_ep::internode {
 
-/// Joins the symmetric heap of the nodes; nothing while all ranks are of one node.
+/// What the ranks tell each other to find their nodes, and what connects these.
+struct UniqueId {
+  std::string host;     // equal: can map each other's memory
+  std::string process;  // equal: threads of one process
+
+  std::string encode() const { return host + " " + process; }
+  static UniqueId decode(const std::string& text);
+};
+UniqueId get_unique_id();
+
+/// Joins the other nodes; nothing while all ranks are of one node.
 void init(Backend& backend);
-/// Drops this Buffer's reference to the symmetric heap; nothing while all ranks are of one node.
+/// Collective: makes the symmetric heap of at least `bytes` bytes a rank.
+void alloc(Backend& backend, Bootstrap& bootstrap, std::int64_t bytes);
+/// The others find this rank's heap gone. Local.
+void free(Backend& backend);
+/// Drops this Buffer's part in the network; nothing while all ranks are of one node.
 void finalize(Backend& backend);
+
+/// Bytes of plan::SourceMeta, which says where a received row comes from.
+int get_source_meta_bytes();
 
 /// Which tokens go where; serves all modes. Throws Error(kInvalidArgument) naming the first bad
 /// expert id.
 void get_dispatch_layout(Backend& backend, const LayoutParams& params);
+
+/// All ranks have entered the call with this epoch.
+void barrier(Backend& backend, const BarrierParams& params);
+
+/// Exchanges counts, first between nodes, then inside them. Afterwards the handle tells where every
+/// row goes and how many this rank receives and passes on.
+void notify_dispatch(Backend& backend, const NotifyDispatchParams& params);
+
+/// Moves every row to its final place, over the network once for each node; returns when this
+/// rank's rows have arrived and what it passes on has left.
+void dispatch(Backend& backend, const DispatchParams& params);
+
+/// Tells every rank what this one is about to combine, so that a disagreement is found before a
+/// sum.
+void cached_notify(Backend& backend, const CombineParams& params);
+
+/// Sums rows inside each node, brings the sums home and adds them.
+void combine(Backend& backend, const CombineParams& params);
 
 }  // namespace deep_ep::internode

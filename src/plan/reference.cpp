@@ -1,5 +1,6 @@
 #include "plan/reference.hpp"
 
+#include <algorithm>
 #include <cstring>
 #include <utility>
 
@@ -129,15 +130,46 @@ void append_rounded(std::vector<std::byte>& array, const std::vector<float>& sum
   }
 }
 
+/// The ranks [first, last) of one node.
+struct Node {
+  std::size_t first;
+  std::size_t last;
+};
+std::vector<Node> nodes_of(std::size_t num_ranks, int ranks_per_node) {
+  std::vector<Node> nodes;
+  const auto size = static_cast<std::size_t>(ranks_per_node);
+  for (std::size_t first = 0; first < num_ranks; first += size)
+    nodes.push_back({first, std::min(num_ranks, first + size)});
+  return nodes;
+}
+
+/// Adds a node's rows of the token, rounded if there are other nodes.
+template <class T>
+void add_node(std::vector<float>& sums, const RowTable& rows, std::int64_t token,
+              const std::vector<CombineInput>& inputs, const Node& node) {
+  const bool alone = node.last - node.first == inputs.size();
+  std::vector<float> own(alone ? 0 : sums.size(), 0.0f);
+  std::vector<float>& to = alone ? sums : own;
+  bool any = false;
+  for (std::size_t rank = node.first; rank < node.last; ++rank) {
+    if (rows[rank][token] < 0) continue;
+    add_row<T>(to, inputs[rank].x, rows[rank][token]);
+    any = true;
+  }
+  if (alone || !any) return;
+  for (std::size_t h = 0; h < sums.size(); ++h)
+    sums[h] = add(sums[h], to_float(from_float<T>(own[h])));
+}
+
 template <class T>
 std::vector<std::byte> sum_rows(const RowTable& rows, std::int64_t num_tokens, std::int64_t hidden,
-                                const std::vector<CombineInput>& inputs, int source) {
+                                const std::vector<CombineInput>& inputs, int source,
+                                const std::vector<Node>& nodes) {
   std::vector<std::byte> out;
   out.reserve(num_tokens * hidden * sizeof(T));
   for (std::int64_t token = 0; token < num_tokens; ++token) {
     std::vector<float> sums(hidden, 0.0f);
-    for (std::size_t rank = 0; rank < inputs.size(); ++rank)
-      if (rows[rank][token] >= 0) add_row<T>(sums, inputs[rank].x, rows[rank][token]);
+    for (const Node& node : nodes) add_node<T>(sums, rows, token, inputs, node);
     for (const std::vector<std::byte>& bias : inputs[source].bias)
       if (!bias.empty()) add_row<T>(sums, bias, token);
     append_rounded<T>(out, sums);
@@ -146,14 +178,19 @@ std::vector<std::byte> sum_rows(const RowTable& rows, std::int64_t num_tokens, s
 }
 
 std::vector<float> sum_weights(const RowTable& rows, std::int64_t num_tokens, int num_topk,
-                               const std::vector<CombineInput>& inputs) {
+                               const std::vector<CombineInput>& inputs,
+                               const std::vector<Node>& nodes) {
   std::vector<float> out;
   for (std::int64_t token = 0; token < num_tokens; ++token) {
     for (int k = 0; k < num_topk; ++k) {
       float sum = 0.0f;
-      for (std::size_t rank = 0; rank < inputs.size(); ++rank)
-        if (const std::int64_t row = rows[rank][token]; row >= 0)
-          sum = add(sum, inputs[rank].topk_weights[row * num_topk + k]);
+      for (const Node& node : nodes) {
+        float own = 0.0f;
+        for (std::size_t rank = node.first; rank < node.last; ++rank)
+          if (const std::int64_t row = rows[rank][token]; row >= 0)
+            own = add(own, inputs[rank].topk_weights[row * num_topk + k]);
+        sum = add(sum, own);
+      }
       out.push_back(from_float<float>(sum));
     }
   }
@@ -161,7 +198,8 @@ std::vector<float> sum_weights(const RowTable& rows, std::int64_t num_tokens, in
 }
 
 using SumRows = std::vector<std::byte> (*)(const RowTable&, std::int64_t, std::int64_t,
-                                           const std::vector<CombineInput>&, int);
+                                           const std::vector<CombineInput>&, int,
+                                           const std::vector<Node>&);
 
 struct Summation {
   SumRows sum_rows;
@@ -306,12 +344,14 @@ std::vector<std::byte> reduce_rows(DType dtype, std::int64_t hidden, std::int64_
 std::vector<CombineOutput> combine(DType dtype, std::int64_t hidden, int num_topk,
                                    const std::vector<DispatchOutput>& routing,
                                    const std::vector<std::int64_t>& num_tokens,
-                                   const std::vector<CombineInput>& inputs) {
+                                   const std::vector<CombineInput>& inputs, int ranks_per_node) {
   const Summation summation = summation_of(dtype);
   const std::size_t num_ranks = routing.size();
   require(num_tokens.size() == num_ranks && inputs.size() == num_ranks,
           "{} routings, {} numbers of tokens, {} inputs", num_ranks, num_tokens.size(),
           inputs.size());
+  require(ranks_per_node >= 1, "ranks_per_node {}", ranks_per_node);
+  const std::vector<Node> nodes = nodes_of(num_ranks, ranks_per_node);
   bool weights = false;
   for (const CombineInput& input : inputs) weights = weights || !input.topk_weights.empty();
   for (std::size_t rank = 0; rank < num_ranks; ++rank)
@@ -322,8 +362,8 @@ std::vector<CombineOutput> combine(DType dtype, std::int64_t hidden, int num_top
   for (int source = 0; source < static_cast<int>(num_ranks); ++source) {
     const RowTable rows = rows_of_source(routing, source, num_tokens[source]);
     CombineOutput out;
-    out.x = summation.sum_rows(rows, num_tokens[source], hidden, inputs, source);
-    if (weights) out.topk_weights = sum_weights(rows, num_tokens[source], num_topk, inputs);
+    out.x = summation.sum_rows(rows, num_tokens[source], hidden, inputs, source, nodes);
+    if (weights) out.topk_weights = sum_weights(rows, num_tokens[source], num_topk, inputs, nodes);
     outputs.push_back(std::move(out));
   }
   return outputs;

@@ -96,6 +96,8 @@ struct RailBlock {
   }
   /// Less holds too few records for both sides to work at the same time.
   static constexpr std::int64_t kMinRingBytes = 256 << 10;
+  /// Of the one lane of a Buffer that was given no memory for this.
+  static constexpr std::int64_t kLeastRingBytes = 1 << 20;
 };
 
 }  // namespace deep_ep::protocol

@@ -5,6 +5,8 @@
 
 #include "backend/host/comm_stream.hpp"
 #include "backend/host/context.hpp"
+#include "backend/host/internode/state.hpp"
+#include "backend/host/internode/steps.hpp"
 #include "backend/host/internode_ll/state.hpp"
 #include "backend/host/internode_ll/steps.hpp"
 #include "backend/host/intranode/steps.hpp"
@@ -41,12 +43,13 @@ class HostBackend final : public Backend {
         context_(options),
         heap_(std::make_shared<fabric::Heap>([this](std::int64_t bytes) { return grow(bytes); })),
         private_heap_(std::make_shared<host::PrivateHeap>()),
-        low_latency_(context_, options) {}
+        low_latency_(context_, options),
+        internode_(context_, options) {}
 
   ~HostBackend() override { close(); }
 
   std::string export_handles() override {
-    const std::int64_t control = host::Context::control_bytes(options_.num_ranks);
+    const std::int64_t control = host::Context::control_bytes(options_.topology);
     const std::int64_t bytes = std::max(options_.heap_bytes, control);
     if (options_.heap_bytes < control && options_.heap_bytes > 0) {
       log::info("num_nvl_bytes raised from {} to {}: the control block and the inbox need that",
@@ -67,6 +70,11 @@ class HostBackend final : public Backend {
   std::string findings() override { return context_.why_no_pull(); }
   void agree(const std::vector<std::string>& findings) override { context_.choose_path(findings); }
   std::string transport() const override {
+    if (internode_.open()) {
+      return fmt::format("{} nodes of {} ranks: shared memory inside, {} between them",
+                         options_.topology.num_nodes(), options_.topology.ranks_per_node,
+                         options_.one_process ? "memory of the process" : "UCX");
+    }
     return fmt::format("shared memory, combine {}",
                        context_.pulls() ? "pulls rows from the peers" : "through the inbox");
   }
@@ -109,13 +117,14 @@ class HostBackend final : public Backend {
 
   void wait_mapped(const std::vector<int>& num_segments) override {
     const Call call{.operation = "reserve", .timeout = options_.timeout};
-    for (int i = 0; i < options_.num_ranks; ++i) {
-      const int last = num_segments[i] - 1;
+    for (int i = 0; i < context_.num_ranks(); ++i) {
+      const int rank = context_.global_rank(i);
+      const int last = num_segments[rank] - 1;
       context_.wait(
           call, "its memory to be mapped",
           [&] { return context_.fabric().base(i, last) != nullptr; },
           [&] {
-            return std::vector<host::Missing>{{i, std::uint64_t(last) + 1, 0}};
+            return std::vector<host::Missing>{{rank, std::uint64_t(last) + 1, 0}};
           });
     }
   }
@@ -157,6 +166,7 @@ class HostBackend final : public Backend {
 
   void close() override {
     stream_.drain();
+    internode_.free();
     context_.fabric().close();
   }
 
@@ -166,6 +176,9 @@ class HostBackend final : public Backend {
     } else {
       fill_layout<std::int32_t>(params);
     }
+    if (params.num_tokens_per_rdma_rank == nullptr) return;
+    plan::count_tokens_per_node(params.is_token_in_rank, params.shape.num_tokens, params.topology,
+                                params.num_tokens_per_rdma_rank);
   }
 
   void barrier(const intranode::BarrierParams& params) override {
@@ -196,6 +209,26 @@ class HostBackend final : public Backend {
   void combine(const internode_ll::CombineParams& params) override {
     host::internode_ll::combine(low_latency_, params);
   }
+  void alloc_symmetric(Bootstrap& bootstrap, std::int64_t bytes) override {
+    internode_.alloc(bootstrap, bytes, options_.timeout);
+  }
+  void free_symmetric() noexcept override { internode_.free(); }
+  void barrier(const internode::BarrierParams& params) override {
+    host::internode::barrier(internode_, params);
+  }
+  void notify_dispatch(const internode::NotifyDispatchParams& params) override {
+    host::internode::notify_dispatch(internode_, params);
+  }
+  void dispatch(const internode::DispatchParams& params) override {
+    host::internode::dispatch(internode_, params);
+  }
+  void cached_notify(const internode::CombineParams& params) override {
+    host::internode::cached_notify(internode_, params);
+  }
+  void combine(const internode::CombineParams& params) override {
+    host::internode::combine(internode_, params);
+  }
+  NetworkCounts network_counts() const override { return internode_.counts(); }
   void update_mask(int rank, bool masked, Stream) override {
     stream_.drain();
     low_latency_.mask(rank, masked);
@@ -235,6 +268,7 @@ class HostBackend final : public Backend {
   std::shared_ptr<fabric::Heap> heap_;
   std::shared_ptr<host::PrivateHeap> private_heap_;
   host::internode_ll::State low_latency_;
+  host::internode::State internode_;
   host::CommStream stream_;
 };
 

@@ -14,11 +14,12 @@ std::byte* RailSender::reserve(std::int64_t bytes) {
   }
   // The mirror is written behind the flush of what was put from there.
   if (end > flushed_ + shape.bytes && !flush()) return nullptr;
-  if (begin != written_) {  // one put does not cross the end of the ring
+  const std::uint64_t at = begin % static_cast<std::uint64_t>(shape.bytes);
+  if (at == 0) {  // one put does not cross the end of the ring
     put_written();
     written_ = put_ = begin;
   }
-  return mirror_ + begin % static_cast<std::uint64_t>(shape.bytes);
+  return mirror_ + at;
 }
 
 void RailSender::put_written() {

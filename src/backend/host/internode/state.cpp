@@ -22,7 +22,14 @@ State::State(Context& context, const BackendOptions& options)
 void State::alloc(Bootstrap& bootstrap, std::int64_t bytes, std::chrono::milliseconds timeout) {
   // A lane has rings inside the node for each node's tokens.
   const int most_lanes = context_.num_lanes() / topology().num_nodes();
-  shape_ = protocol::RailBlock::fit(shape_, most_lanes, bytes);
+  protocol::RailShape least = shape_;
+  least.ring_bytes = protocol::RailBlock::kLeastRingBytes;
+  const std::int64_t least_bytes = protocol::RailBlock::bytes(least);
+  if (bytes < least_bytes && rank() == 0) {
+    log::info("num_rdma_bytes raised from {} to {}: rings between {} nodes of {} ranks need that",
+              bytes, least_bytes, topology().num_nodes(), topology().ranks_per_node);
+  }
+  shape_ = protocol::RailBlock::fit(shape_, most_lanes, std::max(bytes, least_bytes));
   const std::int64_t needed = protocol::RailBlock::bytes(shape_);
   const auto rouse = [doorbell = context_.own().doorbell] { doorbell->ring(); };
   std::unique_ptr<fabric::SymmetricHeap> heap;
@@ -215,6 +222,13 @@ std::int64_t State::tokens_of_expert(const Call& call, int expert) {
   for (int local = 0; local < context_.num_ranks(); ++local)
     sum += counts[std::int64_t{local} * protocol::ControlBlock::kMaxLocalExperts + expert];
   return sum;
+}
+
+NetworkCounts State::counts() const {
+  if (heap_ == nullptr) return {};
+  const fabric::TransportCounts all = heap_->counts();
+  return {rows_sent_.load(std::memory_order_relaxed), bytes_sent_.load(std::memory_order_relaxed),
+          all.puts, all.put_bytes, all.signals};
 }
 
 bool State::poll() {

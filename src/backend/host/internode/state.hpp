@@ -81,8 +81,7 @@ class State final : public Network {
     rows_sent_.fetch_add(rows, std::memory_order_relaxed);
     bytes_sent_.fetch_add(bytes, std::memory_order_relaxed);
   }
-  std::int64_t rows_sent() const { return rows_sent_.load(std::memory_order_relaxed); }
-  std::int64_t bytes_sent() const { return bytes_sent_.load(std::memory_order_relaxed); }
+  NetworkCounts counts() const;
 
   bool poll() override;
   bool lost(int rank) const override;

@@ -20,7 +20,7 @@ State::State(Context& context, const BackendOptions& options)
       scratch_(context.pool().size()) {}
 
 void State::open() {
-  const std::int64_t begin = Context::control_bytes(num_ranks());
+  const std::int64_t begin = Context::control_bytes(context_.topology());
   for (int i = 0; i < num_ranks(); ++i) {
     layouts_.push_back(
         plan::LowLatencyLayout::carve(context_.fabric().base(i, 0) + begin, bytes_, num_ranks()));
