@@ -15,14 +15,12 @@ namespace {
 
 class ProgramList final : public ProgramSource {
  public:
-  ProgramList(bool low_latency, std::uint64_t seed, bool full)
-      : programs_(low_latency ? low_latency_corner_programs(limits(full))
-                              : corner_programs(limits(full))) {
+  ProgramList(const std::string& mode, std::uint64_t seed, bool full)
+      : programs_(corners(mode, limits(full))) {
     const int rounds = full ? 16 : 3;
     for (int round = 0; round < rounds; ++round) {
-      const std::uint64_t number = seed + static_cast<std::uint64_t>(round);
-      for (Program& program : low_latency ? low_latency_covering_programs(number, limits(full))
-                                          : covering_programs(number, limits(full)))
+      for (Program& program :
+           covering(mode, seed + static_cast<std::uint64_t>(round), limits(full)))
         programs_.push_back(std::move(program));
     }
   }
@@ -30,6 +28,15 @@ class ProgramList final : public ProgramSource {
   Program at(std::int64_t i) const override { return programs_.at(static_cast<std::size_t>(i)); }
 
  private:
+  static std::vector<Program> corners(const std::string& mode, const Limits& limits) {
+    if (mode == "low-latency") return low_latency_corner_programs(limits);
+    return mode == "internode" ? internode_corner_programs(limits) : corner_programs(limits);
+  }
+  static std::vector<Program> covering(const std::string& mode, std::uint64_t seed,
+                                       const Limits& limits) {
+    if (mode == "low-latency") return low_latency_covering_programs(seed, limits);
+    return covering_programs(seed, limits, mode == "internode");
+  }
   /// 1 GiB is what the smallest machines that run the whole suite have to spare.
   static Limits limits(bool full) {
     Limits limits;
@@ -58,7 +65,7 @@ int main(int argc, char** argv) {
       ->check(CLI::IsMember({"host", "cuda"}))
       ->capture_default_str();
   app.add_option("--mode", mode)
-      ->check(CLI::IsMember({"intranode", "low-latency"}))
+      ->check(CLI::IsMember({"intranode", "internode", "low-latency"}))
       ->capture_default_str();
   app.add_option("--seed", seed, "of the covering array and the inputs")->capture_default_str();
   app.add_option("--from", options.from, "first program")->capture_default_str();
@@ -73,7 +80,7 @@ int main(int argc, char** argv) {
   app.add_flag("--list", list, "print the programs and run none");
   CLI11_PARSE(app, argc, argv);
 
-  const test::ProgramList programs(mode == "low-latency", seed, full);
+  const test::ProgramList programs(mode, seed, full);
   if (list) {
     for (std::int64_t i = 0; i < programs.size(); ++i)
       fmt::print("{} {}\n", i, programs.at(i).describe());

@@ -59,6 +59,7 @@ std::string Keepsakes::combine_oldest(Buffer& buffer) {
     CombineArgs args;
     args.x = kept.result.recv_x;
     args.handle = kept.result.handle;
+    args.internode_handle = kept.result.internode_handle;
     const Tensor sums = buffer.combine(args).combined_x.to({});
     const auto* sum = sums.as<float>();
     for (std::int64_t token = 0; token < kTokens; ++token) {

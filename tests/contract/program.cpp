@@ -14,7 +14,16 @@ using verify::Case;
 using verify::Routing;
 using verify::Scales;
 
-constexpr std::array kRanks{1, 2, 3, 4, 5, 8};
+/// Ranks, and ranks of a node.
+struct Nodes {
+  int ranks;
+  int ranks_per_node;
+};
+constexpr std::array kOneNode{Nodes{1, 0}, Nodes{2, 0}, Nodes{3, 0},
+                              Nodes{4, 0}, Nodes{5, 0}, Nodes{8, 0}};
+constexpr std::array kSeveralNodes{Nodes{2, 1}, Nodes{4, 2}, Nodes{4, 1},
+                                   Nodes{8, 4}, Nodes{8, 2}, Nodes{6, 2}};
+static_assert(kOneNode.size() == kSeveralNodes.size());
 constexpr std::array kTopk{1, 2, 6, 8, 9, 16, 32};
 constexpr std::array kTokens{0, 1, 7, 128, 4096};
 constexpr std::array kDtypes{DType::kBfloat16, DType::kFloat16, DType::kFloat32, DType::kFloat8E4m3,
@@ -60,7 +69,7 @@ enum Factor {
 
 std::vector<int> factor_levels() {
   std::vector<int> levels(kNumFactors);
-  levels[kRanksFactor] = kRanks.size();
+  levels[kRanksFactor] = kOneNode.size();
   levels[kTopkFactor] = kTopk.size();
   levels[kTokensFactor] = kTokens.size();
   levels[kSpreadFactor] = kSpreads;
@@ -99,11 +108,15 @@ Config config_of(int level) {
     config.num_sms = 1;
     config.num_max_nvl_chunked_send_tokens = 1;
     config.num_max_nvl_chunked_recv_tokens = 1;
+    config.num_max_rdma_chunked_send_tokens = 1;
+    config.num_max_rdma_chunked_recv_tokens = 1;
   }
   if (level == 2) {
     config.num_sms = 64;
     config.num_max_nvl_chunked_send_tokens = 32;
     config.num_max_nvl_chunked_recv_tokens = 33;
+    config.num_max_rdma_chunked_send_tokens = 16;
+    config.num_max_rdma_chunked_recv_tokens = 20;
   }
   return config;
 }
@@ -118,10 +131,13 @@ void set_arguments(Case& c, int level) {
   }
 }
 
-Case case_of(const std::vector<int>& row, std::uint64_t seed) {
+Case case_of(const std::vector<int>& row, std::uint64_t seed, bool several_nodes) {
   Case c;
   c.seed = seed;
-  c.ranks = kRanks[static_cast<std::size_t>(row[kRanksFactor])];
+  const Nodes nodes =
+      (several_nodes ? kSeveralNodes : kOneNode)[static_cast<std::size_t>(row[kRanksFactor])];
+  c.ranks = nodes.ranks;
+  c.ranks_per_node = nodes.ranks_per_node;
   c.topk = kTopk[static_cast<std::size_t>(row[kTopkFactor])];
   const int local = kLocalExperts[static_cast<std::size_t>(row[kLocalExpertsFactor])];
   c.experts = c.ranks * std::max(local, (c.topk + c.ranks - 1) / c.ranks);
@@ -137,9 +153,9 @@ Case case_of(const std::vector<int>& row, std::uint64_t seed) {
   c.topk_dtype = row[kIdFactor] == 0 ? DType::kInt64 : DType::kInt32;
   set_arguments(c, row[kArgumentsFactor]);
   c.outputs = static_cast<verify::Outputs>(row[kOutputsFactor]);
-  if (c.pass_topk) c.groups = static_cast<verify::Groups>(row[kGroupsFactor]);
+  if (c.pass_topk && !several_nodes) c.groups = static_cast<verify::Groups>(row[kGroupsFactor]);
   if (c.groups == verify::Groups::kWeighted && !c.weights) c.groups = verify::Groups::kUnweighted;
-  c.prepare = row[kPrepareFactor] == 1 && c.num_worst_tokens == 0;
+  c.prepare = row[kPrepareFactor] == 1 && c.num_worst_tokens == 0 && !several_nodes;
   c.expert_alignment = kAlignments[static_cast<std::size_t>(row[kAlignmentFactor])];
   c.biases = row[kBiasFactor];
   constexpr std::array kCached{0, 1, 3, 2};
@@ -206,22 +222,24 @@ void fit(Case& c, std::int64_t bytes) {
   }
 }
 
-std::vector<Program> covering_programs(std::uint64_t seed, const Limits& limits) {
+std::vector<Program> covering_programs(std::uint64_t seed, const Limits& limits,
+                                       bool several_nodes) {
   std::vector<Program> programs;
   for (const std::vector<int>& row : pairwise_rows(factor_levels(), seed)) {
     Program program;
-    Case c = case_of(row, seed * 1000 + programs.size());
+    Case c = case_of(row, seed * 1000 + programs.size(), several_nodes);
     if (c.ranks > limits.max_ranks) continue;
     fit(c, limits.bytes);
     program.name = fmt::format("pairwise/{}", programs.size());
     program.ranks = c.ranks;
+    program.ranks_per_node = c.ranks_per_node;
     program.steps.push_back({static_cast<int>(programs.size() % 2), c});
     programs.push_back(std::move(program));
   }
   return programs;
 }
 
-Program random_program(std::uint64_t seed, const Limits& limits) {
+Program random_program(std::uint64_t seed, const Limits& limits, bool several_nodes) {
   std::mt19937_64 random(seed);
   Program program;
   program.name = fmt::format("random/{}", seed);
@@ -229,8 +247,11 @@ Program random_program(std::uint64_t seed, const Limits& limits) {
   const auto level = [&](int factor) {
     return static_cast<int>(random() % static_cast<std::uint64_t>(levels[factor]));
   };
+  int ranks_level = 0;
   do {
-    program.ranks = kRanks[static_cast<std::size_t>(level(kRanksFactor))];
+    ranks_level = level(kRanksFactor);
+    program.ranks =
+        (several_nodes ? kSeveralNodes : kOneNode)[static_cast<std::size_t>(ranks_level)].ranks;
   } while (program.ranks > limits.max_ranks);
   const int num_buffers = random() % 4 == 0 ? 2 : 1;
   program.concurrent = num_buffers == 2 && random() % 2 == 0;
@@ -240,9 +261,9 @@ Program random_program(std::uint64_t seed, const Limits& limits) {
     std::vector<int> row(kNumFactors);
     for (int factor = 0; factor < kNumFactors; ++factor)
       row[static_cast<std::size_t>(factor)] = level(factor);
-    row[kRanksFactor] =
-        static_cast<int>(std::find(kRanks.begin(), kRanks.end(), program.ranks) - kRanks.begin());
-    Case c = case_of(row, random());
+    row[kRanksFactor] = ranks_level;
+    Case c = case_of(row, random(), several_nodes);
+    program.ranks_per_node = c.ranks_per_node;
     // Beside the levels, any number: most tokens, hidden sizes and top-ks are no round number.
     if (random() % 2 == 0) {
       c.num_worst_tokens = std::min<std::int64_t>(c.num_worst_tokens, 0);

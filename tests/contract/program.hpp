@@ -26,6 +26,7 @@ struct Step {
 struct Program {
   std::string name{};
   int ranks = 1;
+  int ranks_per_node = 0;  ///< DEEP_EP_RANKS_PER_NODE of its Buffers; 0: not set
   std::vector<Step> steps{};
   /// Buffers work at once, a thread each; the steps of one Buffer stay in order.
   bool concurrent = false;
@@ -52,11 +53,14 @@ std::int64_t estimate_bytes(const verify::Case& exchange);
 void fit(verify::Case& exchange, std::int64_t bytes);
 
 /// Pairwise covering array over all parameters of an exchange, as programs of one step.
-std::vector<Program> covering_programs(std::uint64_t seed, const Limits& limits);
+std::vector<Program> covering_programs(std::uint64_t seed, const Limits& limits,
+                                       bool several_nodes = false);
 /// The named corners.
 std::vector<Program> corner_programs(const Limits& limits);
 /// A function of the seed alone.
-Program random_program(std::uint64_t seed, const Limits& limits);
+Program random_program(std::uint64_t seed, const Limits& limits, bool several_nodes = false);
+/// The named corners of several nodes.
+std::vector<Program> internode_corner_programs(const Limits& limits);
 
 // The same for low latency.
 std::int64_t estimate_bytes(const verify::LowLatencyCase& exchange);

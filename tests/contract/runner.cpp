@@ -48,19 +48,20 @@ std::int64_t needed_rdma_bytes(const Program& program, int buffer) {
   return bytes;
 }
 
-/// Sets DEEP_EP_FIRST_TICKET for the Buffers that are made meanwhile.
-class FirstTicket {
+/// Sets a variable, unless to 0, for the Buffers that are made meanwhile.
+class SetVariable {
  public:
-  explicit FirstTicket(std::int64_t ticket) : set_(ticket > 0) {
-    if (set_) setenv("DEEP_EP_FIRST_TICKET", std::to_string(ticket).c_str(), 1);
+  SetVariable(const char* name, std::int64_t value) : name_(name), set_(value > 0) {
+    if (set_) setenv(name, std::to_string(value).c_str(), 1);
   }
-  ~FirstTicket() {
-    if (set_) unsetenv("DEEP_EP_FIRST_TICKET");
+  ~SetVariable() {
+    if (set_) unsetenv(name_);
   }
-  FirstTicket(const FirstTicket&) = delete;
-  FirstTicket& operator=(const FirstTicket&) = delete;
+  SetVariable(const SetVariable&) = delete;
+  SetVariable& operator=(const SetVariable&) = delete;
 
  private:
+  const char* name_;
   bool set_;
 };
 
@@ -135,7 +136,7 @@ std::string Runner::run_steps(Worker& worker, const Program& program, Buffers& b
 }
 
 Buffer& Runner::buffer(Worker& worker, Buffers& buffers, const Program& program, int number) {
-  Made& made = buffers[{worker.num_ranks(), number}];
+  Made& made = buffers[{worker.num_ranks(), program.ranks_per_node, number}];
   const std::int64_t rdma_bytes = needed_rdma_bytes(program, number);
   if (made.buffer != nullptr && made.rdma_bytes < rdma_bytes) {
     keepsakes_.forget_buffer(*made.buffer);
@@ -154,7 +155,10 @@ Buffer& Runner::buffer(Worker& worker, Buffers& buffers, const Program& program,
                                 : 0;
     options.num_rdma_bytes = rdma_bytes;
     options.enable_shrink = has_masked(program);
-    const FirstTicket first_ticket(program.first_ticket);
+    // Several threads for odd ones: several lanes between nodes.
+    if (program.ranks_per_node > 0) options.num_threads = number % 2 == 0 ? 1 : 3;
+    const SetVariable first_ticket("DEEP_EP_FIRST_TICKET", program.first_ticket);
+    const SetVariable ranks_per_node("DEEP_EP_RANKS_PER_NODE", program.ranks_per_node);
     made = {std::make_unique<Buffer>(worker.bootstrap(), options), rdma_bytes};
   }
   return *made.buffer;
@@ -162,7 +166,7 @@ Buffer& Runner::buffer(Worker& worker, Buffers& buffers, const Program& program,
 
 void Runner::drop(Buffers& buffers, int num_ranks) {
   for (auto it = buffers.begin(); it != buffers.end();) {
-    if (it->first.first != num_ranks) {
+    if (std::get<0>(it->first) != num_ranks) {
       ++it;
       continue;
     }

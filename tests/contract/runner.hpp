@@ -5,7 +5,7 @@
 #include <map>
 #include <memory>
 #include <string>
-#include <utility>
+#include <tuple>
 
 #include "contract/keepsake.hpp"
 #include "contract/pool.hpp"
@@ -33,12 +33,12 @@ class Runner {
   std::string run(Worker& worker, const Program& program, std::int64_t generation);
 
  private:
-  /// Number of ranks and the program's number of the Buffer.
+  /// Ranks, ranks of a node, and the program's number of the Buffer.
   struct Made {
     std::unique_ptr<Buffer> buffer;
     std::int64_t rdma_bytes = 0;
   };
-  using Buffers = std::map<std::pair<int, int>, Made>;
+  using Buffers = std::map<std::tuple<int, int, int>, Made>;
 
   Buffer& buffer(Worker& worker, Buffers& buffers, const Program& program, int number);
   std::string run_steps(Worker& worker, const Program& program, Buffers& buffers);
