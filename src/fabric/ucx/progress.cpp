@@ -31,7 +31,9 @@ void UcxHeap::connect(const std::vector<std::string>& addresses) {
     params.err_mode = UCP_ERR_HANDLING_MODE_PEER;
     params.err_handler = {.cb = &UcxHeap::on_error, .arg = &peer};
     check(ucp_ep_create(worker_.get(), &params, &peer.endpoint),
-          fmt::format("ucp_ep_create for rank {}", peer.rank));
+          fmt::format("ucp_ep_create for rank {}, by TCP or another transport that reports lost "
+                      "peers (UCX_TLS, UCX_NET_DEVICES)",
+                      peer.rank));
   }
   thread_ = std::thread([this] { run(); });
   for (Peer& peer : peers_) {

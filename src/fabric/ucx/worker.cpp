@@ -2,27 +2,21 @@
 
 #include "base/env.hpp"
 #include "base/error.hpp"
-#include "base/log.hpp"
 
 namespace deep_ep::fabric::ucx {
 namespace {
 
 using Config = std::unique_ptr<ucp_config_t, Destroy<ucp_config_release>>;
 
-struct Setting {
-  const char* variable;
-  const char* name;  // as UCX's tables have it: without the prefix of a transport
-  const char* value;
-};
+const char* variable(const char* name) { return env::value_of({name, "", ""}); }
 
-constexpr Setting kSettings[] = {
-    // Else a rank that cannot be reached holds up the making of the heap for minutes.
-    {"UCX_TCP_CONN_NB", "CONN_NB", "y"},
-    // How soon a silent rank is missed, where the death of a process is not seen by itself.
-    {"UCX_KEEPALIVE_INTERVAL", "KEEPALIVE_INTERVAL", "1s"},
-    {"UCX_TCP_KEEPIDLE", "KEEPIDLE", "1s"},
-    {"UCX_TCP_KEEPINTVL", "KEEPINTVL", "1s"},
-};
+/// Whether UCX_TLS, a list of transports or, behind a ^, of all others, lets UCX take TCP.
+bool takes_tcp() {
+  const char* value = variable("UCX_TLS");
+  const std::string_view list = value == nullptr || *value == '\0' ? "all" : value;
+  const bool named = list.find("tcp") != list.npos;
+  return list.front() == '^' ? !named : named || list.find("all") != list.npos;
+}
 
 }  // namespace
 
@@ -35,12 +29,10 @@ Context make_context(int num_ranks) {
   ucp_config_t* read = nullptr;
   check(ucp_config_read(nullptr, nullptr, &read), "ucp_config_read");
   const Config config(read);
-  for (const Setting& setting : kSettings) {
-    if (env::value_of({setting.variable, "", ""}) != nullptr) continue;
-    const ucs_status_t status = ucp_config_modify(config.get(), setting.name, setting.value);
-    if (status != UCS_OK)
-      log::debug("UCX: {} stays as it is: {}", setting.variable, ucs_status_string(status));
-  }
+  // Else a rank that cannot be reached holds up the making of the heap for minutes. UCX complains
+  // of settings of transports that it does not take.
+  if (takes_tcp() && variable("UCX_TCP_CONN_NB") == nullptr)
+    check(ucp_config_modify(config.get(), "CONN_NB", "y"), "ucp_config_modify(CONN_NB)");
   ucp_params_t params{};
   params.field_mask = UCP_PARAM_FIELD_FEATURES | UCP_PARAM_FIELD_ESTIMATED_NUM_EPS;
   params.features = UCP_FEATURE_AM | UCP_FEATURE_WAKEUP;

@@ -6,8 +6,8 @@
 #include <memory>
 #include <thread>
 
+#include "../multi/in_ranks.hpp"
 #include "fabric/symmetric_heap_factory.hpp"
-#include "in_ranks.hpp"
 #include "protocol/atomic.hpp"
 
 namespace deep_ep::fabric {

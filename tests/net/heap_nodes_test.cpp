@@ -1,0 +1,146 @@
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <cstdlib>
+#include <vector>
+
+#include "base/error.hpp"
+#include "heap_exchange.hpp"
+#include "namespaces.hpp"
+
+namespace deep_ep::fabric {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+using net::Namespaces;
+
+#define NEEDS_NAMESPACES() \
+  if (const std::string why = net::why_no_namespaces(); !why.empty()) GTEST_SKIP() << why
+
+/// Moves this rank to its node, where UCX has nothing but TCP over the node's device.
+void live_on(const Namespaces& nodes, int node) {
+  nodes.enter(node);
+  setenv("UCX_TLS", "tcp", 1);
+  setenv("UCX_NET_DEVICES", Namespaces::kDevice, 1);
+}
+
+TEST(SymmetricHeapNodes, BytesCrossTheNetworkBetweenTwoNodesOfTwoRanks) {
+  NEEDS_NAMESPACES();
+  const Namespaces nodes(2);
+  in_ranks(4, [&](Bootstrap& bootstrap) {
+    live_on(nodes, bootstrap.rank() / 2);
+    exchange(bootstrap);
+  });
+}
+
+TEST(SymmetricHeapNodes, DevicesCountAtLeastThePayload) {
+  NEEDS_NAMESPACES();
+  const Namespaces nodes(2);
+  constexpr std::int64_t kBytes = 8 << 20;
+  const auto before = nodes.traffic(0);
+  in_ranks(2, [&](Bootstrap& bootstrap) {
+    live_on(nodes, bootstrap.rank());
+    const std::vector<char> source(kBytes, 'x');
+    const auto heap = make_heap(bootstrap, kBytes + 8);
+    if (bootstrap.rank() == 0) {
+      heap->put(1, 0, source.data(), kBytes);
+      heap->signal(1, kBytes, 1);
+      EXPECT_TRUE(heap->flush(1, milliseconds(20000)));
+    } else {
+      EXPECT_EQ(await_word(*heap, kBytes, 1), 1u);
+      EXPECT_EQ(std::memcmp(heap->base(), source.data(), kBytes), 0);
+    }
+    bootstrap.barrier();
+  });
+  const auto after = nodes.traffic(0);
+  EXPECT_GE(after.sent - before.sent, kBytes);
+  EXPECT_LT(after.sent - before.sent, kBytes + kBytes / 10);
+  EXPECT_LT(after.received - before.received, kBytes / 10);
+}
+
+/// Keep-alives as impatient as TCP has them.
+void miss_silent_peers_soon() {
+  setenv("UCX_TCP_KEEPIDLE", "1s", 1);
+  setenv("UCX_TCP_KEEPINTVL", "1s", 1);
+  setenv("UCX_TCP_KEEPCNT", "2", 1);
+}
+
+TEST(SymmetricHeapNodes, QuietPeersThatTheNetworkPartsAreLost) {
+  NEEDS_NAMESPACES();
+  const Namespaces nodes(2);
+  in_ranks(2, [&](Bootstrap& bootstrap) {
+    live_on(nodes, bootstrap.rank());
+    miss_silent_peers_soon();
+    auto heap = make_heap(bootstrap, 4096);
+    // TCP counts keep-alives while nothing else is under way, such as UCX's own first messages.
+    std::this_thread::sleep_for(milliseconds(300));
+    bootstrap.barrier();
+    if (bootstrap.rank() == 0) nodes.set_silent(1, true);
+    const int other = 1 - bootstrap.rank();
+    EXPECT_TRUE(await_loss(*heap, other, milliseconds(10000)));
+    EXPECT_THROW(heap->signal(other, 0, 1), Error);
+    const auto begin = Clock::now();
+    heap.reset();
+    EXPECT_LT(Clock::now() - begin, std::chrono::seconds(3));
+  });
+}
+
+// The peer itself does not find out: Linux does not count keep-alives that its own device refuses.
+TEST(SymmetricHeapNodes, AQuietPeerWhoseCableIsPulledIsLost) {
+  NEEDS_NAMESPACES();
+  const Namespaces nodes(2);
+  in_ranks(2, [&](Bootstrap& bootstrap) {
+    live_on(nodes, bootstrap.rank());
+    miss_silent_peers_soon();
+    auto heap = make_heap(bootstrap, 4096);
+    std::this_thread::sleep_for(milliseconds(300));
+    bootstrap.barrier();
+    if (bootstrap.rank() == 0) {
+      nodes.set_link(1, false);
+      EXPECT_TRUE(await_loss(*heap, 1, milliseconds(10000)));
+    }
+    bootstrap.barrier();
+  });
+}
+
+TEST(SymmetricHeapNodes, FlushAndDestructionEndThoughTheCableIsPulled) {
+  NEEDS_NAMESPACES();
+  const Namespaces nodes(2);
+  in_ranks(2, [&](Bootstrap& bootstrap) {
+    live_on(nodes, bootstrap.rank());
+    constexpr std::int64_t kBytes = 32 << 20;  // more than sockets hold
+    const std::vector<char> source(kBytes, 'x');
+    auto heap = make_heap(bootstrap, kBytes);
+    bootstrap.barrier();
+    if (bootstrap.rank() == 0) nodes.set_link(1, false);
+    bootstrap.barrier();
+    const int other = 1 - bootstrap.rank();
+    const auto begin = Clock::now();
+    heap->put(other, 0, source.data(), kBytes);
+    EXPECT_FALSE(heap->flush(other, milliseconds(500)));
+    heap.reset();
+    EXPECT_LT(Clock::now() - begin, std::chrono::seconds(4));
+  });
+}
+
+TEST(SymmetricHeapNodes, RanksThatCannotReachEachOtherAllFailInTime) {
+  NEEDS_NAMESPACES();
+  const Namespaces nodes(2);
+  nodes.set_silent(1, true);
+  in_ranks(2, [&](Bootstrap& bootstrap) {
+    live_on(nodes, bootstrap.rank());
+    const auto begin = Clock::now();
+    try {
+      make_symmetric_heap(bootstrap, {.bytes = 4096, .timeout = milliseconds(1000)});
+      ADD_FAILURE() << "no error";
+    } catch (const Error& error) {
+      EXPECT_THAT(error.code(), ::testing::AnyOf(ErrorCode::kTimeout, ErrorCode::kPeerFailed))
+          << error.what();
+      EXPECT_THAT(error.ranks(), ::testing::ElementsAre(1 - bootstrap.rank())) << error.what();
+    }
+    EXPECT_LT(Clock::now() - begin, std::chrono::seconds(5));
+  });
+}
+
+}  // namespace
+}  // namespace deep_ep::fabric
