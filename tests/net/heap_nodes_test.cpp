@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include <cstdlib>
+#include <functional>
 #include <vector>
 
 #include "base/error.hpp"
@@ -65,8 +66,9 @@ void miss_silent_peers_soon() {
   setenv("UCX_TCP_KEEPCNT", "2", 1);
 }
 
-TEST(SymmetricHeapNodes, QuietPeersThatTheNetworkPartsAreLost) {
-  NEEDS_NAMESPACES();
+// Only the side that made the connection has keep-alives, in UCX 1.13; and Linux does not count
+// those that its own device refuses, so who pulls his own cable does not find out.
+void expect_noticed(const std::function<void(const Namespaces&)>& part) {
   const Namespaces nodes(2);
   in_ranks(2, [&](Bootstrap& bootstrap) {
     live_on(nodes, bootstrap.rank());
@@ -75,32 +77,27 @@ TEST(SymmetricHeapNodes, QuietPeersThatTheNetworkPartsAreLost) {
     // TCP counts keep-alives while nothing else is under way, such as UCX's own first messages.
     std::this_thread::sleep_for(milliseconds(300));
     bootstrap.barrier();
-    if (bootstrap.rank() == 0) nodes.set_silent(1, true);
+    if (bootstrap.rank() == 0) part(nodes);
     const int other = 1 - bootstrap.rank();
-    EXPECT_TRUE(await_loss(*heap, other, milliseconds(10000)));
-    EXPECT_THROW(heap->signal(other, 0, 1), Error);
+    const bool noticed = await_loss(*heap, other, milliseconds(7000));
+    if (noticed) {
+      EXPECT_THROW(heap->signal(other, 0, 1), Error);
+    }
+    EXPECT_THAT(bootstrap.all_gather(noticed ? "noticed" : ""), ::testing::Contains("noticed"));
     const auto begin = Clock::now();
     heap.reset();
     EXPECT_LT(Clock::now() - begin, std::chrono::seconds(3));
   });
 }
 
-// The peer itself does not find out: Linux does not count keep-alives that its own device refuses.
-TEST(SymmetricHeapNodes, AQuietPeerWhoseCableIsPulledIsLost) {
+TEST(SymmetricHeapNodes, ANetworkThatPartsQuietPeersIsNoticed) {
   NEEDS_NAMESPACES();
-  const Namespaces nodes(2);
-  in_ranks(2, [&](Bootstrap& bootstrap) {
-    live_on(nodes, bootstrap.rank());
-    miss_silent_peers_soon();
-    auto heap = make_heap(bootstrap, 4096);
-    std::this_thread::sleep_for(milliseconds(300));
-    bootstrap.barrier();
-    if (bootstrap.rank() == 0) {
-      nodes.set_link(1, false);
-      EXPECT_TRUE(await_loss(*heap, 1, milliseconds(10000)));
-    }
-    bootstrap.barrier();
-  });
+  expect_noticed([](const Namespaces& nodes) { nodes.set_silent(1, true); });
+}
+
+TEST(SymmetricHeapNodes, APulledCableOfAQuietPeerIsNoticed) {
+  NEEDS_NAMESPACES();
+  expect_noticed([](const Namespaces& nodes) { nodes.set_link(1, false); });
 }
 
 TEST(SymmetricHeapNodes, FlushAndDestructionEndThoughTheCableIsPulled) {

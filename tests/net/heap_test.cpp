@@ -1,6 +1,5 @@
 #include <gmock/gmock.h>
 #include <signal.h>
-#include <sys/resource.h>
 
 #include <atomic>
 #include <vector>
@@ -143,13 +142,24 @@ TEST(SymmetricHeap, ALastSignalArrivesThoughItsSenderIsGone) {
   });
 }
 
-double cpu_seconds() {
-  rusage usage{};
-  getrusage(RUSAGE_SELF, &usage);
-  const auto seconds = [](const timeval& time) {
-    return static_cast<double>(time.tv_sec) + static_cast<double>(time.tv_usec) * 1e-6;
-  };
-  return seconds(usage.ru_utime) + seconds(usage.ru_stime);
+TEST(SymmetricHeap, OneRankReachesItself) { in_ranks(1, exchange); }
+
+TEST(SymmetricHeap, LeavesSignalHandlersAlone) {
+  in_ranks(2, [](Bootstrap& bootstrap) {
+    const auto handlers = [] {  // sanitizers have theirs
+      std::vector<void (*)(int)> found;
+      for (const int number : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT}) {
+        struct sigaction action {};
+        EXPECT_EQ(sigaction(number, nullptr, &action), 0);
+        found.push_back(action.sa_handler);
+      }
+      return found;
+    };
+    const auto before = handlers();
+    const auto heap = make_heap(bootstrap, 4096);
+    EXPECT_EQ(handlers(), before);
+    bootstrap.barrier();
+  });
 }
 
 TEST(SymmetricHeap, SleepsWhileNothingMoves) {

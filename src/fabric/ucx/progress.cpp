@@ -20,8 +20,7 @@ constexpr int kSleepMs = 500;
 
 }  // namespace
 
-void UcxHeap::connect(const std::vector<std::string>& addresses) {
-  auto lock = turnstile_.enter();
+void UcxHeap::make_endpoints(const std::vector<std::string>& addresses) {
   for (Peer& peer : peers_) {
     if (peer.rank == rank_) continue;
     ucp_ep_params_t params{};
@@ -35,6 +34,10 @@ void UcxHeap::connect(const std::vector<std::string>& addresses) {
                       "peers (UCX_TLS, UCX_NET_DEVICES)",
                       peer.rank));
   }
+}
+
+void UcxHeap::greet_all() {
+  auto lock = turnstile_.enter();
   thread_ = std::thread([this] { run(); });
   for (Peer& peer : peers_) {
     if (peer.rank != rank_) send(peer, {.source = rank_, .kind = Kind::kHello}, nullptr, 0);
