@@ -8,6 +8,22 @@ namespace {
 
 using Config = std::unique_ptr<ucp_config_t, Destroy<ucp_config_release>>;
 
+struct Setting {
+  const char* variable;
+  const char* name;  // as UCX's tables have it, without the prefix of a transport
+  const char* value;
+};
+
+constexpr Setting kForTcp[] = {
+    // Else a rank that cannot be reached holds up the making of the heap for minutes.
+    {"UCX_TCP_CONN_NB", "CONN_NB", "y"},
+    // UCX 1.13 completes a message that it sends from the caller's memory twice, and aborts, when
+    // the connection breaks meanwhile. Copied into a segment that takes a whole piece (kPieceBytes)
+    // it is as fast.
+    {"UCX_ZCOPY_THRESH", "ZCOPY_THRESH", "inf"},
+    {"UCX_TCP_TX_SEG_SIZE", "TX_SEG_SIZE", "60k"},
+};
+
 const char* variable(const char* name) { return env::value_of({name, "", ""}); }
 
 /// Whether UCX_TLS, a list of transports or, behind a ^, of all others, lets UCX take TCP.
@@ -29,10 +45,12 @@ Context make_context(int num_ranks) {
   ucp_config_t* read = nullptr;
   check(ucp_config_read(nullptr, nullptr, &read), "ucp_config_read");
   const Config config(read);
-  // Else a rank that cannot be reached holds up the making of the heap for minutes. UCX complains
-  // of settings of transports that it does not take.
-  if (takes_tcp() && variable("UCX_TCP_CONN_NB") == nullptr)
-    check(ucp_config_modify(config.get(), "CONN_NB", "y"), "ucp_config_modify(CONN_NB)");
+  if (takes_tcp()) {  // UCX complains of settings of transports that it does not take
+    for (const Setting& setting : kForTcp) {
+      if (variable(setting.variable) == nullptr)
+        check(ucp_config_modify(config.get(), setting.name, setting.value), setting.variable);
+    }
+  }
   ucp_params_t params{};
   params.field_mask = UCP_PARAM_FIELD_FEATURES | UCP_PARAM_FIELD_ESTIMATED_NUM_EPS;
   params.features = UCP_FEATURE_AM | UCP_FEATURE_WAKEUP;
