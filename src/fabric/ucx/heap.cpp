@@ -9,8 +9,8 @@
 namespace deep_ep::fabric::ucx {
 namespace {
 
-/// Of a put that is one message of UCX: its TCP transport receives 64 KiB at a time, and puts
-/// together in a buffer of its own what is longer.
+/// Of a put that is one message of UCX. Its TCP transport moves less than 64 KiB at a time, and
+/// puts together in a buffer of its own what is longer; see kForTcp in worker.cpp.
 constexpr std::int64_t kPieceBytes = 56 << 10;
 
 }  // namespace

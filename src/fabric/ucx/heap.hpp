@@ -42,9 +42,10 @@ class UcxHeap final : public SymmetricHeap {
   UcxHeap& operator=(const UcxHeap&) = delete;
 
   std::string address() const { return address_of(worker_.get()); }
-  /// Makes the endpoints and waits for a message from each rank. Throws Error(kTimeout) naming
-  /// those that were not heard of, Error(kPeerFailed) naming those that were lost.
-  void connect(const std::vector<std::string>& addresses);
+  void make_endpoints(const std::vector<std::string>& addresses);
+  /// Waits for a message from each rank. Throws Error(kTimeout) naming those that were not heard
+  /// of, Error(kPeerFailed) naming those that were lost.
+  void greet_all();
 
   std::byte* base() const noexcept override { return memory_->base(); }
   std::int64_t bytes() const noexcept override { return options_.bytes; }

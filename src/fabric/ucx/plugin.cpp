@@ -46,7 +46,8 @@ std::unique_ptr<UcxHeap> make(Bootstrap& bootstrap, const SymmetricHeapOptions& 
     address = heap->address();
   });
   const auto addresses = bootstrap.all_gather(address);
-  together(bootstrap, [&] { heap->connect(addresses); });
+  together(bootstrap, [&] { heap->make_endpoints(addresses); });
+  together(bootstrap, [&] { heap->greet_all(); });
   return heap;
 }
 

@@ -20,8 +20,7 @@ constexpr int kSleepMs = 500;
 
 }  // namespace
 
-void UcxHeap::connect(const std::vector<std::string>& addresses) {
-  auto lock = turnstile_.enter();
+void UcxHeap::make_endpoints(const std::vector<std::string>& addresses) {
   for (Peer& peer : peers_) {
     if (peer.rank == rank_) continue;
     ucp_ep_params_t params{};
@@ -31,8 +30,14 @@ void UcxHeap::connect(const std::vector<std::string>& addresses) {
     params.err_mode = UCP_ERR_HANDLING_MODE_PEER;
     params.err_handler = {.cb = &UcxHeap::on_error, .arg = &peer};
     check(ucp_ep_create(worker_.get(), &params, &peer.endpoint),
-          fmt::format("ucp_ep_create for rank {}", peer.rank));
+          fmt::format("ucp_ep_create for rank {}, by TCP or another transport that reports lost "
+                      "peers (UCX_TLS, UCX_NET_DEVICES)",
+                      peer.rank));
   }
+}
+
+void UcxHeap::greet_all() {
+  auto lock = turnstile_.enter();
   thread_ = std::thread([this] { run(); });
   for (Peer& peer : peers_) {
     if (peer.rank != rank_) send(peer, {.source = rank_, .kind = Kind::kHello}, nullptr, 0);

@@ -2,7 +2,6 @@
 
 #include "base/env.hpp"
 #include "base/error.hpp"
-#include "base/log.hpp"
 
 namespace deep_ep::fabric::ucx {
 namespace {
@@ -11,18 +10,29 @@ using Config = std::unique_ptr<ucp_config_t, Destroy<ucp_config_release>>;
 
 struct Setting {
   const char* variable;
-  const char* name;  // as UCX's tables have it: without the prefix of a transport
+  const char* name;  // as UCX's tables have it, without the prefix of a transport
   const char* value;
 };
 
-constexpr Setting kSettings[] = {
+constexpr Setting kForTcp[] = {
     // Else a rank that cannot be reached holds up the making of the heap for minutes.
     {"UCX_TCP_CONN_NB", "CONN_NB", "y"},
-    // How soon a silent rank is missed, where the death of a process is not seen by itself.
-    {"UCX_KEEPALIVE_INTERVAL", "KEEPALIVE_INTERVAL", "1s"},
-    {"UCX_TCP_KEEPIDLE", "KEEPIDLE", "1s"},
-    {"UCX_TCP_KEEPINTVL", "KEEPINTVL", "1s"},
+    // UCX 1.13 completes a message that it sends from the caller's memory twice, and aborts, when
+    // the connection breaks meanwhile. Copied into a segment that takes a whole piece (kPieceBytes)
+    // it is as fast.
+    {"UCX_ZCOPY_THRESH", "ZCOPY_THRESH", "inf"},
+    {"UCX_TCP_TX_SEG_SIZE", "TX_SEG_SIZE", "60k"},
 };
+
+const char* variable(const char* name) { return env::value_of({name, "", ""}); }
+
+/// Whether UCX_TLS, a list of transports or, behind a ^, of all others, lets UCX take TCP.
+bool takes_tcp() {
+  const char* value = variable("UCX_TLS");
+  const std::string_view list = value == nullptr || *value == '\0' ? "all" : value;
+  const bool named = list.find("tcp") != list.npos;
+  return list.front() == '^' ? !named : named || list.find("all") != list.npos;
+}
 
 }  // namespace
 
@@ -35,11 +45,11 @@ Context make_context(int num_ranks) {
   ucp_config_t* read = nullptr;
   check(ucp_config_read(nullptr, nullptr, &read), "ucp_config_read");
   const Config config(read);
-  for (const Setting& setting : kSettings) {
-    if (env::value_of({setting.variable, "", ""}) != nullptr) continue;
-    const ucs_status_t status = ucp_config_modify(config.get(), setting.name, setting.value);
-    if (status != UCS_OK)
-      log::debug("UCX: {} stays as it is: {}", setting.variable, ucs_status_string(status));
+  if (takes_tcp()) {  // UCX complains of settings of transports that it does not take
+    for (const Setting& setting : kForTcp) {
+      if (variable(setting.variable) == nullptr)
+        check(ucp_config_modify(config.get(), setting.name, setting.value), setting.variable);
+    }
   }
   ucp_params_t params{};
   params.field_mask = UCP_PARAM_FIELD_FEATURES | UCP_PARAM_FIELD_ESTIMATED_NUM_EPS;

@@ -1,13 +1,15 @@
 #pragma once
 
+#include <sys/resource.h>
+
 #include <chrono>
 #include <cstdint>
 #include <cstring>
 #include <memory>
 #include <thread>
 
+#include "../multi/in_ranks.hpp"
 #include "fabric/symmetric_heap_factory.hpp"
-#include "in_ranks.hpp"
 #include "protocol/atomic.hpp"
 
 namespace deep_ep::fabric {
@@ -42,6 +44,16 @@ inline bool await_loss(const SymmetricHeap& heap, int rank, milliseconds timeout
     std::this_thread::sleep_for(milliseconds(1));
   }
   return true;
+}
+
+/// Processor time of all threads of this process so far.
+inline double cpu_seconds() {
+  rusage usage{};
+  getrusage(RUSAGE_SELF, &usage);
+  const auto seconds = [](const timeval& time) {
+    return static_cast<double>(time.tv_sec) + static_cast<double>(time.tv_usec) * 1e-6;
+  };
+  return seconds(usage.ru_utime) + seconds(usage.ru_stime);
 }
 
 }  // namespace deep_ep::fabric

@@ -1,13 +1,11 @@
 #include <gmock/gmock.h>
 #include <signal.h>
-#include <sys/resource.h>
 
 #include <atomic>
-#include <random>
 #include <vector>
 
 #include "deep_ep/error.hpp"
-#include "symmetric_heap_ranks.hpp"
+#include "heap_exchange.hpp"
 
 namespace deep_ep::fabric {
 namespace {
@@ -74,83 +72,6 @@ TEST(SymmetricHeap, CountsWhatItWasGiven) {
     EXPECT_EQ(heap->counts().signals, 1);
     bootstrap.barrier();
   });
-}
-
-// --- a stress: each thread of each rank writes rounds of random puts to all ranks, itself as well,
-// signals behind them, and checks what its twin on each rank wrote to it.
-
-constexpr std::int64_t kArea = 200000;  // of one writer's thread: bytes, then two words
-constexpr std::int64_t kAreaBytes = kArea + 128;
-constexpr int kThreads = 3;
-constexpr int kRounds = 60;
-
-/// The bytes of one round, and how they are cut into puts.
-struct Round {
-  std::vector<std::uint32_t> words;
-  std::vector<std::int64_t> cuts;
-
-  Round(int from, int to, int thread, int round) {
-    std::mt19937 random(static_cast<unsigned>(((from * 64 + to) * 64 + thread) * 1024 + round));
-    const std::int64_t longest = random() % 4 == 0 ? kArea : 3000;
-    words.resize(1 + random() % (longest / 4));
-    for (auto& word : words) word = random() | 1;
-    const auto bytes = static_cast<std::int64_t>(words.size() * 4);
-    for (std::int64_t at = 0; at < bytes;) {
-      cuts.push_back(at);
-      at += 1 + static_cast<std::int64_t>(random() % (random() % 2 == 0 ? 64 : 90000));
-    }
-    cuts.push_back(bytes);
-  }
-};
-
-struct Exchange {
-  SymmetricHeap& heap;
-  int rank;
-  int size;
-
-  std::int64_t area(int from, int thread) const { return (from * kThreads + thread) * kAreaBytes; }
-  std::int64_t sent_word(int from, int thread) const { return area(from, thread) + kArea; }
-  std::int64_t read_word(int from, int thread) const { return sent_word(from, thread) + 8; }
-
-  void write(int to, int thread, int number, const Round& round) const {
-    const auto* bytes = reinterpret_cast<const std::byte*>(round.words.data());
-    for (std::size_t i = 0; i + 1 < round.cuts.size(); ++i) {
-      const std::int64_t at = round.cuts[i];
-      heap.put(to, area(rank, thread) + at, bytes + at, round.cuts[i + 1] - at);
-    }
-    heap.signal(to, sent_word(rank, thread), static_cast<std::uint64_t>(number));
-  }
-
-  void run(int thread) const {
-    for (int number = 1; number <= kRounds; ++number) {
-      std::vector<Round> sent;
-      for (int to = 0; to < size; ++to) sent.emplace_back(rank, to, thread, number);
-      for (int to = 0; to < size; ++to) write(to, thread, number, sent[to]);
-      for (int from = 0; from < size; ++from) {
-        ASSERT_EQ(await_word(heap, sent_word(from, thread), number), number) << "from " << from;
-        const Round expected(from, rank, thread, number);
-        ASSERT_EQ(std::memcmp(heap.base() + area(from, thread), expected.words.data(),
-                              expected.words.size() * 4),
-                  0)
-            << "from " << from << " thread " << thread << " round " << number;
-        heap.signal(from, read_word(rank, thread), number);
-      }
-      for (int to = 0; to < size; ++to) {
-        ASSERT_TRUE(heap.flush(to, milliseconds(30000)));
-        ASSERT_EQ(await_word(heap, read_word(to, thread), number), number) << "read by " << to;
-      }
-    }
-  }
-};
-
-void exchange(Bootstrap& bootstrap) {
-  const int size = bootstrap.size();
-  const auto heap = make_heap(bootstrap, size * kThreads * kAreaBytes);
-  const Exchange play{*heap, bootstrap.rank(), size};
-  std::vector<std::thread> threads;
-  for (int i = 0; i < kThreads; ++i) threads.emplace_back([&play, i] { play.run(i); });
-  for (auto& thread : threads) thread.join();
-  bootstrap.barrier();
 }
 
 TEST(SymmetricHeap, BytesLieThereWhenTheSignalBehindThemDoesOverAnyTransport) {
@@ -221,13 +142,24 @@ TEST(SymmetricHeap, ALastSignalArrivesThoughItsSenderIsGone) {
   });
 }
 
-double cpu_seconds() {
-  rusage usage{};
-  getrusage(RUSAGE_SELF, &usage);
-  const auto seconds = [](const timeval& time) {
-    return static_cast<double>(time.tv_sec) + static_cast<double>(time.tv_usec) * 1e-6;
-  };
-  return seconds(usage.ru_utime) + seconds(usage.ru_stime);
+TEST(SymmetricHeap, OneRankReachesItself) { in_ranks(1, exchange); }
+
+TEST(SymmetricHeap, LeavesSignalHandlersAlone) {
+  in_ranks(2, [](Bootstrap& bootstrap) {
+    const auto handlers = [] {  // sanitizers have theirs
+      std::vector<void (*)(int)> found;
+      for (const int number : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT}) {
+        struct sigaction action {};
+        EXPECT_EQ(sigaction(number, nullptr, &action), 0);
+        found.push_back(action.sa_handler);
+      }
+      return found;
+    };
+    const auto before = handlers();
+    const auto heap = make_heap(bootstrap, 4096);
+    EXPECT_EQ(handlers(), before);
+    bootstrap.barrier();
+  });
 }
 
 TEST(SymmetricHeap, SleepsWhileNothingMoves) {
