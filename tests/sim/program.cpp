@@ -53,15 +53,21 @@ std::int64_t differing(const TensorView& tensor, const std::vector<T>& expected)
 
 }  // namespace
 
-Program::Program(std::uint64_t seed) {
+Program::Program(std::uint64_t seed, bool several_nodes) {
   std::mt19937_64 random(seed);
   num_ranks = 1 + static_cast<int>(random() % 4);
+  if (several_nodes) {
+    ranks_per_node = 1 + static_cast<int>(random() % 2);
+    num_ranks = ranks_per_node * (2 + static_cast<int>(random() % 2));
+  }
   num_experts = num_ranks * (1 + static_cast<int>(random() % 3));
   num_topk = 1 + static_cast<int>(random() % 4);
   hidden = 8 * (1 + static_cast<std::int64_t>(random() % 4));
   config.num_max_nvl_chunked_send_tokens = 1 + static_cast<int>(random() % 3);
   config.num_max_nvl_chunked_recv_tokens =
       config.num_max_nvl_chunked_send_tokens + static_cast<int>(random() % 3);
+  config.num_max_rdma_chunked_send_tokens = config.num_max_nvl_chunked_send_tokens;
+  config.num_max_rdma_chunked_recv_tokens = config.num_max_nvl_chunked_recv_tokens;
   const plan::reference::DispatchShape shape{
       .num_topk = num_topk,
       .num_experts = num_experts,
@@ -82,7 +88,8 @@ Program::Program(std::uint64_t seed) {
       round.outputs.push_back(std::move(output));
     }
     round.combined = plan::reference::combine(DType::kBfloat16, hidden, num_topk, round.received,
-                                              num_tokens, round.outputs);
+                                              num_tokens, round.outputs,
+                                              several_nodes ? ranks_per_node : num_ranks);
     // When nobody received a row the reference takes the weights for absent.
     for (int rank = 0; rank < num_ranks; ++rank)
       round.combined[rank].topk_weights.resize(num_tokens[rank] * num_topk);
@@ -98,14 +105,14 @@ std::int64_t Program::play(Buffer& buffer) const {
 }
 
 std::int64_t Program::play(Buffer& buffer, const Round& round) const {
-  IntranodeHandle handle;
+  DispatchResult handle;
   std::int64_t wrong = dispatch(buffer, round, handle);
   if (round.cached_too) wrong += dispatch_again(buffer, round, handle);
   for (int i = 0; i < round.combines; ++i) wrong += combine(buffer, round, handle);
   return wrong;
 }
 
-std::int64_t Program::dispatch(Buffer& buffer, const Round& round, IntranodeHandle& handle) const {
+std::int64_t Program::dispatch(Buffer& buffer, const Round& round, DispatchResult& handle) const {
   const DispatchInput& input = round.inputs[buffer.rank()];
   const auto& expected = round.received[buffer.rank()];
   const std::int64_t tokens = input.num_tokens;
@@ -116,34 +123,42 @@ std::int64_t Program::dispatch(Buffer& buffer, const Round& round, IntranodeHand
        .topk_idx = topk_idx,
        .topk_weights = TensorView(input.topk_weights.data(), DType::kFloat32, {tokens, num_topk}),
        .config = config});
-  handle = result.handle;
+  handle.handle = result.handle;
+  handle.internode_handle = result.internode_handle;
   return differing(result.recv_x, expected.x) + differing(result.recv_topk_idx, expected.topk_idx) +
          differing(result.recv_topk_weights, expected.topk_weights) +
-         differing(result.handle.recv_src_idx, expected.src_idx) +
-         differing(result.handle.rank_prefix_matrix, expected.rank_prefix_matrix) +
+         (ranks_per_node > 0
+              ? 0
+              : differing(result.handle.recv_src_idx, expected.src_idx) +
+                    differing(result.handle.rank_prefix_matrix, expected.rank_prefix_matrix)) +
          (result.num_recv_tokens_per_expert_list != expected.num_tokens_per_local_expert);
 }
 
 std::int64_t Program::dispatch_again(Buffer& buffer, const Round& round,
-                                     const IntranodeHandle& handle) const {
+                                     const DispatchResult& handle) const {
   const DispatchInput& input = round.inputs[buffer.rank()];
-  const DispatchResult result = buffer.dispatch(
-      {.x = TensorView(input.x.data(), DType::kBfloat16, {input.num_tokens, hidden}),
-       .handle = handle,
-       .config = config});
+  DispatchArgs args{.x = TensorView(input.x.data(), DType::kBfloat16, {input.num_tokens, hidden}),
+                    .config = config};
+  if (ranks_per_node > 0) {
+    args.internode_handle = handle.internode_handle;
+  } else {
+    args.handle = handle.handle;
+  }
+  const DispatchResult result = buffer.dispatch(args);
   return differing(result.recv_x, round.received[buffer.rank()].x);
 }
 
 std::int64_t Program::combine(Buffer& buffer, const Round& round,
-                              const IntranodeHandle& handle) const {
+                              const DispatchResult& handle) const {
   const CombineInput& output = round.outputs[buffer.rank()];
   const auto& expected = round.combined[buffer.rank()];
   const std::int64_t rows = round.received[buffer.rank()].num_rows;
   const CombineResult result = buffer.combine(
       {.x = TensorView(output.x.data(), DType::kBfloat16, {rows, hidden}),
-       .handle = handle,
+       .handle = handle.handle,
        .topk_weights = TensorView(output.topk_weights.data(), DType::kFloat32, {rows, num_topk}),
-       .config = config});
+       .config = config,
+       .internode_handle = handle.internode_handle});
   return differing(result.combined_x, expected.x) +
          differing(result.combined_topk_weights, expected.topk_weights);
 }

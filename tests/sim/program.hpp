@@ -21,23 +21,24 @@ struct Round {
 /// A random sequence of dispatches and combines in bfloat16 whose sums are exact.
 struct Program {
   int num_ranks;
+  int ranks_per_node = 0;  // 0: all of one node
   int num_experts;
   int num_topk;
   std::int64_t hidden;
   Config config;
   std::vector<Round> rounds;
 
-  explicit Program(std::uint64_t seed);
+  explicit Program(std::uint64_t seed, bool several_nodes = false);
 
   /// Plays one rank; returns how many results differ from the reference, of all elements.
   std::int64_t play(Buffer& buffer) const;
 
  private:
   std::int64_t play(Buffer& buffer, const Round& round) const;
-  std::int64_t dispatch(Buffer& buffer, const Round& round, IntranodeHandle& handle) const;
+  std::int64_t dispatch(Buffer& buffer, const Round& round, DispatchResult& handle) const;
   std::int64_t dispatch_again(Buffer& buffer, const Round& round,
-                              const IntranodeHandle& handle) const;
-  std::int64_t combine(Buffer& buffer, const Round& round, const IntranodeHandle& handle) const;
+                              const DispatchResult& handle) const;
+  std::int64_t combine(Buffer& buffer, const Round& round, const DispatchResult& handle) const;
 };
 
 }  // namespace deep_ep::sim

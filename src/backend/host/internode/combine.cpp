@@ -315,20 +315,22 @@ class Lane {
     return moved || complete;
   }
 
+  /// Who has rows that are wanted comes first: who has no room may wait for this rank's.
   std::vector<Missing> missing() {
     std::vector<Missing> list;
-    bringer_.add_missing(list);
     for (int node = 0; node < exchange_.nodes(); ++node) {
       summers_[node].add_missing(list);
+      if (node == exchange_.own_node() || token_ == token_end_ || record_of(token_, node) < 0)
+        continue;
+      RailReceiver& from = exchange_.state.rail_from(lane_, node);
+      if (from.row(exchange_.sum_bytes) == nullptr)
+        list.push_back({from.peer(), from.consumed() + 1, from.arrived()});
+    }
+    bringer_.add_missing(list);
+    for (int node = 0; node < exchange_.nodes(); ++node) {
       if (node == exchange_.own_node()) continue;
       const RailSender& to = exchange_.state.rail_to(lane_, node);
-      RailReceiver& from = exchange_.state.rail_from(lane_, node);
-      if (token_ < token_end_ && record_of(token_, node) >= 0 &&
-          from.row(exchange_.sum_bytes) == nullptr) {
-        list.push_back({from.peer(), from.consumed() + 1, from.arrived()});
-      } else if (to.freed() != to.written()) {
-        list.push_back({to.peer(), to.written(), to.freed()});
-      }
+      if (to.freed() != to.written()) list.push_back({to.peer(), to.written(), to.freed()});
     }
     return list;
   }

@@ -60,10 +60,9 @@ class Lane {
         x_slots_(exchange.topology().ranks_per_node) {
     for (int node = 0; node < nodes(); ++node) {
       outgoing_[node].token = own_begin(lane);
-      incoming_[node].left = 0;
       if (node == own_node()) continue;
       const auto records = exchange.state.records(node, lane);
-      incoming_[node].left = records.end - records.begin;
+      incoming_[node] = records.end - records.begin;
     }
   }
 
@@ -76,7 +75,7 @@ class Lane {
       const int node = (own_node() + i) % nodes();  // not all to the same one first
       moved |= send_to(node);
       moved |= pass_on_from(node);
-      complete = complete && outgoing_[node].token == token_end_ && incoming_[node].left == 0 &&
+      complete = complete && outgoing_[node].token == token_end_ && incoming_[node] == 0 &&
                  exchange_.state.rail_to(lane_, node).idle();
     }
     if (complete) finish_stores();
@@ -84,17 +83,19 @@ class Lane {
     return moved || complete;
   }
 
+  /// Who has rows that are wanted comes first: who has no room may wait for this rank's.
   std::vector<Missing> missing() {
     std::vector<Missing> list;
     for (int node = 0; node < nodes(); ++node) {
+      if (node == own_node() || incoming_[node] == 0) continue;
+      const RailReceiver& from = exchange_.state.rail_from(lane_, node);
+      list.push_back({from.peer(), from.consumed() + 1, from.arrived()});
+    }
+    for (int node = 0; node < nodes(); ++node) {
       if (node == own_node()) continue;
       const RailSender& to = exchange_.state.rail_to(lane_, node);
-      const RailReceiver& from = exchange_.state.rail_from(lane_, node);
-      if (incoming_[node].left > 0) {
-        list.push_back({from.peer(), from.consumed() + 1, from.arrived()});
-      } else if (to.freed() != to.written() || outgoing_[node].token < token_end_) {
+      if (to.freed() != to.written() || outgoing_[node].token < token_end_)
         list.push_back({to.peer(), to.written(), to.freed()});
-      }
     }
     return list;
   }
@@ -106,10 +107,6 @@ class Lane {
     bool built = false;
     int unpublished = 0;
   };
-  struct Incoming {
-    std::int64_t left = 0;
-  };
-
   int nodes() const { return exchange_.topology().num_nodes(); }
   int own_node() const { return exchange_.state.node(); }
   std::int64_t own_begin(int lane) const {
@@ -223,11 +220,11 @@ class Lane {
   }
 
   bool pass_on_from(int node) {
-    Incoming& in = incoming_[node];
+    std::int64_t& left = incoming_[node];
     RailReceiver& rail = exchange_.state.rail_from(lane_, node);
     const plan::RecordFormat& format = exchange_.format;
     bool moved = false;
-    for (int rows = 0; rows < kRowsPerStep && in.left > 0; ++rows) {
+    for (int rows = 0; rows < kRowsPerStep && left > 0; ++rows) {
       const std::byte* record = rail.row(format.bytes);
       if (record == nullptr) break;
       RecordHead head;
@@ -240,7 +237,7 @@ class Lane {
               std::memcpy(to, record + format.scales, exchange_.params.format.scale_bytes);
             });
       rail.pop(format.bytes);
-      --in.left;
+      --left;
       moved = true;
     }
     if (moved) finish_stores();
@@ -314,7 +311,7 @@ class Lane {
   const int lane_;
   const std::int64_t token_end_;
   std::vector<Outgoing> outgoing_;  // by node
-  std::vector<Incoming> incoming_;  // by node
+  std::vector<std::int64_t> incoming_;  // by node: records that are still to come
   bool done_ = false;
   std::vector<std::byte*> x_slots_;
 };

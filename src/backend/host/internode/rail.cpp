@@ -2,6 +2,8 @@
 
 #include <cstring>
 
+#include "deep_ep/error.hpp"
+
 namespace deep_ep::host::internode {
 
 std::byte* RailSender::reserve(std::int64_t bytes) {
@@ -38,12 +40,16 @@ void RailSender::publish() {
   told_ = written_;
 }
 
-// The receiver has read what lies there, so this does not last.
+// The receiver has read what lies there, so this does not last; and it may have left by now.
 bool RailSender::flush() {
   if (flushed_ == put_) return true;
   constexpr std::chrono::milliseconds kPatience(20);
   const std::uint64_t end = put_;
-  if (!heap_.flush(place_.peer, kPatience)) return false;
+  try {
+    if (!heap_.flush(place_.peer, kPatience)) return false;
+  } catch (const Error&) {
+    if (!heap_.lost(place_.peer)) throw;
+  }
   flushed_ = end;
   return true;
 }

@@ -102,7 +102,9 @@ void State::post_rails(const Call& call, const Announcement& own) {
                                              topology(), node);
     }
     if (node == this->node()) continue;
+    const int peer = topology().rank_of(node, topology().index_of(rank()));
     std::byte* out = mailbox.out_messages + peer_of(node) * shape_.message_bytes();
+    if (!flush(call, peer)) continue;
     auto& message = *reinterpret_cast<protocol::RailMessage*>(out);
     message = {};
     message.record = call.record;
@@ -115,12 +117,39 @@ void State::post_rails(const Call& call, const Announcement& own) {
       std::copy_n(own.tokens_per_expert + std::int64_t{node} * experts_per_node, experts_per_node,
                   reinterpret_cast<std::int32_t*>(&message + 1));
     }
-    const int peer = topology().rank_of(node, topology().index_of(rank()));
     const int slot = peer_index(this->node(), node);
-    heap_->put(peer, offset(mailbox.messages + slot * shape_.message_bytes()), out,
-               static_cast<std::int64_t>(sizeof message) + 4 * experts_per_node);
-    heap_->signal(peer, offset(&mailbox.posted[slot]), call.epoch);
+    try {
+      heap_->put(peer, offset(mailbox.messages + slot * shape_.message_bytes()), out,
+                 static_cast<std::int64_t>(sizeof message) + 4 * experts_per_node);
+      heap_->signal(peer, offset(&mailbox.posted[slot]), call.epoch);
+    } catch (const Error&) {
+      if (!heap_->lost(peer)) throw;  // else the wait for its message names it
+    }
   }
+}
+
+bool State::flush(const Call& call, int peer) {
+  try {
+    if (heap_->flush(peer, call.timeout)) return true;
+  } catch (const Error&) {
+    if (!heap_->lost(peer)) throw;
+    return false;
+  }
+  throw Error(ErrorCode::kTimeout,
+              fmt::format("{} (call {}) on rank {}: what the call before the last sent to rank {} "
+                          "has not left within {} ms",
+                          call.operation, call.epoch, rank(), peer, call.timeout.count()),
+              {peer});
+}
+
+Error State::in_words(const Call& call, const Error& error) {
+  if (std::string_view(error.what()).starts_with(call.operation)) return error;  // of a wait
+  if (std::optional<Error> known = context_.fault(call.operation)) return *known;
+  if (error.code() != ErrorCode::kPeerFailed) return error;
+  return {error.code(),
+          fmt::format("{} (call {}) on rank {}: {}", call.operation, call.epoch, rank(),
+                      error.what()),
+          error.ranks()};
 }
 
 void State::wait_rails(const Call& call) {
@@ -151,8 +180,6 @@ void State::wait_rails(const Call& call) {
                   {peer});
     }
     std::copy_n(message.lane_records, num_lanes() + 1, lane_records_[node].data());
-    // What was put of this call's messages may be written again two calls later.
-    (void)heap_->flush(peer, call.timeout);
   }
 }
 
@@ -254,7 +281,7 @@ void State::announce_wait(int rank_plus_1) noexcept {
         heap_->signal(to, offset(&block_.waiting_for[rank()]),
                       static_cast<std::uint64_t>(rank_plus_1));
       }
-    } catch (const std::exception&) {  // it is lost: who waits for it finds out
+    } catch (...) {  // it is lost: who waits for it finds out
     }
   });
 }
@@ -281,14 +308,14 @@ void State::raise_fault(const Error& error) noexcept {
     try {
       heap_->put(to, offset(&block_.faults[rank()]), &record, sizeof record);
       heap_->signal(to, offset(&block_.faulted[rank()]), 1);
-    } catch (const std::exception&) {  // it is lost, and need not be told
+    } catch (...) {  // it is lost, and need not be told
     }
   });
   // This rank may leave as soon as its caller knows.
   for_remote_ranks([&](int to) {
     try {
       if (!heap_->lost(to)) (void)heap_->flush(to, kPatience);
-    } catch (const std::exception&) {
+    } catch (...) {
     }
   });
 }

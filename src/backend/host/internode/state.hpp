@@ -76,6 +76,9 @@ class State final : public Network {
   }
   std::int64_t num_records(int node) const { return lane_records_[node][num_lanes()]; }
 
+  /// `error`, thrown where rows were put, as an Error of the call.
+  Error in_words(const Call& call, const Error& error);
+
   /// Rows and bytes of rows that this rank has given to the network.
   void count_rows(std::int64_t rows, std::int64_t bytes) {
     rows_sent_.fetch_add(rows, std::memory_order_relaxed);
@@ -98,6 +101,8 @@ class State final : public Network {
     return static_cast<const std::byte*>(part) - heap_->base();
   }
   void make_rings();
+  /// What was put to the peer may be written again; false if it is lost.
+  bool flush(const Call& call, int peer);
   void post_rails(const Call& call, const Announcement& own);
   void wait_rails(const Call& call);
   const protocol::RailMessage& message_from(const Call& call, int node) const;
