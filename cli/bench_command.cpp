@@ -19,7 +19,9 @@ namespace deep_ep::cli {
 namespace {
 
 struct Options {
+  const char* command = "bench intranode";
   int ranks = 0;
+  int nodes = 1;
   std::string backend = "host";
   std::vector<int> num_sms{Config{}.num_sms};
   int chain = 0;
@@ -70,6 +72,7 @@ void read_routing(Options& options, bool topk_given) {
 nlohmann::ordered_json args_json(const Options& options, int ranks) {
   nlohmann::ordered_json json;
   json["ranks"] = ranks;
+  json["nodes"] = options.nodes;
   json["tokens"] = options.tokens;
   json["hidden"] = options.hidden;
   json["topk"] = options.topk;
@@ -112,9 +115,15 @@ int run_sweep(const std::shared_ptr<Bootstrap>& bootstrap, const Options& option
   buffer_options.device = device_from(options.backend, bootstrap->rank());
   buffer_options.num_threads = options.num_threads;
   buffer_options.num_nvl_bytes = options.num_nvl_bytes;
+  if (options.nodes > 1) {
+    const std::int64_t row = options.hidden.front() * static_cast<std::int64_t>(sizeof(float));
+    buffer_options.num_rdma_bytes = Config{}.get_rdma_buffer_size_hint(row, bootstrap->size());
+  }
   Buffer buffer(bootstrap, buffer_options);
+  require(buffer.num_nodes() == options.nodes, "--nodes is {}, but the ranks are of {} nodes",
+          options.nodes, buffer.num_nodes());
   if (first) {
-    print_bench_header("bench intranode", bootstrap->size(), options.settings, buffer.transport());
+    print_bench_header(options.command, bootstrap->size(), options.settings, buffer.transport());
   }
   nlohmann::ordered_json results = nlohmann::ordered_json::array();
   std::int64_t wrong = 0;
@@ -131,7 +140,7 @@ int run_sweep(const std::shared_ptr<Bootstrap>& bootstrap, const Options& option
   }
   if (first && !options.json.empty()) {
     nlohmann::ordered_json json;
-    json["command"] = "bench intranode";
+    json["command"] = options.command;
     json["args"] = args_json(options, bootstrap->size());
     json["environment"] = environment_json();
     if (options.backend == "cuda") json["gpus"] = describe_devices(DeviceType::kCuda);
@@ -203,12 +212,46 @@ void add_run_options(CLI::App& command, Options& options) {
                    "Also chains of dispatch and combine without barriers, as layers run");
 }
 
+int run_bench(const CLI::App& command, Options& options, int ranks) {
+  read_routing(options, command.count("--topk") > 0);
+  options.settings.chain =
+      options.chain != 0 ? options.chain : (options.backend == "cuda" ? 100 : 1);
+  validate(options, ranks);
+  return run_ranks(ranks, [&](std::shared_ptr<Bootstrap> bootstrap) {
+    return run_sweep(bootstrap, options);
+  });
+}
+
+/// Ranks of this machine pose as several nodes, unless a launcher has started them on some.
+void add_bench_internode(CLI::App& bench, int& status) {
+  CLI::App* command =
+      bench.add_subcommand("internode", "The same operations as intranode over several nodes");
+  const auto options = std::make_shared<Options>();
+  options->command = "bench internode";
+  options->nodes = options->settings.ranks_per_node = 2;
+  command->option_defaults()->always_capture_default();
+  command->add_option("--nodes", options->nodes, "Nodes, which ranks of this machine pose as");
+  command->add_option("--ranks-per-node", options->settings.ranks_per_node,
+                      "Ranks of each, one process each");
+  add_shape_options(*command, *options);
+  add_run_options(*command, *options);
+  command->callback([command, options, &status] {
+    require(options->nodes >= 2, "--nodes is {}, must be at least 2", options->nodes);
+    require(options->settings.ranks_per_node >= 1, "--ranks-per-node is {}, must be at least 1",
+            options->settings.ranks_per_node);
+    pose_as_nodes(options->settings.ranks_per_node);
+    status = run_bench(*command, *options,
+                       count_ranks(options->nodes * options->settings.ranks_per_node, 0));
+  });
+}
+
 }  // namespace
 
 void add_bench(CLI::App& app, int& status) {
   CLI::App* bench = app.add_subcommand("bench", "How fast the calls are on this machine");
   bench->require_subcommand(1);
   add_bench_low_latency(*bench, status);
+  add_bench_internode(*bench, status);
   CLI::App* command = bench->add_subcommand(
       "intranode", "Layout, dispatch, combine and pairs among ranks of this machine");
   const auto options = std::make_shared<Options>();
@@ -221,14 +264,7 @@ void add_bench(CLI::App& app, int& status) {
       "Lists (1,128,4096) make a sweep. The exit status is 0 only if every rank ended "
       "well and no element was wrong.");
   command->callback([command, options, &status] {
-    read_routing(*options, command->count("--topk") > 0);
-    const int ranks = count_ranks(options->ranks, 4);
-    options->settings.chain =
-        options->chain != 0 ? options->chain : (options->backend == "cuda" ? 100 : 1);
-    validate(*options, ranks);
-    status = run_ranks(ranks, [&](std::shared_ptr<Bootstrap> bootstrap) {
-      return run_sweep(bootstrap, *options);
-    });
+    status = run_bench(*command, *options, count_ranks(options->ranks, 4));
   });
 }
 

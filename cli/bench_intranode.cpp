@@ -55,7 +55,7 @@ class Point {
     config_.num_sms = shape.num_sms;
     load(0);
     find_layout();
-    handle_ = dispatch().handle;
+    take_handle(dispatch());
   }
 
   std::vector<BenchRow> run();
@@ -85,7 +85,11 @@ class Point {
 
   DispatchResult dispatch();
   DispatchResult dispatch_cached();
-  CombineResult combine(const IntranodeHandle& handle);
+  CombineResult combine(const DispatchResult& dispatched);
+  void take_handle(const DispatchResult& dispatched) {
+    handle_.handle = dispatched.handle;
+    handle_.internode_handle = dispatched.internode_handle;
+  }
 
   // Lets go of the oldest result, so that the next one makes live_results of them.
   void make_room() {
@@ -101,9 +105,9 @@ class Point {
     results_.push_back(dispatch_cached());
     last_ = results_.back().event;
   }
-  void call_combine(const IntranodeHandle& handle) {
+  void call_combine(const DispatchResult& dispatched) {
     combined_ = {};
-    combined_ = combine(handle);
+    combined_ = combine(dispatched);
     last_ = combined_.event;
   }
 
@@ -132,7 +136,7 @@ class Point {
   Config config_;
   EventHandle last_{};  // of the last call
   DispatchLayout layout_{};
-  IntranodeHandle handle_{};
+  DispatchResult handle_{};  // with nothing but the handle
   std::deque<DispatchResult> results_{};
   CombineResult combined_{};
 };
@@ -153,16 +157,21 @@ DispatchResult Point::dispatch_cached() {
   DispatchArgs args;
   args.x = x_;
   args.x_scales = scales_;
-  args.handle = handle_;
+  if (settings_.ranks_per_node > 0) {
+    args.internode_handle = handle_.internode_handle;
+  } else {
+    args.handle = handle_.handle;
+  }
   args.config = config_;
   args.options.stream = stream();
   return buffer_.dispatch(args);
 }
 
-CombineResult Point::combine(const IntranodeHandle& handle) {
+CombineResult Point::combine(const DispatchResult& dispatched) {
   CombineArgs args;
   args.x = y_;
-  args.handle = handle;
+  args.handle = dispatched.handle;
+  args.internode_handle = dispatched.internode_handle;
   args.topk_weights = y_weights_;
   args.config = config_;
   args.options.stream = stream();
@@ -204,7 +213,7 @@ std::vector<Point::Operation> Point::operations() {
        [this] {
          find_layout();
          call_dispatch();
-         call_combine(results_.back().handle);
+         call_combine(results_.back());
        },
        [=](verify::Checks& checks) {
          check_first(checks);
@@ -278,6 +287,7 @@ std::vector<BenchRow> Point::run() {
 verify::Case make_bench_case(const BenchShape& shape, const BenchSettings& settings, int ranks) {
   verify::Case c;
   c.ranks = ranks;
+  c.ranks_per_node = settings.ranks_per_node;
   c.tokens = {shape.tokens};
   c.hidden = shape.hidden;
   c.dtype = shape.dtype;

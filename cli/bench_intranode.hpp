@@ -39,12 +39,13 @@ struct BenchSettings {
   bool pair_latency = false;
   bool on_comm_stream = false;  ///< GPUs: the caller works on the Buffer's own stream
   Config config{};
+  int ranks_per_node = 0;  ///< 0: all ranks are of one node
 };
 
 /// The exchange that a shape stands for, as the checks describe it.
 verify::Case make_bench_case(const BenchShape& shape, const BenchSettings& settings, int ranks);
 
-/// Collective: all operations at `shape`. All ranks get the same rows.
+/// Collective: all operations at `shape`, whatever nodes the Buffer has. All ranks get the same rows.
 std::vector<BenchRow> bench_intranode(Buffer& buffer, Bootstrap& bootstrap, const BenchShape& shape,
                                       const BenchSettings& settings);
 

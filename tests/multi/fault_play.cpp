@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <string>
@@ -50,14 +51,28 @@ CombineArgs Exchange::combine_args(const DispatchResult& dispatched) {
   CombineArgs args;
   args.x = dispatched.recv_x;
   args.handle = dispatched.handle;
+  args.internode_handle = dispatched.internode_handle;
   return args;
 }
 
 DispatchArgs Exchange::cached_args(const Exchange& exchange, const DispatchResult& dispatched) {
   DispatchArgs args;
   args.x = {exchange.x.data(), DType::kFloat32, {kTokens, kHidden}};
-  args.handle = dispatched.handle;
+  if (dispatched.internode_handle.recv_src_meta.defined()) {
+    args.internode_handle = dispatched.internode_handle;
+  } else {
+    args.handle = dispatched.handle;
+  }
   return args;
+}
+
+std::unique_ptr<Buffer> make_buffer(Worker& worker, const BufferOptions& options,
+                                    int ranks_per_node) {
+  if (ranks_per_node > 0)
+    setenv("DEEP_EP_RANKS_PER_NODE", std::to_string(ranks_per_node).c_str(), 1);
+  auto buffer = std::make_unique<Buffer>(worker.bootstrap(), options);
+  unsetenv("DEEP_EP_RANKS_PER_NODE");
+  return buffer;
 }
 
 std::int64_t Exchange::rdma_bytes(int num_ranks) {

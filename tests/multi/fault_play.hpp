@@ -48,6 +48,10 @@ class Exchange {
   mutable std::vector<float> outputs;  // of the last kCombineOwn
 };
 
+/// Among all ranks of the job, which pose as nodes of so many; 0: as one node.
+std::unique_ptr<Buffer> make_buffer(Worker& worker, const BufferOptions& options,
+                                    int ranks_per_node);
+
 /// An Error that a call threw, and after how long.
 struct Thrown {
   ErrorCode code{};

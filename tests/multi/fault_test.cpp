@@ -39,10 +39,12 @@ struct Plan {
   int count = 1;  ///< at the count-th such point; or after so many microseconds
   int victim = 0;
   int timeout_ms = 10'000;
+  int ranks_per_node = 0;
 
   std::string text() const {
-    return fmt::format("{} {} {} {} {} {} {} {}", static_cast<int>(op), static_cast<int>(act),
-                       static_cast<int>(point), count, victim, timeout_ms, combine, inbox_bytes);
+    return fmt::format("{} {} {} {} {} {} {} {} {}", static_cast<int>(op), static_cast<int>(act),
+                       static_cast<int>(point), count, victim, timeout_ms, combine, inbox_bytes,
+                       ranks_per_node);
   }
   static Plan parse(const std::string& text) {
     std::istringstream in(text);
@@ -51,7 +53,7 @@ struct Plan {
     int point = 0;
     Plan plan;
     in >> op >> act >> point >> plan.count >> plan.victim >> plan.timeout_ms >> plan.combine >>
-        plan.inbox_bytes;
+        plan.inbox_bytes >> plan.ranks_per_node;
     plan.op = static_cast<Op>(op);
     plan.act = static_cast<Act>(act);
     plan.point = static_cast<protocol::Point>(point);
@@ -179,7 +181,8 @@ std::string play(Worker& worker, const std::string& job) {
     BufferOptions options;
     options.timeout = std::chrono::milliseconds(plan.timeout_ms);
     options.num_rdma_bytes = Exchange::rdma_bytes(worker.num_ranks());
-    Buffer buffer(worker.bootstrap(), options);
+    const std::unique_ptr<Buffer> made = make_buffer(worker, options, plan.ranks_per_node);
+    Buffer& buffer = *made;
     kept.take(buffer);
     const Exchange exchange(worker.rank(), worker.num_ranks());
     DispatchResult dispatched = buffer.dispatch(exchange.dispatch_args(buffer));
@@ -277,13 +280,17 @@ struct Kind {
   const char* combine = "auto";
   std::int64_t inbox_bytes = kInboxBytes;
   int publications_step = 1;  ///< packets of one message look the same to the others
+  int ranks_per_node = 0;
 };
 
 class FaultInEveryCall : public Fault, public testing::WithParamInterface<Kind> {
  protected:
   static Plan plan() {
     const Kind& kind = GetParam();
-    return {.combine = kind.combine, .inbox_bytes = kind.inbox_bytes, .op = kind.op};
+    return {.combine = kind.combine,
+            .inbox_bytes = kind.inbox_bytes,
+            .op = kind.op,
+            .ranks_per_node = kind.ranks_per_node};
   }
   static Plan plan_at(protocol::Point point) {
     Plan one = plan();
@@ -343,6 +350,24 @@ INSTANTIATE_TEST_SUITE_P(
                     Kind{"combine_ring", Op::kCombine, "ring"},
                     Kind{"low_latency", Op::kLowLatency, "auto", kInboxBytes, 67}),
     name_of);
+
+#if defined(DEEP_EP_HAS_UCX)
+constexpr Kind between_nodes(const char* name, Op op, int ranks_per_node) {
+  return {name, op, "auto", kInboxBytes, 3, ranks_per_node};
+}
+
+// Ranks of this machine pose as nodes: of two, where the victim's neighbour tells the other node,
+// and of one, where the network must.
+INSTANTIATE_TEST_SUITE_P(
+    CallsBetweenNodes, FaultInEveryCall,
+    testing::Values(between_nodes("barrier", Op::kBarrier, 2),
+                    between_nodes("dispatch", Op::kDispatch, 2),
+                    between_nodes("cached_dispatch", Op::kCachedDispatch, 2),
+                    between_nodes("combine", Op::kCombine, 2),
+                    between_nodes("dispatch_of_single_ranks", Op::kDispatch, 1),
+                    between_nodes("combine_of_single_ranks", Op::kCombine, 1)),
+    name_of);
+#endif
 
 }  // namespace
 }  // namespace deep_ep::test

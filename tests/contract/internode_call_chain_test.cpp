@@ -1,0 +1,178 @@
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <cstdlib>
+#include <functional>
+#include <memory>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "base/trace.hpp"
+#include "deep_ep/deep_ep.hpp"
+#include "modes/internode.hpp"
+#include "protocol/rail.hpp"
+#include "refusal.hpp"
+
+// The functions that each public call must go through with several nodes, and what the network is
+// given for it. Two ranks, threads of this process, pose as two nodes.
+
+namespace deep_ep {
+namespace {
+
+using testing::ElementsAre;
+using Steps = std::vector<std::string>;
+
+constexpr int kRanks = 2;
+thread_local Steps* recorded = nullptr;
+
+/// The steps that this thread takes in `body`.
+Steps steps_of(const std::function<void()>& body) {
+  Steps steps;
+  recorded = &steps;
+  body();
+  recorded = nullptr;
+  return steps;
+}
+
+/// Runs `body` on each of two ranks; `boot` is its bootstrap.
+void on_nodes(const std::function<void(int rank, std::shared_ptr<Bootstrap> boot)>& body) {
+  trace::set_hook([](std::string_view name) {
+    if (recorded != nullptr) recorded->emplace_back(name);
+  });
+  setenv("DEEP_EP_RANKS_PER_NODE", "1", 1);
+  const auto bootstraps = bootstrap_threads(kRanks);
+  std::vector<std::thread> threads;
+  for (int rank = 0; rank < kRanks; ++rank)
+    threads.emplace_back([&, rank] { body(rank, bootstraps[rank]); });
+  for (std::thread& thread : threads) thread.join();
+  unsetenv("DEEP_EP_RANKS_PER_NODE");
+  trace::set_hook({});
+}
+
+/// Four tokens: to rank 0, to rank 1, to both, to none.
+struct Inputs {
+  std::vector<float> x = std::vector<float>(4 * 8, 2.0F);
+  std::vector<std::int64_t> topk_idx{0, -1, 1, 1, 0, 1, -1, -1};
+
+  DispatchArgs args(Buffer& buffer) const {
+    DispatchArgs args;
+    args.x = {x.data(), DType::kFloat32, {4, 8}};
+    args.topk_idx = {topk_idx.data(), DType::kInt64, {4, 2}};
+    args.layout = buffer.get_dispatch_layout(args.topk_idx, 2);
+    return args;
+  }
+};
+
+TEST(InternodeCallChain, ABufferJoinsTheOtherNodesAndLeavesThem) {
+  on_nodes([](int, const std::shared_ptr<Bootstrap>& boot) {
+    std::unique_ptr<Buffer> buffer;
+    EXPECT_THAT(
+        steps_of([&] { buffer = std::make_unique<Buffer>(boot, BufferOptions{.num_threads = 1}); }),
+        ElementsAre("Buffer::Buffer", "allocate", "export_handles", "Buffer::sync", "open_handles",
+                    "internode::init", "internode::alloc"));
+    EXPECT_EQ(buffer->num_nodes(), 2);
+    EXPECT_EQ(buffer->num_ranks_per_node(), 1);
+    boot->barrier();
+    EXPECT_THAT(steps_of([&] { buffer.reset(); }),
+                ElementsAre("Buffer::~Buffer", "synchronize", "internode::free", "release",
+                            "internode::finalize"));
+  });
+}
+
+TEST(InternodeCallChain, CallsTakeTheStepsOfTheirMode) {
+  on_nodes([](int, const std::shared_ptr<Bootstrap>& boot) {
+    Buffer buffer(boot, {.num_threads = 1});
+    const Inputs inputs;
+    const DispatchArgs args = inputs.args(buffer);
+    DispatchResult dispatched;
+    EXPECT_THAT(steps_of([&] { dispatched = buffer.dispatch(args); }),
+                ElementsAre("Buffer::internode_dispatch", "internode::notify_dispatch",
+                            "internode::dispatch"));
+    DispatchArgs cached{.x = args.x, .internode_handle = dispatched.internode_handle};
+    EXPECT_THAT(steps_of([&] { buffer.internode_dispatch(cached); }),
+                ElementsAre("Buffer::internode_dispatch", "internode::dispatch"));
+    DispatchArgs own = args;
+    own.layout = {};
+    own.num_experts = 2;
+    own.num_worst_tokens = 8;
+    EXPECT_THAT(steps_of([&] { buffer.dispatch(own); }),
+                ElementsAre("Buffer::internode_dispatch", "internode::get_dispatch_layout",
+                            "internode::notify_dispatch", "internode::dispatch"));
+    CombineArgs back{.x = dispatched.recv_x, .internode_handle = dispatched.internode_handle};
+    const Steps combine{"Buffer::internode_combine", "internode::cached_notify",
+                        "internode::combine"};
+    EXPECT_EQ(steps_of([&] { buffer.combine(back); }), combine);
+    EXPECT_EQ(steps_of([&] { buffer.internode_combine(back); }), combine);
+    EXPECT_THAT(steps_of([&] { buffer.barrier(); }), testing::Contains("internode::barrier"));
+    boot->barrier();
+  });
+}
+
+TEST(InternodeCallChain, EveryTokenCrossesOnceForEachOtherNodeAndNothingElseDoes) {
+  on_nodes([](int rank, const std::shared_ptr<Bootstrap>& boot) {
+    Buffer buffer(boot, {.num_threads = 1});
+    const Inputs inputs;
+    const DispatchArgs args = inputs.args(buffer);
+    const NetworkCounts before = buffer.network_counts();
+    const DispatchResult dispatched = buffer.dispatch(args);
+    const NetworkCounts after = buffer.network_counts();
+    // Two of the four tokens go to the other node, in records of one size.
+    const plan::RecordFormat record({.x_bytes = 32, .topk_idx_bytes = 16}, 1);
+    EXPECT_EQ(args.layout.num_tokens_per_rdma_rank.as<std::int32_t>()[1 - rank], 2);
+    EXPECT_EQ(after.rows - before.rows, 2);
+    EXPECT_EQ(after.row_bytes - before.row_bytes, 2 * record.bytes);
+    // Beside the counts that the ranks exchange ahead.
+    const std::int64_t message = sizeof(protocol::RailMessage) + 4 * 1;
+    EXPECT_EQ(after.put_bytes - before.put_bytes, 2 * record.bytes + message);
+    boot->barrier();
+    const NetworkCounts before_combine = buffer.network_counts();
+    buffer.combine({.x = dispatched.recv_x, .internode_handle = dispatched.internode_handle});
+    const NetworkCounts combined = buffer.network_counts();
+    EXPECT_EQ(combined.rows - before_combine.rows, 2);
+    EXPECT_EQ(combined.row_bytes - before_combine.row_bytes, 2 * 64);
+    EXPECT_EQ(combined.put_bytes - before_combine.put_bytes,
+              2 * 64 + static_cast<std::int64_t>(sizeof(protocol::RailMessage)));
+    boot->barrier();
+  });
+}
+
+TEST(InternodeCallChain, CallsForOneNodeAreRefusedAndTouchNobody) {
+  on_nodes([](int, const std::shared_ptr<Bootstrap>& boot) {
+    Buffer buffer(boot, {.num_threads = 1});
+    const Inputs inputs;
+    const DispatchArgs args = inputs.args(buffer);
+    for (const auto& call : std::vector<std::function<void()>>{
+             [&] { buffer.intranode_dispatch(args); }, [&] { buffer.intranode_combine({}); },
+             [&] { buffer.prepare_dispatch(args); }, [&] { buffer.low_latency_dispatch({}); },
+             [&] { buffer.low_latency_combine({}); },
+             [&] { buffer.clean_low_latency_buffer(1, 8, 2); }}) {
+      EXPECT_THAT(refusal(call, ErrorCode::kUnsupported),
+                  testing::HasSubstr("the 2 ranks are of 2 nodes of 1"));
+    }
+    buffer.dispatch(args);
+    boot->barrier();
+  });
+}
+
+TEST(InternodeCallChain, CallsForSeveralNodesAreRefusedOnOne) {
+  Buffer buffer(bootstrap_threads(1)[0], {.num_threads = 1});
+  EXPECT_EQ(buffer.num_nodes(), 1);
+  EXPECT_THAT(refusal([&] { buffer.internode_dispatch({}); }, ErrorCode::kUnsupported),
+              testing::HasSubstr("all ranks are of one node"));
+  EXPECT_THAT(refusal([&] { buffer.internode_combine({}); }, ErrorCode::kUnsupported),
+              testing::HasSubstr("all ranks are of one node"));
+}
+
+TEST(InternodeCallChain, SourceMetaIsAsLongAsAHandlesRows) {
+  on_nodes([](int, const std::shared_ptr<Bootstrap>& boot) {
+    Buffer buffer(boot, {.num_threads = 1});
+    const DispatchResult dispatched = buffer.dispatch(Inputs().args(buffer));
+    EXPECT_EQ(dispatched.internode_handle.recv_src_meta.shape[1],
+              internode::get_source_meta_bytes());
+    boot->barrier();
+  });
+}
+
+}  // namespace
+}  // namespace deep_ep
