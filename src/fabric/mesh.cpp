@@ -275,7 +275,8 @@ void require_one_host(const std::vector<PeerAddress>& addresses) {
                                    addresses[ranks.front()].host_name, host));
     throw Error(
         ErrorCode::kUnsupported,
-        fmt::format("the ranks are on {} hosts or network namespaces, but of one node: {}",
+        fmt::format("the ranks are on {} hosts or network namespaces, which needs internode "
+                    "mode: {}",
                     hosts.size(), fmt::join(places, "; ")));
   }
   for (const PeerAddress& address : addresses) {

@@ -68,11 +68,10 @@ void run_all_lanes(std::vector<Lane>& lanes, State& state, const Call& call,
   context.pool().run(threads, [&](int thread) {
     try {
       run_lanes(lanes, thread, threads, state, call, times[thread]);
-    } catch (const Error& thrown) {
+    } catch (const Error& error) {
       // The other threads of this rank wait for rows that may never come.
-      const Error error = state.in_words(call, thrown);
       context.raise_fault(error);
-      throw error;
+      throw;
     }
   });
   if (wait_stats == nullptr) return;

@@ -6,6 +6,20 @@
 
 namespace deep_ep::host::internode {
 
+namespace {
+
+/// What a lost rank does not get need not be said here: who waits for it finds out, and names it.
+template <class Body>
+void unless_lost(const fabric::SymmetricHeap& heap, int rank, Body&& body) {
+  try {
+    body();
+  } catch (const Error&) {
+    if (!heap.lost(rank)) throw;
+  }
+}
+
+}  // namespace
+
 std::byte* RailSender::reserve(std::int64_t bytes) {
   const protocol::RingShape& shape = place_.shape;
   const std::uint64_t begin = shape.record_begin(written_, bytes);
@@ -27,8 +41,10 @@ std::byte* RailSender::reserve(std::int64_t bytes) {
 void RailSender::put_written() {
   if (put_ == written_) return;
   const std::uint64_t at = put_ % static_cast<std::uint64_t>(place_.shape.bytes);
-  heap_.put(place_.peer, place_.data + static_cast<std::int64_t>(at), mirror_ + at,
-            static_cast<std::int64_t>(written_ - put_));
+  unless_lost(heap_, place_.peer, [&] {
+    heap_.put(place_.peer, place_.data + static_cast<std::int64_t>(at), mirror_ + at,
+              static_cast<std::int64_t>(written_ - put_));
+  });
   put_ = written_;
 }
 
@@ -36,7 +52,7 @@ void RailSender::publish() {
   if (!has_unpublished()) return;
   put_written();
   // release: pairs with the acquire in RailReceiver::peek().
-  heap_.signal(place_.peer, place_.tail, written_);
+  unless_lost(heap_, place_.peer, [&] { heap_.signal(place_.peer, place_.tail, written_); });
   told_ = written_;
 }
 
@@ -45,13 +61,10 @@ bool RailSender::flush() {
   if (flushed_ == put_) return true;
   constexpr std::chrono::milliseconds kPatience(20);
   const std::uint64_t end = put_;
-  try {
-    if (!heap_.flush(place_.peer, kPatience)) return false;
-  } catch (const Error&) {
-    if (!heap_.lost(place_.peer)) throw;
-  }
-  flushed_ = end;
-  return true;
+  bool flushed = true;
+  unless_lost(heap_, place_.peer, [&] { flushed = heap_.flush(place_.peer, kPatience); });
+  if (flushed) flushed_ = end;
+  return flushed;
 }
 
 bool RailSender::idle() {
@@ -95,7 +108,7 @@ void RailReceiver::pop(std::int64_t row_bytes) {
 void RailReceiver::release() {
   if (told_ == consumed_) return;
   // release: pairs with the acquire in RailSender::refresh().
-  heap_.signal(place_.peer, place_.head, consumed_);
+  unless_lost(heap_, place_.peer, [&] { heap_.signal(place_.peer, place_.head, consumed_); });
   told_ = consumed_;
 }
 

@@ -142,16 +142,6 @@ bool State::flush(const Call& call, int peer) {
               {peer});
 }
 
-Error State::in_words(const Call& call, const Error& error) {
-  if (std::string_view(error.what()).starts_with(call.operation)) return error;  // of a wait
-  if (std::optional<Error> known = context_.fault(call.operation)) return *known;
-  if (error.code() != ErrorCode::kPeerFailed) return error;
-  return {error.code(),
-          fmt::format("{} (call {}) on rank {}: {}", call.operation, call.epoch, rank(),
-                      error.what()),
-          error.ranks()};
-}
-
 void State::wait_rails(const Call& call) {
   const protocol::EpochFlag* posted = block_.mailbox[call.epoch % 2].posted;
   std::vector<Missing> missing;

@@ -76,9 +76,6 @@ class State final : public Network {
   }
   std::int64_t num_records(int node) const { return lane_records_[node][num_lanes()]; }
 
-  /// `error`, thrown where rows were put, as an Error of the call.
-  Error in_words(const Call& call, const Error& error);
-
   /// Rows and bytes of rows that this rank has given to the network.
   void count_rows(std::int64_t rows, std::int64_t bytes) {
     rows_sent_.fetch_add(rows, std::memory_order_relaxed);
