@@ -215,6 +215,7 @@ UcxHeap::~UcxHeap() {
   progress_until(Clock::now() + kLinger, none_pending);
   for (Peer& peer : peers_) close(peer);
   progress_until(Clock::now() + kLinger, none_pending);
+  worker_.reset();  // calls back for what is left, while peers_ and sendings_ are there
 }
 
 }  // namespace deep_ep::fabric::ucx
