@@ -329,6 +329,8 @@ TEST_P(FaultInEveryCall, ARankKilledAtAnyTimeIsNamed) {
 
 TEST_P(FaultInEveryCall, AStoppedRankIsNamedAfterTheTimeout) {
   for (const int count : {1, 2, 4}) {
+    // Between nodes a barrier has fewer: its signals are no publications of the rank's own.
+    if (GetParam().ranks_per_node > 0 && count > GetParam().ranks_per_node) break;
     Plan one = plan_at(protocol::Point::kPublish);
     one.act = Act::kStop;
     one.count = count;

@@ -151,6 +151,7 @@ class Context {
 
   void raise_fault(const Error& error) noexcept;
   std::optional<Error> fault(const char* operation);
+  bool faulted() { return own().fault->load() != protocol::FaultRecord::kNone; }
 
  private:
   void open_fabric(const std::vector<std::string>& handles, std::chrono::milliseconds timeout);

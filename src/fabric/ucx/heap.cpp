@@ -81,7 +81,7 @@ void UcxHeap::signal(int rank, std::int64_t offset, std::uint64_t value) {
 }
 
 void UcxHeap::set(const Word& word) {
-  // Releases the bytes of all puts before it: this thread copied them, whether it is the progress
+  // I16: releases the bytes of all puts before it, which this thread copied, be it the progress
   // thread or a caller that puts to its own rank. Pairs with the acquire of whoever awaits the
   // word.
   protocol::store_release(reinterpret_cast<std::uint64_t*>(base() + word.offset), word.value);

@@ -52,10 +52,12 @@ class UcxHeap final : public SymmetricHeap {
   void put(int rank, std::int64_t offset, const void* source, std::int64_t bytes) override;
   void signal(int rank, std::int64_t offset, std::uint64_t value) override;
   bool flush(int rank, std::chrono::milliseconds timeout) override;
+  void abandon() noexcept override { abandoned_ = true; }
   bool lost(int rank) const noexcept override;
   TransportCounts counts() const noexcept override;
 
  private:
+  bool abandoned_ = false;
   struct Peer {
     UcxHeap* heap = nullptr;
     int rank = 0;

@@ -210,11 +210,14 @@ UcxHeap::~UcxHeap() {
   lock.unlock();
   if (thread_.joinable()) thread_.join();
   // A last signal, say, which its sender does not wait for, is still to arrive.
-  flush_all();
   const auto none_pending = [this] { return pending_ == 0; };
-  progress_until(Clock::now() + kLinger, none_pending);
+  if (!abandoned_) {
+    flush_all();
+    progress_until(Clock::now() + kLinger, none_pending);
+  }
   for (Peer& peer : peers_) close(peer);
   progress_until(Clock::now() + kLinger, none_pending);
+  worker_.reset();  // calls back for what is left, while peers_ and sendings_ are there
 }
 
 }  // namespace deep_ep::fabric::ucx

@@ -49,6 +49,8 @@ void State::alloc(Bootstrap& bootstrap, std::int64_t bytes, std::chrono::millise
 }
 
 void State::free() noexcept {
+  // raise_fault() has told the others what there was to tell.
+  if (heap_ != nullptr && context_.faulted()) heap_->abandon();
   context_.set_network(nullptr);
   senders_.clear();
   receivers_.clear();
