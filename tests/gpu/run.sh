@@ -38,6 +38,7 @@ probe bin/cuda_shared_headers
 run bin/contract_suite --backend cuda --timeout-ms 20000
 run bin/contract_suite --backend cuda --mode low-latency --timeout-ms 20000
 run bin/gpu_faults $times
+run bin/gpu_growth
 run bin/gpu_graph $((100 * times))
 run bin/gpu_low_latency $((50 * times))
 run bin/gpu_stress $((1000 * times))

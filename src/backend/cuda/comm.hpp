@@ -85,8 +85,10 @@ struct Comm {
   int rank = 0;
   int num_ranks = 1;
   std::byte* bases[kMaxRanks] = {};  // of every rank's segment 0, as mapped here
-  // [R, num_segments] bases as mapped here, null while not mapped; GPU memory, written by the host
-  std::byte* const* segments = nullptr;
+  // [R, num_segments] bases as mapped here, null while not mapped: host memory, which the host
+  // writes; and what kernels have read of it, in GPU memory
+  std::byte* const* mapped_segments = nullptr;
+  std::byte** known_segments = nullptr;
   int num_segments = 0;
   LocalState* local = nullptr;
   HostStatus* status = nullptr;

@@ -124,8 +124,13 @@ Context::Context(const BackendOptions& options)
   fault_stream_ = make_stream();
   events_ = std::make_shared<EventPool>(device_);
   faults_ = std::make_shared<Faults>(rank_);
-  table_stream_ = make_stream();
-  segments_ = allocate_zeroed<std::byte*>(static_cast<std::size_t>(num_ranks_) * kMaxSegments);
+  const std::size_t num_segments = static_cast<std::size_t>(num_ranks_) * kMaxSegments;
+  void* mapped = nullptr;
+  check(cudaHostAlloc(&mapped, num_segments * sizeof(std::byte*), cudaHostAllocMapped),
+        "cudaHostAlloc");
+  mapped_segments_ = static_cast<std::byte**>(mapped);
+  std::fill_n(mapped_segments_, num_segments, nullptr);
+  known_segments_ = allocate_zeroed<std::byte*>(num_segments);
   // Loading a kernel later could wait for those that run, which may wait for it.
   check(intranode::load_kernels(), "loading of the kernels");
   for (const auto load :
@@ -139,19 +144,18 @@ Context::~Context() {
   const DeviceGuard guard(device_, std::nothrow);
   comm_streams().give_back(device_, comm_stream_);
   (void)cudaStreamDestroy(fault_stream_);
-  (void)cudaStreamDestroy(table_stream_);
   (void)cudaFree(local_);
-  (void)cudaFree(segments_);
+  (void)cudaFree(known_segments_);
+  (void)cudaFreeHost(mapped_segments_);
 }
 
-// Also while a kernel waits for it: mapping and copying do not wait for kernels.
-void Context::set_base(int rank, int segment, std::byte* base) {
-  const DeviceGuard guard(device_);
-  const RelaxedCapture relaxed;
-  check(cudaMemcpyAsync(segments_ + std::int64_t{rank} * kMaxSegments + segment, &base, sizeof base,
-                        cudaMemcpyHostToDevice, table_stream_),
-        "cudaMemcpyAsync");
-  check(cudaStreamSynchronize(table_stream_), "cudaMemcpyAsync");
+// By a plain store, since a kernel may be waiting for it: mapping does not wait for kernels, but a
+// copy does while another thread frees memory or loads a kernel, which wait for that kernel.
+void Context::set_base(int rank, int segment, std::byte* base) noexcept {
+  // release: pairs with the acquire in segment_base().
+  protocol::store_release(reinterpret_cast<std::uint64_t*>(
+                              mapped_segments_ + std::int64_t{rank} * kMaxSegments + segment),
+                          std::uint64_t{reinterpret_cast<std::uintptr_t>(base)});
 }
 
 int Context::add_segment(std::int64_t bytes) {
@@ -166,24 +170,15 @@ std::string Context::export_handles(std::int64_t heap_bytes) {
 }
 
 void Context::open_handles(const std::vector<std::string>& exported) {
-  fabric_.open_handles(exported, timeout_,
-                       {.peer_gone =
-                            [this](int rank, bool orderly) {
-                              protocol::store_release(&faults_->status().gone[rank],
-                                                      orderly ? kGoneOrderly : kGoneDead);
-                            },
-                        .segment_mapped =
-                            [this](int rank, int segment, std::byte* base) {
-                              try {
-                                set_base(rank, segment, base);
-                              } catch (const Error& error) {
-                                // Of the helper thread: whoever waits for the segment says so when
-                                // its time is up.
-                                log::warn(
-                                    "rank {}: segment {} of rank {} stays unknown to the GPU: {}",
-                                    rank_, segment, rank, error.what());
-                              }
-                            }});
+  fabric_.open_handles(
+      exported, timeout_,
+      {.peer_gone =
+           [this](int rank, bool orderly) {
+             protocol::store_release(&faults_->status().gone[rank],
+                                     orderly ? kGoneOrderly : kGoneDead);
+           },
+       .segment_mapped = [this](int rank, int segment,
+                                std::byte* base) { set_base(rank, segment, base); }});
 }
 
 Comm Context::comm(const Call& call) const {
@@ -191,7 +186,8 @@ Comm Context::comm(const Call& call) const {
   comm.rank = rank_;
   comm.num_ranks = num_ranks_;
   for (int i = 0; i < num_ranks_; ++i) comm.bases[i] = fabric_.base(i, 0);
-  comm.segments = segments_;
+  comm.mapped_segments = mapped_segments_;
+  comm.known_segments = known_segments_;
   comm.num_segments = kMaxSegments;
   comm.local = local_;
   comm.status = &faults_->status();

@@ -72,7 +72,7 @@ class Context {
   void raise_fault(const Error& error) noexcept;
 
  private:
-  void set_base(int rank, int segment, std::byte* base);
+  void set_base(int rank, int segment, std::byte* base) noexcept;
 
   int rank_;
   int num_ranks_;
@@ -83,9 +83,9 @@ class Context {
   cudaStream_t fault_stream_ = nullptr;
   std::shared_ptr<EventPool> events_;
   std::shared_ptr<Faults> faults_;
-  cudaStream_t table_stream_ = nullptr;
-  std::byte** segments_ = nullptr;  // [R, kMaxSegments], GPU memory
-  LocalState* local_ = nullptr;     // GPU memory
+  std::byte** mapped_segments_ = nullptr;  // [R, kMaxSegments], host memory that the GPU reads
+  std::byte** known_segments_ = nullptr;   // the same, GPU memory
+  LocalState* local_ = nullptr;            // GPU memory
   ZeroedWords count_words_;
   ZeroedWords sum_words_;
   fabric::Fabric fabric_;  // last: its helper thread uses the rest

@@ -60,9 +60,17 @@ __device__ inline void publish_place(const Comm& comm, std::uint64_t epoch,
 /// Base of a segment as mapped here, or null while it is not.
 __device__ inline std::byte* segment_base(const Comm& comm, int rank, int segment) {
   if (segment < 0 || segment >= comm.num_segments) return nullptr;
-  // acquire: pairs with the end of the host's copy, behind the mapping.
-  return reinterpret_cast<std::byte*>(protocol::load_acquire(reinterpret_cast<const std::uint64_t*>(
-      comm.segments + std::int64_t{rank} * comm.num_segments + segment)));
+  const std::int64_t i = std::int64_t{rank} * comm.num_segments + segment;
+  auto* known = reinterpret_cast<std::uint64_t*>(comm.known_segments + i);
+  std::uint64_t base = protocol::load_relaxed(known);
+  if (base == 0) {
+    // acquire: pairs with Context::set_base, behind the mapping. Host memory is far away, so the
+    // word is kept here; the store carries no order, because whoever reads it only needs the
+    // address, which was mapped before.
+    base = protocol::load_acquire(reinterpret_cast<const std::uint64_t*>(comm.mapped_segments + i));
+    if (base != 0) protocol::store_relaxed(known, base);
+  }
+  return reinterpret_cast<std::byte*>(base);
 }
 
 /// By one thread: waits until `rank` has published its place and its segments are mapped here.

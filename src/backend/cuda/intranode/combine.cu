@@ -87,8 +87,7 @@ __device__ bool find_other(const CombineArgs& args, std::uint64_t epoch,
   other.to_x = inbox.x + there * args.format.x_bytes;
   other.to_weights = inbox.topk_weights + there * args.format.topk_weights_bytes;
   // The address under which kernels of this rank know its own segment.
-  Carver from(comm.segments[std::int64_t{comm.rank} * comm.num_segments + args.inbox_segment] +
-              args.inbox_offset);
+  Carver from(segment_base(comm, comm.rank, args.inbox_segment) + args.inbox_offset);
   const auto own = plan::RecvArrays::carve(from, args.format, args.inbox_rows);
   other.from_x = own.x + here * args.format.x_bytes;
   other.from_weights = own.topk_weights + here * args.format.topk_weights_bytes;
