@@ -217,9 +217,8 @@ int run_bench(const CLI::App& command, Options& options, int ranks) {
   options.settings.chain =
       options.chain != 0 ? options.chain : (options.backend == "cuda" ? 100 : 1);
   validate(options, ranks);
-  return run_ranks(ranks, [&](std::shared_ptr<Bootstrap> bootstrap) {
-    return run_sweep(bootstrap, options);
-  });
+  return run_ranks(
+      ranks, [&](std::shared_ptr<Bootstrap> bootstrap) { return run_sweep(bootstrap, options); });
 }
 
 /// Ranks of this machine pose as several nodes, unless a launcher has started them on some.

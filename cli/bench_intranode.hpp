@@ -45,7 +45,8 @@ struct BenchSettings {
 /// The exchange that a shape stands for, as the checks describe it.
 verify::Case make_bench_case(const BenchShape& shape, const BenchSettings& settings, int ranks);
 
-/// Collective: all operations at `shape`, whatever nodes the Buffer has. All ranks get the same rows.
+/// Collective: all operations at `shape`, whatever nodes the Buffer has. All ranks get the same
+/// rows.
 std::vector<BenchRow> bench_intranode(Buffer& buffer, Bootstrap& bootstrap, const BenchShape& shape,
                                       const BenchSettings& settings);
 

@@ -228,18 +228,17 @@ void Run::dispatch_cached(int round) {
   const BroughtOutputs brought = bring_outputs(args);
   DispatchResult got = buffer_.dispatch(args);
   const EventHandle event = got.event;
-  finish(
-      event, fmt::format("cached dispatch {}", round),
-      [this, x, scales, stats, handle = args.handle, other = args.internode_handle,
-       groups = args.groups, round, brought, got = std::move(got)] {
-        brought.check(checks_.compare(), got);
-        const DispatchResult here = on_host(got);
-        checks_.cached_dispatch(here);
-        checks_.payload(here, round);
-        checks_.groups(here, round, false);
-        checks_.unchanged_x(on_host(x), round);
-        checks_.stats(on_host(stats));
-      });
+  finish(event, fmt::format("cached dispatch {}", round),
+         [this, x, scales, stats, handle = args.handle, other = args.internode_handle,
+          groups = args.groups, round, brought, got = std::move(got)] {
+           brought.check(checks_.compare(), got);
+           const DispatchResult here = on_host(got);
+           checks_.cached_dispatch(here);
+           checks_.payload(here, round);
+           checks_.groups(here, round, false);
+           checks_.unchanged_x(on_host(x), round);
+           checks_.stats(on_host(stats));
+         });
 }
 
 void Run::combine(int round) {

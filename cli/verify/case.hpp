@@ -29,7 +29,7 @@ struct Case {
 
   std::string name{};
   int ranks = 1;
-  int ranks_per_node = 0;                  ///< of the Buffer; 0: all ranks are of one node
+  int ranks_per_node = 0;                ///< of the Buffer; 0: all ranks are of one node
   std::vector<std::int64_t> tokens{64};  ///< N of each rank; one entry: the same on all
   std::int64_t hidden = 256;
   DType dtype = DType::kBfloat16;          ///< of dispatch; kUint8 for opaque bytes

@@ -46,11 +46,11 @@ struct RemoteGroups {
 
 /// Beside that, with several nodes: what crosses over this rank.
 struct InternodeExpected {
-  std::vector<std::int32_t> num_tokens_per_rdma_rank;     // [nodes]
-  std::vector<std::int32_t> send_rdma_head;               // [N, nodes]
-  std::vector<std::vector<std::int32_t>> record_tokens;   // [nodes] of the records from each
-  std::vector<std::int32_t> send_nvl_head;                // [M, ranks of a node]
-  std::vector<std::uint64_t> row_masks;                   // [Nr]
+  std::vector<std::int32_t> num_tokens_per_rdma_rank;    // [nodes]
+  std::vector<std::int32_t> send_rdma_head;              // [N, nodes]
+  std::vector<std::vector<std::int32_t>> record_tokens;  // [nodes] of the records from each
+  std::vector<std::int32_t> send_nvl_head;               // [M, ranks of a node]
+  std::vector<std::uint64_t> row_masks;                  // [Nr]
 };
 
 /// What one rank must see, from plan/reference on the routing of all ranks. Rows of payload are not

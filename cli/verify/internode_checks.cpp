@@ -49,8 +49,8 @@ void Checks::handle(const InternodeHandle& handle) {
                      {nodes}))
     compare_.values("recv_rdma_rank_prefix_sum", handle.recv_rdma_rank_prefix_sum, records);
 
-  const std::int64_t head_rows = case_.num_worst_tokens == 0 ? records.back()
-                                                             : inputs_.result_rows();
+  const std::int64_t head_rows =
+      case_.num_worst_tokens == 0 ? records.back() : inputs_.result_rows();
   std::vector<std::int32_t> heads = want.send_nvl_head;
   heads.resize(static_cast<std::size_t>(head_rows * case_.node_size()), -1);
   if (compare_.shape("send_nvl_head", handle.send_nvl_head, DType::kInt32,
@@ -76,9 +76,7 @@ void Checks::channels(const InternodeHandle& handle) {
   const int channels = static_cast<int>(handle.gbl_channel_prefix_matrix.shape[1]);
   compare_.expect(channels >= 1, "a handle has at least one channel");
   std::vector<std::int32_t> records, rows, recv_records, recv_rows;
-  const auto end_of = [&](int c) {
-    return plan::channel_begin(inputs_.tokens(), c + 1, channels);
-  };
+  const auto end_of = [&](int c) { return plan::channel_begin(inputs_.tokens(), c + 1, channels); };
   const auto begin_at = [&](int source, int c) {
     return plan::channel_begin(case_.tokens_of(source), c, channels);
   };

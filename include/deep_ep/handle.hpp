@@ -47,9 +47,9 @@ struct IntranodeHandle {
 /// rank = node * G + index. A token crosses the network once for each node, as a record, from its
 /// rank to the one of the same index there, which passes it on inside the node; records of a rank
 /// for a node are numbered in ascending token. Records for a rank's own node count like others,
-/// though they cross nothing. M = records that this rank passes on, its own for its node included. As
-/// data like IntranodeHandle: clones work as well, with any Config, any number of times, and no call
-/// changes a handle.
+/// though they cross nothing. M = records that this rank passes on, its own for its node included.
+/// As data like IntranodeHandle: clones work as well, with any Config, any number of times, and no
+/// call changes a handle.
 struct InternodeHandle {
   /// bool [N, R]
   Tensor is_token_in_rank;

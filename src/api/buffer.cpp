@@ -68,11 +68,11 @@ void Buffer::Impl::find_nodes(const std::vector<std::string>& ids) {
 
 void Buffer::Impl::require_one_node(const char* operation) const {
   if (topology_.num_nodes() == 1) return;
-  throw Error(ErrorCode::kUnsupported,
-              fmt::format("{}: the {} ranks are of {} nodes of {}, this call is for ranks of one "
-                          "node",
-                          operation, topology_.num_ranks, topology_.num_nodes(),
-                          topology_.ranks_per_node));
+  throw Error(
+      ErrorCode::kUnsupported,
+      fmt::format("{}: the {} ranks are of {} nodes of {}, this call is for ranks of one "
+                  "node",
+                  operation, topology_.num_ranks, topology_.num_nodes(), topology_.ranks_per_node));
 }
 
 // A failure on one rank must fail all: what each exports begins with "+", or is "-" and the reason.
@@ -117,8 +117,7 @@ void Buffer::Impl::sync() {
     return backend_->findings();
   }));
   internode::init(*backend_);
-  if (topology_.num_nodes() > 1)
-    internode::alloc(*backend_, *bootstrap_, options_.num_rdma_bytes);
+  if (topology_.num_nodes() > 1) internode::alloc(*backend_, *bootstrap_, options_.num_rdma_bytes);
 }
 
 Buffer::Impl::~Impl() { destroy(); }
@@ -260,8 +259,7 @@ internode::LayoutParams Buffer::Impl::allocate_layout(const TensorView& topk_idx
       {nullptr, DType::kBool, {params.shape.num_tokens, num_ranks}, options_.device}};
   if (topology_.num_nodes() > 1)
     views.emplace_back(nullptr, DType::kInt32,
-                       std::initializer_list<std::int64_t>{topology_.num_nodes()},
-                       options_.device);
+                       std::initializer_list<std::int64_t>{topology_.num_nodes()}, options_.device);
   const std::vector<Tensor> made = allocate(std::move(views), options);
   layout.num_tokens_per_rank = made[0];
   layout.num_tokens_per_expert = made[1];

@@ -74,11 +74,10 @@ void Buffer::Impl::make_internode_notify(InternodeDispatchJob& job) {
   const auto int32 = [&](std::initializer_list<std::int64_t> shape) {
     return TensorView(nullptr, DType::kInt32, shape, options_.device);
   };
-  const std::vector<Tensor> made =
-      allocate({int32({nodes, channels}), int32({ranks, channels}), int32({nodes, channels}),
-                int32({nodes}), int32({ranks, channels}), int32({ranks}),
-                int32({record.num_tokens, nodes})},
-               args.options);
+  const std::vector<Tensor> made = allocate(
+      {int32({nodes, channels}), int32({ranks, channels}), int32({nodes, channels}), int32({nodes}),
+       int32({ranks, channels}), int32({ranks}), int32({record.num_tokens, nodes})},
+      args.options);
   InternodeHandle& handle = job.result.internode_handle;
   handle.is_token_in_rank = args.layout.is_token_in_rank;
   handle.rdma_channel_prefix_matrix = made[0];
@@ -162,14 +161,14 @@ DispatchResult Buffer::Impl::internode_dispatch(const DispatchArgs& args) {
     place_results(*job, job->dispatch, rows);
     if (!job->dispatch.cached) place_internode_handle(*job, rows, records);
     const bool counted = !job->dispatch.cached && !counts_come_late;
-    result.event = backend_->submit(args.options,
-                                    stage(job->number, true,
-                                          [this, job, counts_come_late] {
-                                            if (counts_come_late) internode_notify(*job);
-                                            internode::dispatch(*backend_, job->dispatch);
-                                          }),
-                                    counted && !options_.allocator ? Backend::Part::kEnd
-                                                                   : Backend::Part::kWhole);
+    result.event = backend_->submit(
+        args.options,
+        stage(job->number, true,
+              [this, job, counts_come_late] {
+                if (counts_come_late) internode_notify(*job);
+                internode::dispatch(*backend_, job->dispatch);
+              }),
+        counted && !options_.allocator ? Backend::Part::kEnd : Backend::Part::kWhole);
     return result;
   });
 }

@@ -29,10 +29,10 @@ void expect_internode_handle(const InternodeHandle& handle, const plan::Topology
                {ranks});
   expect(handle.recv_src_meta,
          {"internode_handle.recv_src_meta", device, {DType::kUint8}, {-1, kMetaBytes}});
-  require(reinterpret_cast<std::uintptr_t>(handle.recv_src_meta.data) % alignof(plan::SourceMeta) ==
-              0,
-          "internode_handle.recv_src_meta begins at {}, it must be a multiple of {} bytes",
-          handle.recv_src_meta.data, alignof(plan::SourceMeta));
+  require(
+      reinterpret_cast<std::uintptr_t>(handle.recv_src_meta.data) % alignof(plan::SourceMeta) == 0,
+      "internode_handle.recv_src_meta begins at {}, it must be a multiple of {} bytes",
+      handle.recv_src_meta.data, alignof(plan::SourceMeta));
   expect_int32(handle.send_rdma_head, "internode_handle.send_rdma_head",
                {handle.is_token_in_rank.shape[0], nodes});
   expect_int32(handle.send_nvl_head, "internode_handle.send_nvl_head",

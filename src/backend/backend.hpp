@@ -129,7 +129,7 @@ struct BackendOptions {
   int rank = 0;
   int num_ranks = 1;
   plan::Topology topology{};
-  int ranks_on_host = 1;  // of this machine, whatever nodes they are of
+  int ranks_on_host = 1;     // of this machine, whatever nodes they are of
   bool one_process = false;  // all ranks are threads of this process
 };
 

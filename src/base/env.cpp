@@ -16,7 +16,9 @@ constexpr auto kVariables = std::to_array<Variable>({
      "How long one wait for other ranks may take, in ms; a Buffer's own timeout wins."},
     {"DEEP_EP_NUM_THREADS", "0",
      "Host worker threads of a rank; 0: the cores divided by the ranks of this machine."},
-    {"DEEP_EP_RANKS_PER_NODE", "0", "Ranks that form one node, neighbours each; 0: those of one host and network namespace. Ranks of "
+    {"DEEP_EP_RANKS_PER_NODE", "0",
+     "Ranks that form one node, neighbours each; 0: those of one host and network namespace. Ranks "
+     "of "
      "one host can pose as several nodes."},
     {"DEEP_EP_INBOX_BYTES", "4194304",
      "Bytes of the memory through which a rank receives rows that cannot be written to their final "

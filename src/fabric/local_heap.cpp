@@ -70,7 +70,8 @@ LocalHeap::LocalHeap(Bootstrap& bootstrap, std::int64_t bytes, std::function<voi
   const std::vector<std::string> names = bootstrap.all_gather(listed.name());
   {
     const std::lock_guard lock(registry().mutex);
-    for (const std::string& name : names) pieces_.push_back(registry().pieces.at(std::stoull(name)));
+    for (const std::string& name : names)
+      pieces_.push_back(registry().pieces.at(std::stoull(name)));
   }
   bootstrap.barrier();  // all have found all
 }

@@ -16,8 +16,8 @@ struct LocalPiece;
 /// directly. Puts are copies, signals are release stores.
 class LocalHeap final : public SymmetricHeap {
  public:
-  /// Collective. `on_signal`, if given, is called by who sets a word of this rank's heap, and by who
-  /// leaves. Throws Error(kOutOfMemory).
+  /// Collective. `on_signal`, if given, is called by who sets a word of this rank's heap, and by
+  /// who leaves. Throws Error(kOutOfMemory).
   LocalHeap(Bootstrap& bootstrap, std::int64_t bytes, std::function<void()> on_signal);
   /// To the others this rank is lost from now on; what they write still has a place to go.
   ~LocalHeap() override;

@@ -14,9 +14,7 @@ UniqueId UniqueId::decode(const std::string& text) {
 }
 
 // No step of the documented chain, which it is ahead of.
-UniqueId get_unique_id() {
-  return {fabric::host_id(), fabric::process_id()};
-}
+UniqueId get_unique_id() { return {fabric::host_id(), fabric::process_id()}; }
 
 void init(Backend&) { trace::step("internode::init"); }
 

@@ -9,16 +9,16 @@
 #include "plan/topology.hpp"
 
 // Routing over two levels. A token crosses the network once for each node that has one of its
-// experts, as a record, to the rank there with the source's index, which forwards it to the ranks of
-// its node. Tokens for the source's own node are its records for that node too, which cross
+// experts, as a record, to the rank there with the source's index, which forwards it to the ranks
+// of its node. Tokens for the source's own node are its records for that node too, which cross
 // nothing. Records of a source for a node are numbered in ascending token.
 namespace deep_ep::plan {
 
 /// Where a received row comes from and where else on this node its token went.
 struct SourceMeta {
-  std::int32_t node;   // of the source; its index is not said, since recv_gbl_rank_prefix_sum says
-                       // it
-  std::int32_t token;  // at the source
+  std::int32_t node;    // of the source; its index is not said, since recv_gbl_rank_prefix_sum says
+                        // it
+  std::int32_t token;   // at the source
   std::uint64_t ranks;  // bit i: the rank of index i of this node has a row of the token
 };
 static_assert(sizeof(SourceMeta) == 16);
@@ -61,8 +61,8 @@ void build_record_numbers(const bool* is_token_in_rank, std::int64_t num_tokens,
 void count_tokens_per_node(const bool* is_token_in_rank, std::int64_t num_tokens,
                            const Topology& topology, std::int32_t* num_tokens_per_rdma_rank);
 
-/// Number of the first record of `node` whose token is not before `token`: what parts the records of
-/// a source as tokens are parted. `send_rdma_head` [N, nodes].
+/// Number of the first record of `node` whose token is not before `token`: what parts the records
+/// of a source as tokens are parted. `send_rdma_head` [N, nodes].
 std::int32_t first_record(const std::int32_t* send_rdma_head, std::int64_t num_tokens,
                           std::int64_t token, const Topology& topology, int node);
 

@@ -84,9 +84,9 @@ struct CombineOutput {
 /// `routing` is what dispatch gave and `num_tokens` each rank's N. Every sum starts at +0 in fp32,
 /// adds the token's rows in ascending rank order, then bias[0], then bias[1], and is rounded once
 /// by from_float. Weights are summed likewise.
-/// If `ranks_per_node` is less than the number of ranks, which it divides, the rows of each node are
-/// summed so by themselves, and rounded; then the nodes' sums, and biases, take the rows' place in
-/// ascending order of nodes.
+/// If `ranks_per_node` is less than the number of ranks, which it divides, the rows of each node
+/// are summed so by themselves, and rounded; then the nodes' sums, and biases, take the rows' place
+/// in ascending order of nodes.
 std::vector<CombineOutput> combine(DType dtype, std::int64_t hidden, int num_topk,
                                    const std::vector<DispatchOutput>& routing,
                                    const std::vector<std::int64_t>& num_tokens,

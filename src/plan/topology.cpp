@@ -17,10 +17,10 @@ int count_neighbours(const std::vector<std::string>& hosts, int first) {
 void check_size(const Topology& topology) {
   if (topology.num_nodes() == 1) return;
   if (topology.ranks_per_node > kMaxRanksPerNode || topology.num_nodes() > kMaxNodes) {
-    throw Error(ErrorCode::kUnsupported,
-                fmt::format("{} nodes of {} ranks: at most {} nodes of {} ranks can exchange",
-                            topology.num_nodes(), topology.ranks_per_node, kMaxNodes,
-                            kMaxRanksPerNode));
+    throw Error(
+        ErrorCode::kUnsupported,
+        fmt::format("{} nodes of {} ranks: at most {} nodes of {} ranks can exchange",
+                    topology.num_nodes(), topology.ranks_per_node, kMaxNodes, kMaxRanksPerNode));
   }
 }
 

@@ -10,17 +10,17 @@
 
 namespace deep_ep::protocol {
 
-/// What a rank tells a rail peer of a call, before anything else of it: a RailMessage, and behind it
-/// the source's entries for each expert of the peer's node, int32 [num_experts].
+/// What a rank tells a rail peer of a call, before anything else of it: a RailMessage, and behind
+/// it the source's entries for each expert of the peer's node, int32 [num_experts].
 struct RailMessage {
   static constexpr int kMaxLanes = 64;
   static constexpr int kMaxRanksPerNode = 64;
 
   CallRecord record;
-  std::int32_t num_records;                      // that cross to the peer
-  std::int32_t num_experts;                      // of the peer's node; 0 without counts
-  std::int32_t rows[kMaxRanksPerNode];           // of them for each rank of its node
-  std::int32_t lane_records[kMaxLanes + 1];      // number of the first record of each lane
+  std::int32_t num_records;                  // that cross to the peer
+  std::int32_t num_experts;                  // of the peer's node; 0 without counts
+  std::int32_t rows[kMaxRanksPerNode];       // of them for each rank of its node
+  std::int32_t lane_records[kMaxLanes + 1];  // number of the first record of each lane
 };
 
 struct RailShape {
@@ -31,31 +31,30 @@ struct RailShape {
 
   DEEP_EP_HD int num_peers() const { return num_ranks / ranks_per_node - 1; }
   DEEP_EP_HD std::int64_t message_bytes() const {
-    const std::int64_t bytes =
-        static_cast<std::int64_t>(sizeof(RailMessage)) +
-        std::int64_t{4} * ranks_per_node * ControlBlock::kMaxLocalExperts;
+    const std::int64_t bytes = static_cast<std::int64_t>(sizeof(RailMessage)) +
+                               std::int64_t{4} * ranks_per_node * ControlBlock::kMaxLocalExperts;
     return (bytes + 127) / 128 * 128;
   }
 };
 
-/// Every rank's part of the symmetric heap. What others write: arrays by the writing rank, or by rail
-/// peer: the other nodes in order. The out_ parts mirror what this rank writes to others; nobody else
-/// touches them.
+/// Every rank's part of the symmetric heap. What others write: arrays by the writing rank, or by
+/// rail peer: the other nodes in order. The out_ parts mirror what this rank writes to others;
+/// nobody else touches them.
 struct RailBlock {
-  struct Mailbox {  // two alternate by parity of the epoch, as in ControlBlock (I3)
+  struct Mailbox {        // two alternate by parity of the epoch, as in ControlBlock (I3)
     EpochFlag* posted;    // [peers] the message is complete
     std::byte* messages;  // [peers, message_bytes]
     std::byte* out_messages;
   };
 
-  EpochFlag* faulted;         // [R] 1: that rank's fault record is complete
-  FaultRecord* faults;        // [R]
-  FaultRecord* out_fault;     // [1]
+  EpochFlag* faulted;          // [R] 1: that rank's fault record is complete
+  FaultRecord* faults;         // [R]
+  FaultRecord* out_fault;      // [1]
   std::uint64_t* waiting_for;  // [R] as in ControlBlock, of that rank
   Mailbox mailbox[2];
-  EpochFlag* ring_tail;      // [lanes, peers]
-  EpochFlag* ring_head;      // [lanes, peers] credits of the rings that this rank writes
-  std::byte* ring_data;      // [lanes, peers, ring_bytes]
+  EpochFlag* ring_tail;  // [lanes, peers]
+  EpochFlag* ring_head;  // [lanes, peers] credits of the rings that this rank writes
+  std::byte* ring_data;  // [lanes, peers, ring_bytes]
   std::byte* out_ring_data;
 
   DEEP_EP_HD static RailBlock carve(Carver& carver, const RailShape& shape) {

@@ -360,15 +360,15 @@ constexpr Kind between_nodes(const char* name, Op op, int ranks_per_node) {
 
 // Ranks of this machine pose as nodes: of two, where the victim's neighbour tells the other node,
 // and of one, where the network must.
-INSTANTIATE_TEST_SUITE_P(
-    CallsBetweenNodes, FaultInEveryCall,
-    testing::Values(between_nodes("barrier", Op::kBarrier, 2),
-                    between_nodes("dispatch", Op::kDispatch, 2),
-                    between_nodes("cached_dispatch", Op::kCachedDispatch, 2),
-                    between_nodes("combine", Op::kCombine, 2),
-                    between_nodes("dispatch_of_single_ranks", Op::kDispatch, 1),
-                    between_nodes("combine_of_single_ranks", Op::kCombine, 1)),
-    name_of);
+INSTANTIATE_TEST_SUITE_P(CallsBetweenNodes, FaultInEveryCall,
+                         testing::Values(between_nodes("barrier", Op::kBarrier, 2),
+                                         between_nodes("dispatch", Op::kDispatch, 2),
+                                         between_nodes("cached_dispatch", Op::kCachedDispatch, 2),
+                                         between_nodes("combine", Op::kCombine, 2),
+                                         between_nodes("dispatch_of_single_ranks", Op::kDispatch,
+                                                       1),
+                                         between_nodes("combine_of_single_ranks", Op::kCombine, 1)),
+                         name_of);
 #endif
 
 }  // namespace

@@ -87,9 +87,9 @@ Program::Program(std::uint64_t seed, bool several_nodes) {
       output.topk_weights = random_weights(random, received.num_rows * num_topk);
       round.outputs.push_back(std::move(output));
     }
-    round.combined = plan::reference::combine(DType::kBfloat16, hidden, num_topk, round.received,
-                                              num_tokens, round.outputs,
-                                              several_nodes ? ranks_per_node : num_ranks);
+    round.combined =
+        plan::reference::combine(DType::kBfloat16, hidden, num_topk, round.received, num_tokens,
+                                 round.outputs, several_nodes ? ranks_per_node : num_ranks);
     // When nobody received a row the reference takes the weights for absent.
     for (int rank = 0; rank < num_ranks; ++rank)
       round.combined[rank].topk_weights.resize(num_tokens[rank] * num_topk);

@@ -148,9 +148,9 @@ void Context::open_handles(const std::vector<std::string>& exported,
   }
   // With several nodes a lane has a ring for the tokens of each.
   const int nodes = topology_.num_nodes();
-  num_lanes_ = nodes * static_cast<int>(std::clamp<std::int64_t>(
-                           inbox / (kMinRingBytes * num_ranks_ * nodes), 1,
-                           std::min(most_threads, kMaxLanes / nodes)));
+  num_lanes_ = nodes * static_cast<int>(
+                           std::clamp<std::int64_t>(inbox / (kMinRingBytes * num_ranks_ * nodes), 1,
+                                                    std::min(most_threads, kMaxLanes / nodes)));
   const protocol::RingShape shape{inbox / (num_lanes_ * num_ranks_) / 128 * 128};
   for (int lane = 0; lane < num_lanes_; ++lane) {
     for (int i = 0; i < num_ranks_; ++i) {
@@ -187,7 +187,8 @@ std::string Context::why_no_pull() {
   for (int i = 0; i < num_ranks_; ++i) {
     if (i == rank_) continue;
     const std::string why = memory_[i].open(sights_[i]);
-    if (!why.empty()) return fmt::format("rank {} cannot read rank {}: {}", global_rank(), global_rank(i), why);
+    if (!why.empty())
+      return fmt::format("rank {} cannot read rank {}: {}", global_rank(), global_rank(i), why);
   }
   return {};
 }
@@ -270,7 +271,8 @@ void Context::wait_flags(const Call& call, const char* what, const protocol::Epo
       },
       [&] {
         std::vector<Missing> missing;
-        for (const int rank : ranks) missing.push_back({global_rank(rank), call.epoch, flags[rank].seen()});
+        for (const int rank : ranks)
+          missing.push_back({global_rank(rank), call.epoch, flags[rank].seen()});
         return missing;
       });
 }

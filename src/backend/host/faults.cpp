@@ -57,15 +57,14 @@ void Context::check_gone(const Call& call, const char* what, const std::vector<M
     if (local < 0 && (network_ == nullptr || !network_->lost(one.rank))) continue;
     const int state = local < 0 ? kDied : gone_[local].load(std::memory_order_relaxed);
     if (state == kHere) continue;
-    throw Error(
-        ErrorCode::kPeerFailed,
-        fmt::format("{} (call {}) on rank {}: rank {} {}; {}", call.operation, call.epoch,
-                    global_rank(), one.rank,
-                    local < 0         ? "cannot be reached any more"
-                    : state == kLeft ? "has destroyed its Buffer"
-                                      : "has died",
-                    describe(what, {one})),
-        {one.rank});
+    throw Error(ErrorCode::kPeerFailed,
+                fmt::format("{} (call {}) on rank {}: rank {} {}; {}", call.operation, call.epoch,
+                            global_rank(), one.rank,
+                            local < 0        ? "cannot be reached any more"
+                            : state == kLeft ? "has destroyed its Buffer"
+                                             : "has died",
+                            describe(what, {one})),
+                {one.rank});
   }
 }
 
@@ -182,8 +181,8 @@ std::optional<Error> Context::fault(const char* operation) {
   if (code == ErrorCode::kInvalidArgument) code = ErrorCode::kPeerFailed;
   if (ranks.empty()) ranks.push_back(record.origin);
   return Error(code,
-               fmt::format("{} on rank {}: rank {} reported: {}", operation, global_rank(), record.origin,
-                           record.text),
+               fmt::format("{} on rank {}: rank {} reported: {}", operation, global_rank(),
+                           record.origin, record.text),
                std::move(ranks));
 }
 

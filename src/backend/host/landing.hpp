@@ -15,8 +15,8 @@ class Landing {
   Landing(Context& context, const DispatchStep& step)
       : context_(context), step_(step), arrays_(context.num_ranks()) {}
 
-  /// Tells every rank of the node where this rank's results lie. Nobody reads the block (I6), and no
-  /// sender reads the place of an earlier call any more (I4).
+  /// Tells every rank of the node where this rank's results lie. Nobody reads the block (I6), and
+  /// no sender reads the place of an earlier call any more (I4).
   void publish_places();
   /// Waits for the places of all.
   void find_places();
@@ -32,8 +32,8 @@ class Landing {
   }
   void write_scales(std::int64_t token, std::byte* to) const;
 
-  /// The token's K experts, as `receiver` (counted over all nodes) sees them: expert ids become local
-  /// ones, entries for experts of other ranks -1 with weight 0.
+  /// The token's K experts, as `receiver` (counted over all nodes) sees them: expert ids become
+  /// local ones, entries for experts of other ranks -1 with weight 0.
   void write_topk(const std::byte* topk_idx, const float* topk_weights, int receiver,
                   const plan::RecvArrays& to, std::int64_t slot) const;
 

@@ -57,7 +57,11 @@ constexpr std::int64_t kRing = 1024;
 constexpr std::int64_t kData = 512;
 
 struct Rail {
-  Rail() : heap(kData + kRing), mirror(kRing), sender(heap, place(), mirror.data()), receiver(heap, place()) {}
+  Rail()
+      : heap(kData + kRing),
+        mirror(kRing),
+        sender(heap, place(), mirror.data()),
+        receiver(heap, place()) {}
   static RailPlace place() { return {0, {kRing}, kData, 0, 128}; }
 
   bool write(std::int64_t bytes, std::uint8_t value) {
@@ -112,7 +116,8 @@ TEST(Rail, RowsOfAnySizeGetThroughInOrderAndNoPutCrossesTheEnd) {
     }
     under_way.emplace_back(bytes, value);
     bytes_written += bytes;
-    for (const LateHeap::Put& put : rail.heap.puts) EXPECT_LE(put.offset + put.bytes, kData + kRing);
+    for (const LateHeap::Put& put : rail.heap.puts)
+      EXPECT_LE(put.offset + put.bytes, kData + kRing);
     if (random() % 3 == 0) rail.sender.publish();
     ++round;
   }

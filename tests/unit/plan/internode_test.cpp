@@ -74,12 +74,10 @@ TEST(Internode, RecordsArePartedAsTokensAre) {
 }
 
 TEST(Internode, PartsOfARecordDoNotOverlapAndAreAligned) {
-  for (const RowFormat& row : {RowFormat{.x_bytes = 16},
-                               RowFormat{.x_bytes = 14336, .topk_idx_bytes = 36},
-                               RowFormat{.x_bytes = 48,
-                                         .scale_bytes = 12,
-                                         .topk_idx_bytes = 8,
-                                         .topk_weights_bytes = 20}}) {
+  for (const RowFormat& row :
+       {RowFormat{.x_bytes = 16}, RowFormat{.x_bytes = 14336, .topk_idx_bytes = 36},
+        RowFormat{
+            .x_bytes = 48, .scale_bytes = 12, .topk_idx_bytes = 8, .topk_weights_bytes = 20}}) {
     for (const int ranks_per_node : {1, 3, 64}) {
       const RecordFormat record(row, ranks_per_node);
       EXPECT_GE(record.topk_idx,

@@ -36,11 +36,20 @@ TEST(Topology, NodesAndIndicesNameRanks) {
 }
 
 TEST(Topology, WhatCannotBeDividedIsRefusedByName) {
-  EXPECT_THAT(refusal([] { find_topology(Hosts(6, "a"), 4); }, ErrorCode::kInvalidArgument),
-              testing::HasSubstr("DEEP_EP_RANKS_PER_NODE is 4, must divide the number of ranks, 6"));
-  EXPECT_THAT(refusal([] { find_topology({"a", "b", "a", "b"}, 2); }, ErrorCode::kInvalidArgument),
+  EXPECT_THAT(
+      refusal([] { find_topology(Hosts(6, "a"), 4); }, ErrorCode::kInvalidArgument),
+      testing::HasSubstr("DEEP_EP_RANKS_PER_NODE is 4, must divide the number of ranks, 6"));
+  EXPECT_THAT(refusal(
+                  [] {
+                    find_topology({"a", "b", "a", "b"}, 2);
+                  },
+                  ErrorCode::kInvalidArgument),
               testing::HasSubstr("DEEP_EP_RANKS_PER_NODE is 2, but ranks 0 and 1"));
-  EXPECT_THAT(refusal([] { find_topology({"a", "a", "b", "b"}, 8); }, ErrorCode::kInvalidArgument),
+  EXPECT_THAT(refusal(
+                  [] {
+                    find_topology({"a", "a", "b", "b"}, 8);
+                  },
+                  ErrorCode::kInvalidArgument),
               testing::HasSubstr("DEEP_EP_RANKS_PER_NODE is 8, but the 4 ranks are on 2 hosts"));
 }
 

@@ -49,8 +49,8 @@ TEST(RailBlock, MeasuringAndPlacingAgreeAndPartsDoNotOverlap) {
 
 TEST(RailBlock, AMessageHoldsEveryExpertOfTheLargestNode) {
   const RailShape shape{4, 2};
-  EXPECT_GE(shape.message_bytes(),
-            static_cast<std::int64_t>(sizeof(RailMessage)) + 2 * ControlBlock::kMaxLocalExperts * 4);
+  EXPECT_GE(shape.message_bytes(), static_cast<std::int64_t>(sizeof(RailMessage)) +
+                                       2 * ControlBlock::kMaxLocalExperts * 4);
 }
 
 TEST(RailBlock, FittedRingsFillTheMemoryAndStayUsable) {

@@ -16,9 +16,6 @@ using plan::RecordHead;
 
 namespace {
 
-// Rows that one side handles before the other side's turn: keeps what is in flight in the caches.
-constexpr int kRowsPerStep = 8;
-
 /// What the lanes of a dispatch share.
 struct Exchange {
   State& state;
@@ -179,14 +176,13 @@ class Lane {
       if (!rail.in_row() && rail.in_flight() >= window) break;
       if (!out.built) build_head(out.token, node, out.head);
       out.built = true;
-      const std::byte* x =
-          exchange_.params.source.x + out.token * exchange_.params.format.x_bytes;
+      const std::byte* x = exchange_.params.source.x + out.token * exchange_.params.format.x_bytes;
       const std::uint64_t before = rail.written();
-      const bool complete = rail.write_row(format.bytes, [&](std::int64_t begin,
-                                                             std::int64_t bytes, std::byte* to) {
-        protocol::schedule_point(protocol::Point::kCopy);
-        copy_part(out.head, x, begin, bytes, to);
-      });
+      const bool complete =
+          rail.write_row(format.bytes, [&](std::int64_t begin, std::int64_t bytes, std::byte* to) {
+            protocol::schedule_point(protocol::Point::kCopy);
+            copy_part(out.head, x, begin, bytes, to);
+          });
       moved = moved || rail.written() != before;
       if (!complete) break;
       out.built = false;
@@ -210,8 +206,7 @@ class Lane {
     const std::int64_t x_begin = static_cast<std::int64_t>(head.size());
     const std::int64_t x_end = x_begin + exchange_.params.format.x_bytes;
     const std::int64_t end = begin + bytes;
-    if (begin < x_begin)
-      std::memcpy(to, head.data() + begin, std::min(end, x_begin) - begin);
+    if (begin < x_begin) std::memcpy(to, head.data() + begin, std::min(end, x_begin) - begin);
     const std::int64_t from = std::max(begin, x_begin);
     const std::int64_t until = std::min(end, x_end);
     if (from < until) std::memcpy(to + (from - begin), x + (from - x_begin), until - from);
@@ -230,8 +225,7 @@ class Lane {
       RecordHead head;
       std::memcpy(&head, record, sizeof head);
       place({rail.peer(), head.meta, head.record,
-             reinterpret_cast<const std::int32_t*>(record + sizeof head),
-             record + format.topk_idx,
+             reinterpret_cast<const std::int32_t*>(record + sizeof head), record + format.topk_idx,
              reinterpret_cast<const float*>(record + format.topk_weights), record + format.x},
             [&](std::byte* to) {
               std::memcpy(to, record + format.scales, exchange_.params.format.scale_bytes);
@@ -261,8 +255,8 @@ class Lane {
       const plan::RecvArrays& to = exchange_.landing.of(i);
       x_slots_[num_slots++] = to.x + slot * x_bytes;
       write_scales(to.scales + slot * exchange_.params.format.scale_bytes);
-      exchange_.landing.write_topk(row.topk_idx, row.topk_weights,
-                                   topology.rank_of(own_node(), i), to, slot);
+      exchange_.landing.write_topk(row.topk_idx, row.topk_weights, topology.rank_of(own_node(), i),
+                                   to, slot);
       to.src_idx[slot] = row.meta.token;
       std::memcpy(to.src_meta + slot * sizeof(plan::SourceMeta), &row.meta,
                   sizeof(plan::SourceMeta));
@@ -274,15 +268,15 @@ class Lane {
   void note_record(const Arrival& row) {
     const deep_ep::internode::Routing& routing = exchange_.params.routing;
     const int width = exchange_.topology().ranks_per_node;
-    const auto records = plan::part_of(routing.recv_rdma_rank_prefix_sum,
-                                       exchange_.topology().node_of(row.source));
+    const auto records =
+        plan::part_of(routing.recv_rdma_rank_prefix_sum, exchange_.topology().node_of(row.source));
     if (row.record < 0 || row.record >= records.end - records.begin) {
-      throw Error(ErrorCode::kPeerFailed,
-                  fmt::format("{} (call {}) on rank {}: record {} of rank {}, of {}",
-                              exchange_.params.call.operation, exchange_.params.call.epoch,
-                              exchange_.state.rank(), row.record, row.source,
-                              records.end - records.begin),
-                  {row.source});
+      throw Error(
+          ErrorCode::kPeerFailed,
+          fmt::format("{} (call {}) on rank {}: record {} of rank {}, of {}",
+                      exchange_.params.call.operation, exchange_.params.call.epoch,
+                      exchange_.state.rank(), row.record, row.source, records.end - records.begin),
+          {row.source});
     }
     std::int32_t* heads = routing.send_nvl_head + (records.begin + row.record) * width;
     if (!exchange_.params.cached) {
@@ -310,7 +304,7 @@ class Lane {
   Exchange& exchange_;
   const int lane_;
   const std::int64_t token_end_;
-  std::vector<Outgoing> outgoing_;  // by node
+  std::vector<Outgoing> outgoing_;      // by node
   std::vector<std::int64_t> incoming_;  // by node: records that are still to come
   bool done_ = false;
   std::vector<std::byte*> x_slots_;

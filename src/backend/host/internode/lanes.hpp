@@ -9,6 +9,10 @@
 
 namespace deep_ep::host::internode {
 
+// Rows that one side of a lane handles before the other side's turn: keeps what is in flight in the
+// caches.
+constexpr int kRowsPerStep = 8;
+
 /// The longest time that the lanes of one thread stood still for each rank.
 class WaitTimes {
  public:

@@ -19,9 +19,8 @@ void build_own_slots(State& state, const NotifyDispatchParams& params) {
   const deep_ep::internode::Routing& routing = params.routing;
   const std::int64_t tokens = params.call.record.num_tokens;
   std::vector<std::int32_t> send_head(tokens * topology.num_ranks);
-  plan::build_send_slots(routing.is_token_in_rank, tokens, topology.num_ranks,
-                         routing.num_channels, send_head.data(),
-                         routing.gbl_channel_prefix_matrix);
+  plan::build_send_slots(routing.is_token_in_rank, tokens, topology.num_ranks, routing.num_channels,
+                         send_head.data(), routing.gbl_channel_prefix_matrix);
   plan::build_record_numbers(routing.is_token_in_rank, tokens, topology, routing.num_channels,
                              routing.send_rdma_head, routing.rdma_channel_prefix_matrix);
   for (int i = 0; i < topology.num_ranks; ++i) {
@@ -36,8 +35,7 @@ void build_own_slots(State& state, const NotifyDispatchParams& params) {
 void read_counts(State& state, const NotifyDispatchParams& params) {
   const plan::Topology& topology = state.topology();
   const int local = state.context().rank();
-  std::copy_n(state.prefix_sum(local), topology.num_ranks,
-              params.routing.recv_gbl_rank_prefix_sum);
+  std::copy_n(state.prefix_sum(local), topology.num_ranks, params.routing.recv_gbl_rank_prefix_sum);
   std::int64_t records = 0;
   for (int node = 0; node < topology.num_nodes(); ++node) {
     records += state.num_records(node);
@@ -73,14 +71,13 @@ void notify_dispatch(State& state, const NotifyDispatchParams& params) {
   require(params.call.record.num_experts / num_ranks <= kMaxLocalExperts,
           "num_experts is {}, more than {} for each of {} ranks", params.call.record.num_experts,
           kMaxLocalExperts, num_ranks);
-  intranode::check_routing({params.call, params.topk_idx, params.routing.is_token_in_rank,
-                            params.num_tokens_per_expert},
-                           num_ranks);
+  intranode::check_routing(
+      {params.call, params.topk_idx, params.routing.is_token_in_rank, params.num_tokens_per_expert},
+      num_ranks);
   build_own_slots(state, params);
-  state.announce(params.call,
-                 {std::vector<std::int32_t>(params.num_tokens_per_rank,
-                                            params.num_tokens_per_rank + num_ranks),
-                  params.num_tokens_per_expert, params.routing.send_rdma_head});
+  state.announce(params.call, {std::vector<std::int32_t>(params.num_tokens_per_rank,
+                                                         params.num_tokens_per_rank + num_ranks),
+                               params.num_tokens_per_expert, params.routing.send_rdma_head});
   state.wait_announced(params.call);
   read_counts(state, params);
 }

@@ -76,8 +76,8 @@ const std::byte* RailReceiver::peek(std::int64_t bytes) {
   const std::uint64_t begin = place_.shape.record_begin(consumed_, bytes);
   if (begin + bytes > arrived_) {
     // acquire: pairs with RailSender::publish(); the bytes are here.
-    arrived_ = protocol::load_acquire(
-        reinterpret_cast<const std::uint64_t*>(heap_.base() + place_.tail));
+    arrived_ =
+        protocol::load_acquire(reinterpret_cast<const std::uint64_t*>(heap_.base() + place_.tail));
     if (begin + bytes > arrived_) return nullptr;
   }
   return heap_.base() + place_.data + begin % static_cast<std::uint64_t>(place_.shape.bytes);

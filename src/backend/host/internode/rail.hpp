@@ -19,11 +19,11 @@ namespace deep_ep::host::internode {
 
 /// Where one ring lies; offsets are the heap's, the same on all ranks.
 struct RailPlace {
-  int peer = 0;                      // counted over all nodes
+  int peer = 0;  // counted over all nodes
   protocol::RingShape shape;
-  std::int64_t data = 0;             // of the receiving end, at the receiver
-  std::int64_t tail = 0;             // word at the receiver
-  std::int64_t head = 0;             // word at the sender
+  std::int64_t data = 0;  // of the receiving end, at the receiver
+  std::int64_t tail = 0;  // word at the receiver
+  std::int64_t head = 0;  // word at the sender
 };
 
 class RailSender {
@@ -32,8 +32,8 @@ class RailSender {
       : heap_(heap), place_(place), mirror_(mirror) {}
 
   int peer() const { return place_.peer; }
-  /// Writes the next row, as far as there is room; true when it is complete. Until then it is called
-  /// again with the same row. fill(offset, bytes, to) writes a part of it.
+  /// Writes the next row, as far as there is room; true when it is complete. Until then it is
+  /// called again with the same row. fill(offset, bytes, to) writes a part of it.
   template <class Fill>
   bool write_row(std::int64_t row_bytes, Fill&& fill) {
     const std::int64_t most = piece_bytes(row_bytes);
@@ -73,20 +73,20 @@ class RailSender {
   void put_written();
   /// acquire: pairs with RailReceiver::release(): its reads up to there are done.
   void refresh() {
-    freed_ = protocol::load_acquire(
-        reinterpret_cast<const std::uint64_t*>(heap_.base() + place_.head));
+    freed_ =
+        protocol::load_acquire(reinterpret_cast<const std::uint64_t*>(heap_.base() + place_.head));
   }
   bool flush();
 
   fabric::SymmetricHeap& heap_;
   RailPlace place_;
   std::byte* mirror_;
-  std::uint64_t written_ = 0;   // end of what was written to the mirror
-  std::uint64_t put_ = 0;       // end of what was put
-  std::uint64_t told_ = 0;      // end of what the receiver was told of
-  std::uint64_t freed_ = 0;     // last head seen
-  std::uint64_t flushed_ = 0;   // up to here the mirror may be overwritten
-  std::int64_t row_done_ = 0;   // bytes of the present row that are written
+  std::uint64_t written_ = 0;  // end of what was written to the mirror
+  std::uint64_t put_ = 0;      // end of what was put
+  std::uint64_t told_ = 0;     // end of what the receiver was told of
+  std::uint64_t freed_ = 0;    // last head seen
+  std::uint64_t flushed_ = 0;  // up to here the mirror may be overwritten
+  std::int64_t row_done_ = 0;  // bytes of the present row that are written
 };
 
 class RailReceiver {

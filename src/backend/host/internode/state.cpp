@@ -36,8 +36,8 @@ void State::alloc(Bootstrap& bootstrap, std::int64_t bytes, std::chrono::millise
   if (one_process_) {
     heap = std::make_unique<fabric::LocalHeap>(bootstrap, needed, rouse);
   } else {
-    heap = fabric::make_symmetric_heap(
-        bootstrap, {.bytes = needed, .timeout = timeout, .on_signal = rouse});
+    heap = fabric::make_symmetric_heap(bootstrap,
+                                       {.bytes = needed, .timeout = timeout, .on_signal = rouse});
   }
   Carver carver(heap->base());
   block_ = protocol::RailBlock::carve(carver, shape_);
@@ -80,8 +80,8 @@ void State::make_rings() {
 }
 
 const protocol::RailMessage& State::message_from(const Call& call, int node) const {
-  return *reinterpret_cast<const protocol::RailMessage*>(
-      block_.mailbox[call.epoch % 2].messages + peer_of(node) * shape_.message_bytes());
+  return *reinterpret_cast<const protocol::RailMessage*>(block_.mailbox[call.epoch % 2].messages +
+                                                         peer_of(node) * shape_.message_bytes());
 }
 
 const std::int32_t* State::experts_from(const Call& call, int node) const {
@@ -96,8 +96,7 @@ void State::post_rails(const Call& call, const Announcement& own) {
   for (int node = 0; node < topology().num_nodes(); ++node) {
     std::vector<std::int32_t>& lanes = lane_records_[node];
     for (int lane = 0; lane <= num_lanes(); ++lane) {
-      const std::int64_t first =
-          plan::channel_begin(call.record.num_tokens, lane, num_lanes());
+      const std::int64_t first = plan::channel_begin(call.record.num_tokens, lane, num_lanes());
       lanes[lane] = own.send_rdma_head == nullptr
                         ? 0
                         : plan::first_record(own.send_rdma_head, call.record.num_tokens, first,
@@ -181,10 +180,11 @@ void State::tell_node(const Call& call, const Announcement& own) {
   const int local_experts = call.record.num_experts / topology().num_ranks;
   for (int to = 0; to < context_.num_ranks(); ++to) {
     protocol::Mailbox& mailbox = context_.mailbox_of(to, call);
-    std::int32_t* counts = mailbox.tokens_per_rank +
-                           std::int64_t{context_.rank()} * topology().num_nodes() * width;
-    std::int32_t* experts = mailbox.tokens_per_expert +
-                            std::int64_t{context_.rank()} * protocol::ControlBlock::kMaxLocalExperts;
+    std::int32_t* counts =
+        mailbox.tokens_per_rank + std::int64_t{context_.rank()} * topology().num_nodes() * width;
+    std::int32_t* experts =
+        mailbox.tokens_per_expert +
+        std::int64_t{context_.rank()} * protocol::ControlBlock::kMaxLocalExperts;
     if (own.tokens_per_expert != nullptr) std::fill_n(experts, local_experts, 0);
     for (int node = 0; node < topology().num_nodes(); ++node, counts += width) {
       const bool here = node == this->node();

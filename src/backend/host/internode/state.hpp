@@ -16,7 +16,7 @@ namespace deep_ep::host::internode {
 
 /// What a rank tells the others of a call ahead of it.
 struct Announcement {
-  std::vector<std::int32_t> rows;                 // [R] for each rank
+  std::vector<std::int32_t> rows;                   // [R] for each rank
   const std::int32_t* tokens_per_expert = nullptr;  // [E] or null
   const std::int32_t* send_rdma_head = nullptr;     // [N, nodes]; null: no tokens
 };
@@ -47,8 +47,8 @@ class State final : public Network {
     return receivers_[lane * num_peers() + peer_of(node)];
   }
 
-  /// Tells the rail peers, waits for what they say, compares the records, and passes on to the ranks
-  /// of this node what they need of it.
+  /// Tells the rail peers, waits for what they say, compares the records, and passes on to the
+  /// ranks of this node what they need of it.
   void announce(const Call& call, const Announcement& own);
   /// Waits until the ranks of this node have announced the call. Behind it, of all tokens for ranks
   /// of this node:
@@ -58,9 +58,7 @@ class State final : public Network {
     const std::int32_t* prefix = prefix_.data() + std::int64_t{local} * topology().num_ranks;
     return plan::part_of(prefix, source);
   }
-  std::int64_t received_rows(int local) const {
-    return rows(topology().num_ranks - 1, local).end;
-  }
+  std::int64_t received_rows(int local) const { return rows(topology().num_ranks - 1, local).end; }
   /// What the rank's own tensor recv_gbl_rank_prefix_sum holds.
   const std::int32_t* prefix_sum(int local) const {
     return prefix_.data() + std::int64_t{local} * topology().num_ranks;
@@ -117,8 +115,8 @@ class State final : public Network {
   bool one_process_;
   protocol::RailShape shape_;
   protocol::RailBlock block_{};
-  std::vector<RailSender> senders_;      // [lanes, peers]
-  std::vector<RailReceiver> receivers_;  // [lanes, peers]
+  std::vector<RailSender> senders_;                      // [lanes, peers]
+  std::vector<RailReceiver> receivers_;                  // [lanes, peers]
   std::vector<std::vector<std::int32_t>> lane_records_;  // by node: [lanes + 1]
   std::vector<std::int32_t> prefix_;                     // [local ranks, R]
   std::atomic<bool> told_fault_{false};

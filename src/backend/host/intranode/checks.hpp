@@ -8,8 +8,8 @@ namespace deep_ep::host::intranode {
 /// topk_idx, if there, against num_experts, is_token_in_rank and num_tokens_per_expert.
 struct RoutingView {
   const Call& call;
-  const TensorView& topk_idx;                // [N, K] or undefined
-  const bool* is_token_in_rank;              // [N, R]
+  const TensorView& topk_idx;                 // [N, K] or undefined
+  const bool* is_token_in_rank;               // [N, R]
   const std::int32_t* num_tokens_per_expert;  // [E]
 };
 void check_routing(const RoutingView& params, int num_ranks);
