@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include <atomic>
+#include <string_view>
 #include <thread>
 
 #include "multi/fault_situations.hpp"
@@ -17,6 +18,15 @@ using std::chrono_literals::operator""s;
 /// Far above what telling takes, so that a wait that runs out shows.
 constexpr auto kTimeout = 20s;
 constexpr auto kAtOnce = std::chrono::milliseconds(2000);
+
+/// Ranks of a node in the present job; 0: all are of one.
+int ranks_per_node = 0;
+
+std::unique_ptr<Buffer> make_buffer(Worker& worker) {
+  BufferOptions options;
+  options.timeout = kTimeout;
+  return make_buffer(worker, options, ranks_per_node);
+}
 
 /// The situations by number: disagreements, then refusals.
 const Situation& situation(std::size_t i) {
@@ -41,9 +51,8 @@ std::string play_situation(Worker& worker, std::size_t number) {
   const Situation& it = situation(number);
   Findings findings;
   Keepsakes kept;
-  BufferOptions options;
-  options.timeout = kTimeout;
-  Buffer buffer(worker.bootstrap(), options);
+  const std::unique_ptr<Buffer> made = make_buffer(worker);
+  Buffer& buffer = *made;
   kept.take(buffer);
   const Exchange exchange(worker.rank(), worker.num_ranks());
   const DispatchResult dispatched = buffer.dispatch(exchange.dispatch_args(buffer));
@@ -61,9 +70,8 @@ std::string play_situation(Worker& worker, std::size_t number) {
 }
 
 std::string play_too_few_worst_tokens(Worker& worker, bool on_all) {
-  BufferOptions options;
-  options.timeout = kTimeout;
-  Buffer buffer(worker.bootstrap(), options);
+  const std::unique_ptr<Buffer> made = make_buffer(worker);
+  Buffer& buffer = *made;
   const Exchange exchange(worker.rank(), worker.num_ranks());
   Findings findings;
   DispatchArgs args = exchange.dispatch_args(buffer);
@@ -169,9 +177,8 @@ std::string play_use_after_destroy(Worker& worker) {
 /// Rank 1 destroys its Buffer while the others go on: they learn who left.
 std::string play_leaver(Worker& worker) {
   Findings findings;
-  BufferOptions options;
-  options.timeout = kTimeout;
-  Buffer buffer(worker.bootstrap(), options);
+  const std::unique_ptr<Buffer> made = make_buffer(worker);
+  Buffer& buffer = *made;
   buffer.barrier();
   if (worker.rank() == kVictim) {
     buffer.destroy();
@@ -182,12 +189,17 @@ std::string play_leaver(Worker& worker) {
   findings.expect(thrown->code == ErrorCode::kPeerFailed,
                   fmt::format("code {}: {}", deep_ep::to_string(thrown->code), thrown->text));
   findings.expect(thrown->ranks == std::vector{kVictim}, "ranks() is not the leaver");
-  findings.expect_contains(thrown->text, "destroyed");
+  findings.expect_contains(thrown->text, ranks_per_node == 0 ? "destroyed" : "reached");
   findings.expect(thrown->after < kAtOnce, "telling took too long");
   return findings.text();
 }
 
-std::string play(Worker& worker, const std::string& job) {
+constexpr std::string_view kSingleRanks = "nodes of one rank: ";
+
+std::string play(Worker& worker, const std::string& whole_job) {
+  const bool nodes = whole_job.starts_with(kSingleRanks);
+  ranks_per_node = nodes ? 1 : 0;
+  const std::string job = whole_job.substr(nodes ? kSingleRanks.size() : 0);
   if (job == "overlap") return play_overlap(worker);
   if (job == "after_destroy") return play_use_after_destroy(worker);
   if (job == "leaver") return play_leaver(worker);
@@ -224,6 +236,32 @@ INSTANTIATE_TEST_SUITE_P(Situations, AllAreTold,
                            return std::string(disagrees ? "disagree_" : "refuse_") +
                                   situation(number.param).name;
                          });
+
+#if defined(DEEP_EP_HAS_UCX)
+class AllAreToldBetweenNodes : public Refusal, public testing::WithParamInterface<std::size_t> {};
+
+std::vector<std::size_t> between_nodes() {
+  std::vector<std::size_t> numbers;
+  for (std::size_t i = 0; i < disagreements().size() + refusals().size(); ++i)
+    if (!situation(i).one_node) numbers.push_back(i);
+  return numbers;
+}
+
+TEST_P(AllAreToldBetweenNodes, WhichRankAndWhichField) {
+  run(std::string(kSingleRanks) + std::to_string(GetParam()));
+}
+
+INSTANTIATE_TEST_SUITE_P(Situations, AllAreToldBetweenNodes, testing::ValuesIn(between_nodes()),
+                         [](const auto& number) -> std::string {
+                           return situation(number.param).name;
+                         });
+
+TEST_F(Refusal, BetweenNodesTooFewWorstTokensFailAll) {
+  run(std::string(kSingleRanks) + "worst_on_one");
+  run(std::string(kSingleRanks) + "worst_on_all");
+}
+TEST_F(Refusal, BetweenNodesWhoLeavesIsNamed) { run(std::string(kSingleRanks) + "leaver"); }
+#endif
 
 TEST_F(Refusal, TooFewWorstTokensOnOneRankFailsAll) { run("worst_on_one"); }
 TEST_F(Refusal, TooFewWorstTokensOnAllRanksFailsAll) { run("worst_on_all"); }

@@ -125,7 +125,7 @@ std::vector<Situation> other_disagreements() {
          if (scene.victim) args.prepared = prepared;
          scene.buffer.dispatch(args);
        },
-       "operation"},
+       "operation", true},
       {"cached_and_not",
        [](const Scene& scene) {
          scene.exchange.run(scene.buffer, scene.victim ? Op::kCachedDispatch : Op::kDispatch,
@@ -191,7 +191,7 @@ std::vector<Situation> grouped_refusals() {
              args.group_rows = true;
              args.topk_idx = args.topk_weights = {};
            }),
-           "group_rows"},
+           "group_rows", true},
           {"prepared_ids",
            [](const Scene& scene) {
              DispatchArgs args = scene.exchange.dispatch_args(scene.buffer);
@@ -202,7 +202,7 @@ std::vector<Situation> grouped_refusals() {
              if (scene.victim) args.topk_idx = {ids.data(), DType::kInt64, {kTokens, kRanks}};
              scene.buffer.dispatch(args);
            },
-           "topk_idx"},
+           "topk_idx", true},
           {"grouped_rows",
            [](const Scene& scene) {
              DispatchArgs args = scene.exchange.dispatch_args(scene.buffer);
@@ -216,7 +216,7 @@ std::vector<Situation> grouped_refusals() {
                    static_cast<std::int32_t>(got.grouped_x.shape[0]);
              scene.buffer.combine(back);
            },
-           "grouped_rows"}};
+           "grouped_rows", true}};
 }
 
 std::vector<Situation> other_refusals() {
