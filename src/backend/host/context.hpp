@@ -178,7 +178,7 @@ class Context {
   int rank_;
   int num_ranks_;
   Network* network_ = nullptr;
-  int announced_ = 0;  // the last word of announce_wait
+  std::atomic<int> announced_{0};  // the last word of announce_wait, of any thread
   int num_lanes_ = 1;
   bool crowded_;  // more ranks than cores: spinning would only keep others from running
   fabric::Fabric fabric_;

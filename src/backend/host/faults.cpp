@@ -72,14 +72,14 @@ void Context::announce_wait(const std::vector<Missing>& missing) {
   if (missing.empty()) return;
   const int word = missing.front().rank + 1;
   protocol::store_relaxed(own().waiting_for, word);
-  if (network_ != nullptr && announced_ != word) network_->announce_wait(word);
-  announced_ = word;
+  if (announced_.exchange(word, std::memory_order_relaxed) != word && network_ != nullptr)
+    network_->announce_wait(word);
 }
 
 void Context::announce_end_of_wait() {
   protocol::store_relaxed(own().waiting_for, 0);
+  announced_.store(0, std::memory_order_relaxed);
   if (network_ != nullptr) network_->announce_wait(0);
-  announced_ = 0;
 }
 
 int Context::waiting_for(int global_rank) {
