@@ -35,7 +35,8 @@ class SymmetricHeap {
   /// the time was up first.
   virtual bool flush(int rank, std::chrono::milliseconds timeout) = 0;
 
-  /// After a fault: destruction hands over nothing that is under way, and waits for nobody.
+  /// After a fault: destruction waits for nobody, and only for a moment that others need to read
+  /// what this rank has told them.
   virtual void abandon() noexcept {}
 
   /// True once the transport knows that `rank` cannot be reached any more, also because it has

@@ -15,6 +15,8 @@ using Clock = std::chrono::steady_clock;
 
 /// How long destruction tries to hand over what is under way, and again to close endpoints.
 constexpr std::chrono::milliseconds kLinger{1000};
+/// How long a rank that leaves after a fault stays, for others to read what it told them.
+constexpr std::chrono::milliseconds kLastWords{250};
 /// UCX looks at its own timers, such as those of keep-alives, when it is called.
 constexpr int kSleepMs = 500;
 
@@ -210,9 +212,12 @@ UcxHeap::~UcxHeap() {
   lock.unlock();
   if (thread_.joinable()) thread_.join();
   // A last signal, say, which its sender does not wait for, is still to arrive.
+  flush_all();
   const auto none_pending = [this] { return pending_ == 0; };
-  if (!abandoned_) {
-    flush_all();
+  if (abandoned_) {
+    // Flushed is not read: a connection that is closed too soon takes along what said why.
+    progress_until(Clock::now() + kLastWords, [] { return false; });
+  } else {
     progress_until(Clock::now() + kLinger, none_pending);
   }
   for (Peer& peer : peers_) close(peer);
