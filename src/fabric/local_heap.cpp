@@ -3,9 +3,11 @@
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <string>
 
 #include "base/error.hpp"
+#include "fabric/agree.hpp"
 #include "fabric/memory.hpp"
 #include "protocol/atomic.hpp"
 #include "protocol/schedule.hpp"
@@ -63,7 +65,13 @@ class Listed {
 
 LocalHeap::LocalHeap(Bootstrap& bootstrap, std::int64_t bytes, std::function<void()> on_signal)
     : rank_(bootstrap.rank()), own_(std::make_shared<LocalPiece>()) {
-  own_->memory = allocate_private(bytes);
+  std::optional<Error> trouble;
+  try {
+    own_->memory = allocate_private(bytes);
+  } catch (const Error& error) {
+    trouble = error;
+  }
+  fail_together(bootstrap, trouble);
   own_->bytes = bytes;
   own_->on_signal = std::move(on_signal);
   const Listed listed(own_);

@@ -17,7 +17,7 @@ struct LocalPiece;
 class LocalHeap final : public SymmetricHeap {
  public:
   /// Collective. `on_signal`, if given, is called by who sets a word of this rank's heap, and by
-  /// who leaves. Throws Error(kOutOfMemory).
+  /// who leaves. Throws Error(kOutOfMemory), on all ranks if on one.
   LocalHeap(Bootstrap& bootstrap, std::int64_t bytes, std::function<void()> on_signal);
   /// To the others this rank is lost from now on; what they write still has a place to go.
   ~LocalHeap() override;

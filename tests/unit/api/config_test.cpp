@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <cstdint>
+#include <cstdlib>
 #include <limits>
 #include <string>
 
@@ -80,6 +81,27 @@ TEST(Config, ValuesBelowOneCountAsOne) {
 TEST(Config, TheRdmaHintIsZeroOnOneNode) {
   for (const int num_ranks : {1, 2, 8})
     EXPECT_EQ(Config{}.get_rdma_buffer_size_hint(14336, num_ranks), 0);
+}
+
+TEST(Config, TheHintForSeveralNodesHoldsTheWindowToEachOfThem) {
+  Config config;
+  for (const int nodes : {2, 3, 8}) {
+    std::int64_t before = 0;
+    for (const int window : {64, 256, 1024}) {
+      config.num_max_rdma_chunked_recv_tokens = window;
+      const std::int64_t hint = config.get_rdma_buffer_size_hint(14336, 8 * nodes);
+      EXPECT_EQ(hint % 128, 0);
+      EXPECT_GT(hint, 2 * (nodes - 1) * window * std::int64_t{14336});
+      EXPECT_GE(hint, before);
+      before = hint;
+    }
+  }
+  setenv("DEEP_EP_RANKS_PER_NODE", "2", 1);
+  EXPECT_EQ(config.get_rdma_buffer_size_hint(14336, 2), 0);
+  EXPECT_GT(config.get_rdma_buffer_size_hint(14336, 4), 0);
+  setenv("DEEP_EP_RANKS_PER_NODE", "none", 1);
+  EXPECT_EQ(config.get_rdma_buffer_size_hint(14336, 8), 0);
+  unsetenv("DEEP_EP_RANKS_PER_NODE");
 }
 
 TEST(Config, DefaultsAreValid) { EXPECT_NO_THROW(Config{}.validate()); }
