@@ -57,17 +57,10 @@ else()
   endif()
 endif()
 
-# Modes across nodes and low latency over a network are not built yet; say whether their transports
-# are here, since that is what users of a new machine look for.
-find_package(PkgConfig QUIET)
-if(PkgConfig_FOUND)
-  pkg_check_modules(UCX QUIET ucx)
-endif()
-if(UCX_FOUND)
-  deep_ep_part("UCX" OFF "found ${UCX_VERSION}; this version has no part that uses it")
-else()
-  deep_ep_part("UCX" OFF "not found (Debian: libucx-dev); this version has no part that uses it")
-endif()
+include(DeepEpUcx)
+
+# Low latency over a network is not built yet for GPUs; say whether its transport is here, since that
+# is what users of a new machine look for.
 find_package(NVSHMEM QUIET CONFIG HINTS $ENV{NVSHMEM_HOME} $ENV{NVSHMEM_DIR})
 if(NVSHMEM_FOUND)
   deep_ep_part("NVSHMEM" OFF "found ${NVSHMEM_VERSION}; this version has no part that uses it")

@@ -14,9 +14,9 @@ struct TransportCounts {
 };
 
 /// Memory of the same size on every rank, of all nodes, that others write to by offset: puts and
-/// signals over a network. Collective to make; all calls are local. Any thread; order is promised
-/// among the calls of one thread only. Throws Error(kPeerFailed) naming the rank once the transport
-/// has found it gone, Error(kInvalidArgument) for ranges outside of the heap.
+/// signals over a network. Collective to make; all calls, and destruction, are local. Any thread;
+/// order is promised among the calls of one thread only. Throws Error(kPeerFailed) naming the rank
+/// once the transport has found it gone, Error(kInvalidArgument) for ranges outside of the heap.
 class SymmetricHeap {
  public:
   virtual ~SymmetricHeap() = default;
@@ -35,7 +35,8 @@ class SymmetricHeap {
   /// the time was up first.
   virtual bool flush(int rank, std::chrono::milliseconds timeout) = 0;
 
-  /// True once the transport knows that `rank` cannot be reached any more. Never blocks.
+  /// True once the transport knows that `rank` cannot be reached any more, also because it has
+  /// destroyed its heap; what it sent before that may have come. Never blocks.
   virtual bool lost(int rank) const noexcept = 0;
   virtual TransportCounts counts() const noexcept = 0;
 };

@@ -106,6 +106,16 @@ class Install(unittest.TestCase):
             self.assertRegex(name, r"^(libstdc\+\+|libm|libgcc_s|libc|ld-linux|libhwy|libfmt)[-.]")
         self.assertNotRegex(dynamic, r"\((RPATH|RUNPATH)\)")
 
+    def test_the_plugin_for_ucx_alone_needs_it_and_exports_one_name(self):
+        plugin = next(self.prefix.glob("lib*/**/libdeep_ep_ucx.so"), None)
+        if plugin is None:
+            self.skipTest("built without UCX")
+        self.assertEqual(exported_names(plugin), {"deep_ep_ucx_heap"})
+        dynamic = run("readelf", "-dW", plugin)
+        self.assertIn("[libucp.so", dynamic)
+        for path in re.findall(r"\((?:RPATH|RUNPATH)\).*\[(.*)\]", dynamic):
+            self.assertEqual(path, "$ORIGIN")
+
     def test_the_tool_runs_from_where_it_was_moved(self):
         tool = self.prefix / "bin/deepep"
         self.assertIn(VERSION, run(tool, "--version"))

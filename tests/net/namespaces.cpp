@@ -1,0 +1,140 @@
+#include "namespaces.hpp"
+
+#include <fcntl.h>
+#include <sched.h>
+#include <spawn.h>
+#include <sys/mount.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <fstream>
+#include <sstream>
+
+#include "base/error.hpp"
+
+namespace deep_ep::net {
+namespace {
+
+using fabric::Fd;
+
+Fd current() {
+  Fd fd(open("/proc/thread-self/ns/net", O_RDONLY | O_CLOEXEC));
+  if (!fd) throw_errno("open(/proc/thread-self/ns/net)");
+  return fd;
+}
+
+void move_to(const Fd& space) {
+  if (setns(space.get(), CLONE_NEWNET) != 0) throw_errno("setns(CLONE_NEWNET)");
+}
+
+/// The calling thread lives elsewhere for a while.
+class Visit {
+ public:
+  explicit Visit(const Fd& space) : home_(current()) { move_to(space); }
+  ~Visit() { setns(home_.get(), CLONE_NEWNET); }
+  Visit(const Visit&) = delete;
+  Visit& operator=(const Visit&) = delete;
+
+ private:
+  Fd home_;
+};
+
+Fd make() {
+  const Visit back(current());
+  if (unshare(CLONE_NEWNET) != 0) throw_errno("unshare(CLONE_NEWNET)");
+  return current();
+}
+
+void shell(const std::string& command) {
+  std::string text = command;
+  char name[] = "sh";
+  char option[] = "-c";
+  char* const arguments[] = {name, option, text.data(), nullptr};
+  pid_t pid = 0;
+  if (posix_spawn(&pid, "/bin/sh", nullptr, nullptr, arguments, environ) != 0)
+    throw_errno("posix_spawn(/bin/sh)");
+  int status = 0;
+  while (waitpid(pid, &status, 0) < 0) {
+    if (errno != EINTR) throw_errno("waitpid");
+  }
+  if (status != 0)
+    throw Error(ErrorCode::kSystem, fmt::format("'{}' ended with status {}", command, status));
+}
+
+}  // namespace
+
+std::string why_no_namespaces() {
+  if (geteuid() != 0) return "only root can make network namespaces";
+  try {
+    make();
+    shell("command -v ip tc bridge >/dev/null");
+  } catch (const Error& error) {
+    return fmt::format("{} (Debian: iproute2)", error.what());
+  }
+  return "";
+}
+
+Namespaces::Namespaces(int nodes) : hub_(make()), nodes_(static_cast<std::size_t>(nodes)) {
+  const Visit visit(hub_);
+  shell("ip link add hub mtu 9000 type bridge && ip link set hub up");
+  for (int node = 0; node < nodes; ++node) {
+    nodes_[node] = make();
+    shell(
+        fmt::format("ip link add port{0} mtu 9000 type veth peer name {1} mtu 9000 netns "
+                    "/proc/{2}/fd/{3} && ip link set port{0} master hub up",
+                    node, kDevice, getpid(), nodes_[node].get()));
+    run(node,
+        fmt::format("ip address add {0}/24 dev {1} && ip link set {1} up && ip link set lo up",
+                    address(node), kDevice));
+  }
+}
+
+void Namespaces::enter(int node) const {
+  move_to(nodes_.at(node));
+  // UCX looks for devices in /sys, which shows those of the namespace that mounted it.
+  if (unshare(CLONE_NEWNS) != 0) throw_errno("unshare(CLONE_NEWNS)");
+  if (mount("none", "/", nullptr, MS_SLAVE | MS_REC, nullptr) != 0) throw_errno("mount(/)");
+  if (mount("sysfs", "/sys", "sysfs", MS_RDONLY, nullptr) != 0) throw_errno("mount(/sys)");
+}
+
+void Namespaces::run(int node, const std::string& command) const {
+  const Visit visit(nodes_.at(node));
+  shell(command);
+}
+
+void Namespaces::set_link(int node, bool up) const {
+  const Visit visit(hub_);
+  shell(fmt::format("ip link set port{} {}", node, up ? "up" : "down"));
+}
+
+void Namespaces::set_silent(int node, bool silent) const {
+  const Visit visit(hub_);
+  shell(
+      fmt::format("bridge link set dev port{} state {}", node, silent ? "disabled" : "forwarding"));
+}
+
+void Namespaces::shape(int node, const std::string& rate) const {
+  const auto limit = [&](const std::string& device) {
+    return fmt::format("tc qdisc replace dev {} root tbf rate {} burst 256kb latency 50ms", device,
+                       rate);
+  };
+  run(node, limit(kDevice));
+  const Visit visit(hub_);
+  shell(limit(fmt::format("port{}", node)));
+}
+
+Namespaces::Traffic Namespaces::traffic(int node) const {
+  const Visit visit(nodes_.at(node));
+  std::ifstream file("/proc/thread-self/net/dev");
+  for (std::string line; std::getline(file, line);) {
+    const auto colon = line.find(':');
+    if (colon == line.npos || line.find(kDevice) == line.npos) continue;
+    std::istringstream numbers(line.substr(colon + 1));
+    std::int64_t columns[9] = {};  // received: bytes and 7 more; sent: bytes, ...
+    for (std::int64_t& column : columns) numbers >> column;
+    return {columns[0], columns[8]};
+  }
+  throw Error(ErrorCode::kSystem, fmt::format("no {} in /proc/thread-self/net/dev", kDevice));
+}
+
+}  // namespace deep_ep::net

@@ -1,0 +1,52 @@
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "fabric/socket.hpp"
+
+namespace deep_ep::net {
+
+/// Why this machine cannot make Namespaces; empty if it can.
+std::string why_no_namespaces();
+
+/// Nodes on one machine: a network namespace each, joined by a bridge in one more. A node has its
+/// loopback and one device, kDevice, with an MTU of 9000. Nothing leads out of them. Descriptors of
+/// this process and of its forks keep them, so they are gone with the last of these, however it
+/// ends. What changes them must be called by a thread that may move between namespaces: it is back
+/// when the call returns.
+class Namespaces {
+ public:
+  static constexpr const char* kDevice = "net0";
+  static std::string address(int node) { return "10.77.0." + std::to_string(node + 1); }
+
+  /// Throws Error(kSystem) with the command that failed.
+  explicit Namespaces(int nodes);
+
+  int nodes() const { return static_cast<int>(nodes_.size()); }
+  /// The calling thread, and those that it starts, live on `node` from now on.
+  void enter(int node) const;
+  /// Runs a shell command on `node`.
+  void run(int node, const std::string& command) const;
+  /// Plugs in or pulls the cable of `node`, at the bridge's side.
+  void set_link(int node, bool up) const;
+  /// Loses all that goes to and comes from `node` from now on, or no more. Its device shows
+  /// nothing.
+  void set_silent(int node, bool silent) const;
+  /// Limits what goes to and comes from `node`; `rate` in words of tc: "2gbit".
+  void shape(int node, const std::string& rate) const;
+
+  /// All bytes that crossed the node's device so far, headers included.
+  struct Traffic {
+    std::int64_t received = 0;
+    std::int64_t sent = 0;
+  };
+  Traffic traffic(int node) const;
+
+ private:
+  fabric::Fd hub_;
+  std::vector<fabric::Fd> nodes_;
+};
+
+}  // namespace deep_ep::net
