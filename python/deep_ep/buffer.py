@@ -282,13 +282,13 @@ class Buffer(LowLatency, Rows):
             ids = None if ids is None else make(ids, topk[0].dtype)
             result = (recv_x, ids, make(weights, library.float32), counts,
                       handle_of_parts(library, new_handle, layout[2], extras))
-            used = (x, x_scales, *topk, *layout)
-        grouped = ()
-        if extras is not None:
-            result = extras.received(result, more[0])
-            grouped = extras.grouped(library, more, x, x_scales)
-            used += extras.used()
-        return (*result, self._end(event, when[1], used, result + grouped), *grouped)
+            used = (x, x_scales, topk, layout)
+        if extras is None:
+            return *result, self._end(event, when[1], used, result)
+        result = extras.received(result, more[0])
+        grouped = extras.grouped(library, more, x, x_scales)
+        end = self._end(event, when[1], used + extras.used(), result + grouped)
+        return *result, end, *grouped
 
     def combine(self, x, handle, topk_weights=None, bias=None, config=None, previous_event=None,
                 async_finish=False, allocate_on_comm_stream=False, *,
@@ -299,9 +299,9 @@ class Buffer(LowLatency, Rows):
         `x`: [Nr, H] bfloat16, float16 or float32: a row for each received one, already weighted and
         summed over this rank's experts. `topk_weights` float32 [Nr, K] are summed alike. `bias`:
         one array [N, H] or a pair of them, added behind the rows. The handle is not changed.
-        `groups`, by keyword only, of the dispatch_grouped that the handle is of: `x` is then [G, H],
-        a row for each grouped one, which are first weighed by `groups.weights`, unless that is
-        None, and summed for each received row.
+        `groups`, by keyword only, of the dispatch_grouped that the handle is of: `x` is then
+        [G, H], a row for each grouped one, which are first weighed by `groups.weights`, unless that
+        is None, and summed for each received row.
 
         Returns (combined_x [N, H], combined_topk_weights [N, K] or None, event).
         """
