@@ -63,7 +63,10 @@ class Predictor {
     if (topology_.nodes > 1)  // the first chunk is passed on before its last byte can be
       one.wait_us +=
           time_of(chunk * row, machine_.network_gbps) + time_of(chunk * row, machine_.local_gbps);
-    const double rows = traffic_.received.busiest;
+    // All that it writes, rows passed on for others and its own included, or what it reads and
+    // sums.
+    const double rows =
+        traffic_.relayed.own + traffic_.relayed.local.busiest + traffic_.relayed.network.busiest;
     one.compute_us = time_of(rows * row, dispatch ? machine_.write_gbps : machine_.sum_gbps);
     one.memory_bytes = memory(dispatch);
     return finish(one);
