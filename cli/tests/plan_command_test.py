@@ -45,6 +45,25 @@ class Plan(unittest.TestCase):
             self.assertTrue(near(found["results"], kept["results"]), how)
             self.assertTrue(near(found["args"], kept["args"]), how)
 
+    def test_bytes_are_those_that_benchmarks_counted(self):
+        counted = {}
+        for name in ("2026-11-24_h100_r1.json", "2026-11-24_h100_low_latency_r1.json"):
+            for row in json.loads((ROOT / "bench/results" / name).read_text())["results"]:
+                key = row["operation"], row.get("dtype", row.get("payload")), row["tokens"]
+                counted[key] = row["logical_bytes_per_rank"]
+        one_rank = ("--nodes", "1", "--ranks-per-node", "1")
+        for dtype, row_bytes in (("bf16", 2 * 7168), ("fp8", 7168 + 4 * 56)):
+            found = self.json_of(*one_rank, "--dtype", dtype)[0]["results"]
+            rows = found[1]["received_rows"]["mean"]
+            self.assertEqual(rows * row_bytes, counted["dispatch_cached", dtype, 4096])
+            self.assertEqual(found[1]["row_bytes"], row_bytes + 12 * 8 + 4)
+        for tokens in (1, 16, 256):
+            rows = self.json_of(*one_rank, "--ll-tokens", str(tokens))[0]["results"]
+            for row, call, row_bytes in ((rows[5], "dispatch", 7168 + 4 * 56),
+                                         (rows[6], "combine", 2 * 7168)):  # for each expert
+                payload = row["own_bytes"] * row_bytes / row["row_bytes"]
+                self.assertAlmostEqual(payload, counted[call, "fp8", tokens], delta=0.01)
+
     def test_there_is_a_line_for_each_result(self):
         found, text = self.json_of("--nodes", "1,3", "--ranks-per-node", "4", "--experts", "24")
         self.assertEqual(len(found["results"]), 14)
