@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import deep_ep
-from deep_ep.utils.testing import bench_kineto
 from routing import dispatch_arguments, layout_of, make_inputs, same
 
 pytestmark = pytest.mark.gpu
@@ -131,6 +130,20 @@ def test_asynchronous_calls_keep_what_they_use(gpu_ranks):
     gpu_ranks.run(2, _dropped_in_flight)
 
 
+def _captured(group, step):
+    """A graph of step(), and what it returned."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.distributed.barrier(group)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()
+    return graph, result
+
+
 def _graph(group):
     """dispatch with num_worst_tokens and combine in a graph, replayed over changing inputs, while
     eager calls go on."""
@@ -148,15 +161,7 @@ def _graph(group):
                               num_worst_tokens=64 * size)
         return got[1], buffer.combine(got[0], got[4], got[2])
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.distributed.barrier(group)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        ids, (combined, weights, _) = step()
+    graph, (ids, (combined, weights, _)) = _captured(group, step)
     gc.collect()
     kept = []
     for seed in range(2, 12):
@@ -180,6 +185,35 @@ def _graph(group):
 @pytest.mark.parametrize("size", [1, 2])
 def test_calls_are_captured_and_replayed(gpu_ranks, size):
     gpu_ranks.run(size, _graph)
+
+
+def _grouped_graph(group):
+    """The same with rows grouped by expert and a layout that the call finds."""
+    size = group.size()
+    buffer = _buffer(group)
+    one = _inputs(group, 1)
+    static = {name: getattr(one, name).clone() for name in ("x", "topk_idx", "topk_weights")}
+
+    def step():
+        got = buffer.dispatch_grouped(**static, num_experts=one.experts, num_worst_tokens=64 * size)
+        return buffer.combine(got.grouped_x, got.handle, groups=got.groups)[0]
+
+    graph, combined = _captured(group, step)
+    for seed in range(2, 12):
+        new = _inputs(group, seed)
+        for name, tensor in static.items():
+            tensor.copy_(getattr(new, name))
+        graph.replay()
+        kept = torch.where(new.topk_idx >= 0, new.topk_weights, 0.0).sum(1, keepdim=True)
+        assert same(combined.float(), new.x.float() * kept)
+    torch.cuda.synchronize()
+    del graph
+    buffer.destroy()
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_grouped_rows_are_captured_and_replayed(gpu_ranks, size):
+    gpu_ranks.run(size, _grouped_graph)
 
 
 def _refused_capture(group):
@@ -298,31 +332,6 @@ def _profiled(group):
 
 def test_profilers_find_one_kernel_of_each_name(gpu_ranks):
     gpu_ranks.run(1, _profiled)
-
-
-def _profiled_hooks(group):
-    """With a hook the same kernel is launched twice, as DeepEP's test counts on, which searches for
-    the name with its namespace."""
-    hint = deep_ep.Buffer.get_low_latency_rdma_size_hint(16, 1024, group.size(), 2 * group.size())
-    buffer = deep_ep.Buffer(group, 0, hint, low_latency_mode=True)
-    one = _inputs(group, tokens=16)
-
-    def step():
-        got = buffer.low_latency_dispatch(one.x, one.topk_idx, 16, one.experts,
-                                          return_recv_hook=True)
-        got[4]()
-        rows = got[0][0].to(torch.bfloat16)
-        buffer.low_latency_combine(rows, one.topk_idx, one.topk_weights, got[2],
-                                   return_recv_hook=True)[2]()
-
-    for names in (("dispatch", "combine"), ("::dispatch", "::combine")):
-        phases = bench_kineto(step, names, num_tests=4, num_kernels_per_period=2)
-        assert all(len(one) == 2 and min(one) > 0 for one in phases)
-    buffer.destroy()
-
-
-def test_profilers_find_both_phases_of_a_call_with_a_hook(gpu_ranks):
-    gpu_ranks.run(1, _profiled_hooks)
 
 
 def _overhead(group):
