@@ -1,6 +1,7 @@
 """Low-latency calls: what arrives by expert, hooks, formats of rows, and what is refused."""
 
 import itertools
+import time
 
 import pytest
 import torch
@@ -68,9 +69,9 @@ def _round_trips(group):
     rank, size = group.rank(), group.size()
     buffer = buffer_of(group)
     assert buffer.low_latency_mode
-    stats = torch.zeros(LOCAL, dtype=torch.int32, device=routing.DEVICE)
+    stats = torch.full((LOCAL,), 7, dtype=torch.int32, device=routing.DEVICE)  # += is asked for
     waits = torch.zeros(size, dtype=torch.int64, device=routing.DEVICE)
-    received = torch.zeros_like(stats)
+    received = stats.clone()
     forms = itertools.product((False, True), ((False, False, False), (True, False, False),
                                               (True, True, False), (True, True, True)))
     for seed, (hook, (fp8, rounded, ue8m0)) in enumerate(forms):
@@ -235,6 +236,12 @@ def _refusals(group):
     one = inputs_of(group)[group.rank()]
     with pytest.raises(TypeError, match="use_nvfp4"):
         buffer.low_latency_dispatch(one.x, one.topk_idx, MAX_TOKENS, one.experts, use_nvfp4=True)
+    with pytest.raises(TypeError, match="x_global_scale"):
+        buffer.low_latency_dispatch(one.x, one.topk_idx, MAX_TOKENS, one.experts,
+                                    x_global_scale=None)
+    for fork in ("overlap", "packed_recv_count", "src_signals"):  # SGLang's, where that is on
+        with pytest.raises(TypeError, match=fork):
+            buffer.low_latency_combine(one.x, one.topk_idx, one.topk_weights, None, **{fork: None})
     with pytest.raises(TypeError, match="tuple of 6"):
         buffer.low_latency_combine(one.x, one.topk_idx, one.topk_weights, (one.x,) * 6)
     with pytest.raises(TypeError, match="x is builtins.list"):
@@ -340,6 +347,29 @@ def _graph(group):
         assert calc_diff(combined, new.x.float() * kept) < 1e-5
     del graph
     buffer.destroy()
+
+
+def _late_rank(group):
+    """What combine waited for whom is added up."""
+    buffer = buffer_of(group)
+    one = inputs_of(group, tokens=[5] * group.size())[group.rank()]
+    waits = torch.full((group.size(),), 1000, dtype=torch.int64, device=routing.DEVICE)
+    for _ in range(2):
+        got = buffer.low_latency_dispatch(one.x, one.topk_idx, MAX_TOKENS, one.experts,
+                                          use_fp8=False)
+        before = waits.clone()
+        torch.distributed.barrier(group)
+        if group.rank() == 1:
+            time.sleep(0.05)
+        buffer.low_latency_combine(got[0], one.topk_idx, one.topk_weights, got[2],
+                                   combine_wait_recv_cost_stats=waits)
+        assert (waits >= before).all()
+        assert group.rank() == 1 or waits[1] > before[1]
+    buffer.destroy()
+
+
+def test_waits_for_late_ranks_are_added_up(ranks):
+    ranks.run(2, _late_rank)
 
 
 @pytest.mark.gpu

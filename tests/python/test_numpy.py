@@ -41,6 +41,17 @@ quantised = (x.astype(ml_dtypes.float8_e4m3fn), np.ones((2, 9), np.float32).T)
 event.current_stream_wait()
 assert again.dtype == ml_dtypes.float8_e4m3fn and scales.shape == (len(recv_x), 2)
 assert np.array_equal(again.astype(np.float32), recv_x.astype(np.float32))
+ahead = buffer.prepare_dispatch(x, topk_idx=ids, topk_weights=weights, num_experts=2 * size)
+place = np.empty((ahead.num_recv_tokens + 1, 16), ml_dtypes.bfloat16)
+grouped = buffer.dispatch_grouped(x, topk_idx=ids, topk_weights=weights, prepared=ahead,
+                                  recv_x=place)
+assert grouped.recv_x.base is place and np.array_equal(grouped.recv_x, recv_x)
+assert grouped.num_recv_tokens_per_expert_list == counts
+rows = grouped.groups.recv_rows  # -1: padding, where a token names an expert twice
+assert np.array_equal(grouped.grouped_x[rows >= 0], recv_x[rows[rows >= 0]])
+home = buffer.combine(grouped.grouped_x, grouped.handle, groups=grouped.groups)[0]
+named = (ids >= 0).sum(1, keepdims=True)
+assert np.array_equal(home.astype(np.float32), x.astype(np.float32) * named)
 local = buffer.get_local_buffer_tensor(np.float32, (2, 3))
 assert local.shape == (2, 3)
 try:
