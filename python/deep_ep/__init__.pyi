@@ -175,7 +175,7 @@ class Buffer:
         self, x: Array, topk_idx: Array, topk_weights: Array, handle: LowLatencyHandle,
         use_logfmt: bool = False, zero_copy: bool = False, async_finish: bool = False,
         return_recv_hook: bool = False, out: Array | None = None,
-        combine_wait_recv_cost_stats: Array | None = None,
+        combine_wait_recv_cost_stats: Array | None = None, *, use_fp8: bool = False,
     ) -> tuple[Array, EventOverlap, Callable[[], None] | None]: ...
     def get_next_low_latency_combine_buffer(self, handle: LowLatencyHandle) -> Array: ...
     def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank: int, hidden: int,

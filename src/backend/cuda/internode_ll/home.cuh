@@ -28,9 +28,10 @@ __device__ __noinline__ inline void raise_other_routing(const CombineArgs& args,
   raise(args.comm, report);
 }
 
-/// By one warp: the entries of a message, as rows to sum, into shared memory. False: a fault.
+/// By one warp: the entries of a message, as rows of `x_bytes` to sum, into shared memory. False: a
+/// fault.
 __device__ inline bool take_weights(const CombineArgs& args, const Ticket& ticket, int source,
-                                    std::int64_t message) {
+                                    std::int64_t message, std::int64_t x_bytes) {
   auto* addends = shared_at<Addend>(args.shared.places);
   const std::int64_t max_rows = args.comm.num_ranks * args.shape.max_tokens;
   const Packet* head = place_here(ticket.packet_shift, args.places.messages.head(source, message));
@@ -59,7 +60,7 @@ __device__ inline bool take_weights(const CombineArgs& args, const Ticket& ticke
         raise_other_routing(args, source, token, expert, row, of);
         good = false;
       }
-      addends[part - 1] = {reinterpret_cast<const uint4*>(args.x + slot * args.shape.row_bytes),
+      addends[part - 1] = {reinterpret_cast<const uint4*>(args.x + slot * x_bytes),
                            __uint_as_float(packet.words[2])};
     }
     found += __popc(__ballot_sync(0xffffffff, entry));
@@ -118,9 +119,12 @@ __device__ inline Group partial(const CombineArgs& args, int number, int units) 
   return group;
 }
 
-/// By all threads: this rank's row for a message of `source`, to it.
-__device__ inline void send_home(const CombineArgs& args, const Ticket& ticket, int source,
-                                 std::int64_t message, bool packeted) {
+/// By all threads: this rank's row for a message of `source`, to it, by what make(i) gives as its
+/// i-th three units.
+template <class Make>
+__device__ __forceinline__ void send_groups(const CombineArgs& args, const Ticket& ticket,
+                                            int source, std::int64_t message, bool packeted,
+                                            Make&& make) {
   const MessageArea& area = args.places.returns;
   const int rank = args.comm.rank;
   const auto units = static_cast<int>(area.plain_bytes / 16);
@@ -129,7 +133,7 @@ __device__ inline void send_home(const CombineArgs& args, const Ticket& ticket, 
       place_at(args, ticket.plain_shift, area.plain_row(rank, message), source));
 #pragma unroll 1
   for (int i = threadIdx.x; i < static_cast<int>(area.row_groups); i += kThreads) {
-    const Group group = partial(args, i, units);
+    const Group group = make(i, units);
     if (packeted) {
       send_group(packets + i * MessageArea::kGroupPackets, group, ticket.tag);
       continue;
