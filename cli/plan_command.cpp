@@ -193,6 +193,7 @@ nlohmann::ordered_json args_json(const Options& options) {
           {"call_us", machine.call_us},
           {"write_gbps", machine.write_gbps},
           {"sum_gbps", machine.sum_gbps},
+          {"low_latency_call_us", machine.low_latency_call_us},
           {"low_latency_write_gbps", machine.low_latency_write_gbps},
           {"low_latency_sum_gbps", machine.low_latency_sum_gbps},
           {"chunk_rows", machine.chunk_rows}};
@@ -250,6 +251,7 @@ void add_machine_options(CLI::App& command, Options& options) {
   command.add_option("--call-us", machine.call_us, "A call in which nothing moves, on one rank");
   command.add_option("--write-gbps", machine.write_gbps, "Rows that a rank's processors write");
   command.add_option("--sum-gbps", machine.sum_gbps, "Rows that they read and sum");
+  command.add_option("--ll-call-us", machine.low_latency_call_us, "--call-us of low latency");
   command.add_option("--ll-write-gbps", machine.low_latency_write_gbps, "The same, low latency");
   command.add_option("--ll-sum-gbps", machine.low_latency_sum_gbps, "The same, low latency");
   command.add_option("--chunk-rows", machine.chunk_rows,

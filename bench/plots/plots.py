@@ -16,7 +16,7 @@ from chart import line_chart
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench/results"
 INTRANODE = "2026-11-24_h100_r1.json"
-LOW_LATENCY = "2026-11-24_h100_low_latency_r1.json"
+LOW_LATENCY = "2026-11-24_h100_low_latency_graph_r1.json"
 PLANS = {"uniform": "plan_uniform.json", "4 nodes a token": "plan_limited.json"}
 
 

@@ -104,7 +104,9 @@ class Predictor {
   Prediction start(Operation operation, int exchanges) const {
     Prediction one;
     one.operation = operation;
-    one.wait_us = machine_.call_us;
+    const bool low_latency =
+        operation == Operation::kLowLatencyDispatch || operation == Operation::kLowLatencyCombine;
+    one.wait_us = low_latency ? machine_.low_latency_call_us : machine_.call_us;
     if (topology_.ranks() > 1)
       one.wait_us += exchanges * (topology_.nodes > 1 ? machine_.network_us : machine_.local_us);
     return one;

@@ -47,7 +47,7 @@ class Plan(unittest.TestCase):
 
     def test_bytes_are_those_that_benchmarks_counted(self):
         counted = {}
-        for name in ("2026-11-24_h100_r1.json", "2026-11-24_h100_low_latency_r1.json"):
+        for name in ("2026-11-24_h100_r1.json", "2026-11-24_h100_low_latency_graph_r1.json"):
             for row in json.loads((ROOT / "bench/results" / name).read_text())["results"]:
                 key = row["operation"], row.get("dtype", row.get("payload")), row["tokens"]
                 counted[key] = row["logical_bytes_per_rank"]

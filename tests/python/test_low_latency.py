@@ -140,7 +140,8 @@ def _vllm(group):
             num_experts=LOCAL * size),
         low_latency_mode=True, num_qps_per_rank=LOCAL, allow_nvlink_for_low_latency_mode=True,
         allow_mnnvl=False, explicitly_destroy=True, enable_shrink=False)
-    buffer.get_local_buffer_tensor(dtype=torch.int8, use_rdma_buffer=True)
+    buffer.get_local_buffer_tensor(dtype=torch.int8, use_rdma_buffer=True).zero_()
+    torch.distributed.barrier(group)  # of the caller's, before the first call
     for seed in range(3):
         one = inputs_of(group, seed)[rank]
         recv_x, count, handle, _, hook = buffer.low_latency_dispatch(

@@ -8,41 +8,117 @@ namespace {
 struct PlainRows {
   static __device__ std::int64_t x_bytes(const CombineArgs& args) { return args.shape.row_bytes; }
 
-  static __device__ void send_home(const CombineArgs& args, const Ticket& ticket, int source,
-                                   std::int64_t message, bool packeted) {
-    send_groups(args, ticket, source, message, packeted,
-                [&](int number, int units) { return partial(args, number, units); });
+  static __device__ void stage(const auto& args) {
+    auto* row = shared_at<uint4>(args.shared.row);
+    const auto units = static_cast<int>(args.shape.row_bytes / 16);
+#pragma unroll 2
+    for (int unit = threadIdx.x; unit < units; unit += kThreads) row[unit] = partial(args, unit);
   }
 
-  static __device__ bool sum_token(const CombineArgs& args, const Ticket& ticket,
-                                   std::int64_t token, const Route& route) {
+  static __device__ bool sum_token(const auto& args, const Ticket& ticket, std::int64_t token,
+                                   const Route& route) {
     if (!await_rows(args, ticket, route)) return false;
+    std::byte* out = args.combined_x + token * args.shape.row_bytes;
+    if (!comes_in_packets(args, route)) {
+      sum_plain(args, ticket, route, out);
+      __syncthreads();  // the route has been read
+      return true;
+    }
+    auto* row = shared_at<std::byte>(args.shared.row);
+    const bool good = sum_packets(args, ticket, route, row);
+    if (__syncthreads_and(good) == 0) return false;
+    copy_units(row, out, args.shape.row_bytes);
+    return true;
+  }
+
+ private:
+  static __device__ bool comes_in_packets(const auto& args, const Route& route) {
+    const Announced announced(args.shared, args.comm.num_ranks);
+    bool found = false;
+#pragma unroll 1
+    for (int i = 0; i < *route.num_ranks; ++i)
+      found = found || (route.to_rank[i] >= 0 && announced.packeted[route.to_rank[i]] != 0);
+    return found;
+  }
+
+  static __device__ void sum_plain(const auto& args, const Ticket& ticket, const Route& route,
+                                   std::byte* out) {
     const int ranks = *route.num_ranks;
     const auto units = static_cast<int>(args.shape.row_bytes / 16);
-    auto* out = reinterpret_cast<uint4*>(args.combined_x + token * args.shape.row_bytes);
-    bool good = true;
+#pragma unroll 2
+    for (int unit = threadIdx.x; unit < units; unit += kThreads) {
+      Sum16<__nv_bfloat162> sum;
 #pragma unroll 1
-    for (int number = threadIdx.x; number < args.places.returns.row_groups; number += kThreads) {
-      Sum16<__nv_bfloat162> sums[Group::kUnits];
+      for (int i = 0; i < ranks; ++i) {
+        if (route.to_rank[i] < 0) continue;
+        sum.add(reinterpret_cast<const uint4*>(plain_home(args, ticket, route, i))[unit]);
+      }
+      reinterpret_cast<uint4*>(out)[unit] = sum.round();
+    }
+  }
+
+  /// By all threads, each its share: sums by packets into the row in shared memory. Some of the
+  /// rows may have come plainly. False: a fault.
+  static __device__ bool sum_packets(const auto& args, const Ticket& ticket, const Route& route,
+                                     std::byte* row) {
+    constexpr int kSize = PacketBatch::kSize;
+    const Announced announced(args.shared, args.comm.num_ranks);
+    const MessageArea& area = args.places.returns;
+    const int ranks = *route.num_ranks;
+    const int count = area.row_packets();
+    const auto num_words = static_cast<int>(args.shape.row_bytes / 4);
 #pragma unroll 1
-      for (int i = 0; i < ranks && good; ++i)
-        good = use_home(args, ticket, route, i, number, [&](const Group& group) {
+    for (int first = threadIdx.x; first < count; first += kSize * kThreads) {
+      float2 sums[kSize][3] = {};
+#pragma unroll 1
+      for (int i = 0; i < ranks; ++i) {
+        const int rank = route.to_rank[i];
+        if (rank < 0) continue;
+        PacketBatch batch;
+        if (announced.packeted[rank] != 0) {
+          const Packet* from = place_here(ticket.packet_shift, area.row(rank, route.to_message[i]));
+          const Arrival arrival = batch.await(args, ticket, rank, from, first, kThreads, count);
+          if (arrival == Arrival::kFailed) return false;
+          if (arrival == Arrival::kAbsent) continue;
+        } else {
+          const auto* words =
+              reinterpret_cast<const std::uint32_t*>(plain_home(args, ticket, route, i));
 #pragma unroll
-          for (int u = 0; u < Group::kUnits; ++u) sums[u].add(group.units[u]);
-        });
+          for (int j = 0; j < kSize; ++j) {
 #pragma unroll
-      for (int u = 0; u < Group::kUnits; ++u) {
-        const int unit = number * Group::kUnits + u;
-        if (unit < units) out[unit] = sums[u].round();
+            for (int w = 0; w < 3; ++w) {
+              const int word = 3 * (first + j * kThreads) + w;
+              batch.packets[j].words[w] = word < num_words ? words[word] : 0;
+            }
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < kSize; ++j) {
+#pragma unroll
+          for (int w = 0; w < 3; ++w) {
+            const float2 pair = widen_bfloat16(batch.packets[j].words[w]);
+            sums[j][w].x = plan::add(sums[j][w].x, pair.x);
+            sums[j][w].y = plan::add(sums[j][w].y, pair.y);
+          }
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) {
+        const int number = first + j * kThreads;
+        if (number >= count) break;
+#pragma unroll
+        for (int w = 0; w < 3; ++w)
+          narrow(sums[j][w], reinterpret_cast<__nv_bfloat162*>(row)[3 * number + w]);
       }
     }
-    return __syncthreads_and(good) != 0;
+    return true;
   }
 };
 
 /// Sends, receives, or both.
+template <Form kForm>
 __global__ void __launch_bounds__(kThreads, kBlocksAnSm)
-    combine(const __grid_constant__ CombineArgs args) {
+    combine(const __grid_constant__ Formed<CombineArgs, kForm> args) {
   run_combine<PlainRows>(args);
 }
 
@@ -52,9 +128,24 @@ cudaError_t launch_combine(const CombineArgs& given, int num_sms, cudaStream_t s
   CombineArgs args = given;
   args.shared = plan_combine(args);
   if (args.wire != plan::WireFormat::kBfloat16) return launch_wire_combine(args, num_sms, stream);
-  return launch_combine_kernel<combine>(args, num_sms, stream);
+  switch (form_of(args)) {
+    case Form::kExpertMajor:
+      return launch_combine_kernel<combine<Form::kExpertMajor>, Form::kExpertMajor>(args, num_sms,
+                                                                                    stream);
+    case Form::kRankMajor:
+      return launch_combine_kernel<combine<Form::kRankMajor>, Form::kRankMajor>(args, num_sms,
+                                                                                stream);
+    default:
+      return launch_combine_kernel<combine<Form::kAny>, Form::kAny>(args, num_sms, stream);
+  }
 }
 
-cudaError_t load_combine() { return load<combine>(); }
+cudaError_t load_combine() {
+  for (const auto load_one : {load<combine<Form::kExpertMajor>>, load<combine<Form::kRankMajor>>,
+                              load<combine<Form::kAny>>}) {
+    if (const cudaError_t status = load_one(); status != cudaSuccess) return status;
+  }
+  return cudaSuccess;
+}
 
 }  // namespace deep_ep::cuda::internode_ll

@@ -9,35 +9,20 @@ namespace deep_ep::cuda::internode_ll {
 
 namespace {
 
-/// Eight values of what goes home, as partial() makes 24 of them.
-__device__ uint4 partial_unit(const CombineArgs& args, int unit) {
-  const auto* addends = shared_at<Addend>(args.shared.places);
-  if (args.rank_major) return addends[0].row[unit];
-  const int count = *shared_at<std::int32_t>(args.shared.num_places);
-  Sum8 sum;
-#pragma unroll 4
-  for (int i = 0; i < count; ++i) sum.add(addends[i].row[unit], addends[i].weight);
-  return sum.round();
-}
-
 template <class Wire>
 struct WireRows {
   static __device__ std::int64_t x_bytes(const CombineArgs& args) { return 2 * args.hidden; }
 
-  /// Behind a barrier: nobody reads the row in shared memory any more.
-  static __device__ void send_home(const CombineArgs& args, const Ticket& ticket, int source,
-                                   std::int64_t message, bool packeted) {
+  static __device__ void stage(const auto& args) {
     auto* row = shared_at<std::byte>(args.shared.row);
     const auto units = static_cast<int>(args.hidden / 8);
 #pragma unroll 1
     for (int unit = threadIdx.x; unit < units; unit += kThreads)
-      Wire::put(partial_unit(args, unit), unit, args.wire_row, row);
-    __syncthreads();
-    send_staged(args, ticket, source, message, packeted);
+      Wire::put(partial(args, unit), unit, args.wire_row, row);
   }
 
-  static __device__ bool sum_token(const CombineArgs& args, const Ticket& ticket,
-                                   std::int64_t token, const Route& route) {
+  static __device__ bool sum_token(const auto& args, const Ticket& ticket, std::int64_t token,
+                                   const Route& route) {
     if (!await_rows(args, ticket, route)) return false;
     const auto* row = shared_at<std::byte>(args.shared.row);
     auto* sums = shared_at<float>(args.shared.sums);
@@ -72,42 +57,29 @@ struct WireRows {
  private:
   /// By all threads, each its share: the row of the i-th rank of the route into shared memory.
   /// False: a fault. Sets `here` if this thread's share is.
-  static __device__ bool stage_row(const CombineArgs& args, const Ticket& ticket,
-                                   const Route& route, int i, bool& here) {
-    auto* units = shared_at<uint4>(args.shared.row);
-    const auto groups = static_cast<int>(args.places.returns.row_groups);
-    here = true;
-#pragma unroll 1
-    for (int number = threadIdx.x; number < groups && here; number += kThreads) {
-      here = false;
-      const bool good = use_home(args, ticket, route, i, number, [&](const Group& group) {
-#pragma unroll
-        for (int u = 0; u < Group::kUnits; ++u) units[number * Group::kUnits + u] = group.units[u];
-        here = true;
-      });
-      if (!good) return false;
+  static __device__ bool stage_row(const auto& args, const Ticket& ticket, const Route& route,
+                                   int i, bool& here) {
+    auto* row = shared_at<std::byte>(args.shared.row);
+    const Announced announced(args.shared, args.comm.num_ranks);
+    const MessageArea& area = args.places.returns;
+    const int rank = route.to_rank[i];
+    here = rank >= 0;
+    if (!here) return true;
+    if (announced.packeted[rank] == 0) {
+      copy_units(plain_home(args, ticket, route, i), row, area.plain_bytes);
+      return true;
     }
-    return true;
-  }
-
-  /// By all threads: what is in shared memory, to its source.
-  static __device__ void send_staged(const CombineArgs& args, const Ticket& ticket, int source,
-                                     std::int64_t message, bool packeted) {
-    const auto* staged = shared_at<uint4>(args.shared.row);
-    send_groups(args, ticket, source, message, packeted, [&](int number, int units) {
-      Group group = {};
-#pragma unroll
-      for (int u = 0; u < Group::kUnits; ++u)
-        if (number * Group::kUnits + u < units) group.units[u] = staged[number * Group::kUnits + u];
-      return group;
-    });
+    const Packet* from = place_here(ticket.packet_shift, area.row(rank, route.to_message[i]));
+    const Arrival arrival = take_packets(args, ticket, rank, from, area.row_packets(), 0, row);
+    here = arrival == Arrival::kHere;
+    return arrival != Arrival::kFailed;
   }
 };
 
 /// Sends, receives, or both. kFormat: plan::WireFormat.
 template <int kFormat>
 __global__ void __launch_bounds__(kThreads, kBlocksAnSm)
-    combine(const __grid_constant__ CombineArgs args) {
+    combine(const __grid_constant__ Formed<CombineArgs, Form::kAny> args) {
   constexpr bool kLogFmt = kFormat == static_cast<int>(plan::WireFormat::kLogFmt);
   run_combine<WireRows<std::conditional_t<kLogFmt, LogFmtWire, Fp8Wire>>>(args);
 }
@@ -120,11 +92,10 @@ constexpr auto kFp8Kernel = combine<static_cast<int>(plan::WireFormat::kFp8)>;
 cudaError_t launch_wire_combine(const CombineArgs& given, int num_sms, cudaStream_t stream) {
   CombineArgs args = given;
   args.wire_row = plan::WireRow::of(args.wire, args.hidden);
-  args.shared.row = args.shared.take(args.places.returns.row_groups * MessageArea::kGroupBytes);
   args.shared.sums = args.shared.take(4 * args.hidden);
   return args.wire == plan::WireFormat::kLogFmt
-             ? launch_combine_kernel<kLogFmtKernel>(args, num_sms, stream)
-             : launch_combine_kernel<kFp8Kernel>(args, num_sms, stream);
+             ? launch_combine_kernel<kLogFmtKernel, Form::kAny>(args, num_sms, stream)
+             : launch_combine_kernel<kFp8Kernel, Form::kAny>(args, num_sms, stream);
 }
 
 cudaError_t load_wire_combine() {

@@ -26,7 +26,6 @@ struct SharedOffsets {
   std::uint32_t places = 0;     // [K] of its rows
   std::uint32_t num_places = 0;
   std::uint32_t counts = 0;  // [E]
-  std::uint32_t scales = 0;  // of one row
   std::uint32_t row = 0;     // one row
   std::uint32_t sums = 0;    // [H] of a token
 
