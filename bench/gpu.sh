@@ -11,8 +11,17 @@ common=(--backend cuda --ranks "$ranks" --iters 7 --warmup 5 --chain 100 --live-
 bench() { # name argument...
   bin/deepep bench intranode "${common[@]}" "${@:2}" --json "$folder/$1_r$ranks.json"
 }
+low_latency() { # name argument...
+  bin/deepep bench low-latency --backend cuda --ranks "$ranks" --iters 21 --warmup 5 --chain 100 \
+    --mode eager,graph --comm-stream "${@:2}" --json "$folder/$1_r$ranks.json"
+}
 
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
 bench sms --tokens 4096 --dtype bf16,fp8 --num-sms 1,2,4,8,12,16,20,24,32,64,132
 bench tokens --tokens 1,16,128,512,2048,8192 --dtype bf16,fp8 --num-sms 16,20
 bench small_own_stream --tokens 1,128 --dtype bf16 --num-sms 8,16 --comm-stream
+tokens=1,2,4,8,16,32,64,128,256,512
+low_latency low_latency_quantised --payload fp8 --tokens $tokens --max-tokens 512
+low_latency low_latency_given_fp8 --payload scaled-fp8 --format rank-major --tokens $tokens \
+  --max-tokens 512
+low_latency low_latency_wires --payload bf16 --wire bf16,logfmt,fp8 --tokens 1,16,128,512

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "backend/host/rows.hpp"
+#include "backend/host/wire.hpp"
 
 // The kernels that move and sum rows, on memory that fits the caches (few rows) and that does not.
 namespace deep_ep::host {
@@ -42,6 +43,27 @@ void copy(benchmark::State& state) {
   state.SetBytesProcessed(state.iterations() * count * kRowBytes);
 }
 
+// The rows of a low-latency combine in other formats, coded and summed.
+template <plan::WireFormat kFormat>
+void encode(benchmark::State& state) {
+  const Rows from(1), to(1);
+  for (auto _ : state) {
+    encode_row(kFormat, from.at(0), kRowBytes / 2, to.at(0));
+    benchmark::ClobberMemory();
+  }
+}
+
+template <plan::WireFormat kFormat>
+void sum_wire(benchmark::State& state) {
+  const Rows from(1), wire(1), to(1);
+  encode_row(kFormat, from.at(0), kRowBytes / 2, wire.at(0));
+  const std::vector<const std::byte*> rows(static_cast<std::size_t>(state.range(0)), wire.at(0));
+  for (auto _ : state) {
+    sum_wire_rows({kFormat, kRowBytes / 2, rows.data(), static_cast<int>(rows.size()), to.at(0)});
+    benchmark::ClobberMemory();
+  }
+}
+
 template <Stores kStores>
 void sum(benchmark::State& state) {
   const std::int64_t count = state.range(0);
@@ -73,6 +95,10 @@ BENCHMARK(sum<Stores::kCached>)
 BENCHMARK(sum<Stores::kStreaming>)
     ->ArgNames({"rows", "sources"})
     ->ArgsProduct({{16, 4096}, {1, 2, 4, 8}});
+BENCHMARK(encode<plan::WireFormat::kLogFmt>);
+BENCHMARK(encode<plan::WireFormat::kFp8>);
+BENCHMARK(sum_wire<plan::WireFormat::kLogFmt>)->Arg(1)->Arg(2);
+BENCHMARK(sum_wire<plan::WireFormat::kFp8>)->Arg(1)->Arg(2);
 
 }  // namespace
 }  // namespace deep_ep::host

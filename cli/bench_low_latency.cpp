@@ -4,6 +4,8 @@
 #include <functional>
 #include <memory>
 
+#include "backend/plugin.hpp"
+#include "base/error.hpp"
 #include "verify/low_latency_checks.hpp"
 #include "verify/low_latency_inputs.hpp"
 #include "verify/transfer.hpp"
@@ -27,6 +29,20 @@ struct Round {
     y = input(inputs.expert_rows(number));
   }
 
+  /// Takes the place of `other` on the device: its memory, with the rows of this one.
+  void move_to(const Round& other, Stream stream) {
+    const std::pair<Tensor*, const Tensor*> arrays[] = {{&x, &other.x},
+                                                        {&scales, &other.scales},
+                                                        {&ids, &other.ids},
+                                                        {&weights, &other.weights},
+                                                        {&y, &other.y}};
+    for (const auto& [own, place] : arrays) {
+      if (!own->defined()) continue;
+      cuda_parts().copy(place->data, own->data, static_cast<std::int64_t>(own->nbytes()), stream);
+      *own = *place;
+    }
+  }
+
   verify::LowLatencyExpected expected;
   verify::LowLatencyInputs inputs;
   Tensor x, scales, ids, weights, y;
@@ -35,11 +51,13 @@ struct Round {
 class LowLatencyPoint {
  public:
   LowLatencyPoint(Buffer& buffer, const verify::LowLatencyCase& c,
-                  const LowLatencyBenchSettings& settings)
-      : buffer_(buffer), case_(c), settings_(settings), rows_(c) {
+                  const LowLatencyBenchSettings& settings, BenchMode mode)
+      : buffer_(buffer), case_(c), settings_(settings), mode_(mode), rows_(c) {
     round_ = std::make_unique<Round>(case_, 0, buffer_);
     dispatch(false);
+    combine(false);
     wait();
+    if (mode_ == BenchMode::kGraph) keep_results();
   }
 
   std::vector<BenchRow> run() {
@@ -62,6 +80,20 @@ class LowLatencyPoint {
     bool combine;
   };
 
+  // A graph keeps what its calls allocate, so they all get the results of the first calls.
+  void keep_results() {
+    kept_dispatched_ = dispatched_;
+    kept_combined_ = combined_;
+    outputs_.recv_x = kept_dispatched_.recv_x;
+    outputs_.recv_x_scales = kept_dispatched_.recv_x_scales;
+    outputs_.recv_count = kept_dispatched_.recv_count;
+    outputs_.recv_topk_idx = kept_dispatched_.recv_topk_idx;
+    outputs_.recv_topk_weights = kept_dispatched_.recv_topk_weights;
+    outputs_.src_info = kept_dispatched_.handle.src_info;
+    outputs_.layout_range = kept_dispatched_.handle.layout_range;
+    out_ = kept_combined_.combined_x;
+  }
+
   CallOptions options() const {
     CallOptions options;
     options.stream = settings_.on_comm_stream ? buffer_.comm_stream() : verify::own_stream();
@@ -80,6 +112,7 @@ class LowLatencyPoint {
     args.round_scale = rows_.round_scale;
     args.use_ue8m0 = rows_.use_ue8m0;
     args.format = case_.rank_major ? LowLatencyFormat::kRankMajor : LowLatencyFormat::kExpertMajor;
+    args.outputs = outputs_;
     args.options = options();
     args.return_recv_hook = hook;
     dispatched_ = {};
@@ -94,6 +127,9 @@ class LowLatencyPoint {
     args.topk_idx = round_->ids;
     if (!case_.rank_major) args.topk_weights = round_->weights;
     args.handle = dispatched_.handle;
+    args.use_logfmt = case_.wire == plan::WireFormat::kLogFmt;
+    args.use_fp8 = case_.wire == plan::WireFormat::kFp8;
+    args.out = out_;
     args.options = options();
     args.return_recv_hook = hook;
     combined_ = {};
@@ -102,23 +138,31 @@ class LowLatencyPoint {
     last_ = combined_.event;
   }
 
+  Stream stream() const {
+    Stream stream = options().stream;
+    stream.device = buffer_.device();
+    return stream;
+  }
+
   // A call with a hook has no event: what it queued is on the stream.
   void wait() {
-    if (buffer_.device().type == DeviceType::kCuda) {
-      Stream stream = options().stream;
-      stream.device = buffer_.device();
-      EventHandle(stream).host_wait();
-    }
+    if (buffer_.device().type == DeviceType::kCuda) EventHandle(stream()).host_wait();
     last_.host_wait();
   }
 
-  double time_of(const What& what) {
-    buffer_.barrier();
-    const auto start = Clock::now();
+  void run_chain(const What& what) {
     for (int n = 0; n < settings_.chain; ++n) {
       if (what.dispatch) dispatch(what.hook);
       if (what.combine) combine(what.hook);
     }
+  }
+
+  /// Of a call.
+  double time_of(const What& what, CapturedCalls* graph) {
+    buffer_.barrier();
+    if (graph != nullptr) return graph->time_us() / settings_.chain;
+    const auto start = Clock::now();
+    run_chain(what);
     wait();
     return std::chrono::duration<double, std::micro>(Clock::now() - start).count() /
            settings_.chain;
@@ -126,20 +170,28 @@ class LowLatencyPoint {
 
   BenchRow measure(std::string name, const What& what) {
     BenchRow row{std::move(name)};
+    std::unique_ptr<CapturedCalls> graph;
+    if (mode_ == BenchMode::kGraph) {
+      run_chain(what);
+      wait();
+      graph = cuda_parts().capture(stream(), [&] { run_chain(what); });
+    }
     for (int i = -settings_.warmup; i < settings_.iterations; ++i) {
       // New rows in the last iteration: results that an earlier call left behind would be wrong.
       if (settings_.check && i + 1 == settings_.iterations) load_next(what);
-      const double time = time_of(what);
+      const double time = time_of(what, graph.get());
       if (i >= 0) row.times_us.push_back(time);
     }
+    buffer_.check();
     count_bytes(row, what);
     if (settings_.check) check(row, what);
     return row;
   }
 
   void load_next(const What& what) {
-    const int number = round_->expected.round + 1;
-    round_ = std::make_unique<Round>(case_, number, buffer_);
+    auto next = std::make_unique<Round>(case_, round_->expected.round + 1, buffer_);
+    if (mode_ == BenchMode::kGraph) next->move_to(*round_, stream());
+    round_ = std::move(next);
     if (what.dispatch) return;
     dispatch(false);  // whose handle the combines take
     wait();
@@ -159,7 +211,7 @@ class LowLatencyPoint {
     if (what.dispatch)
       bytes += static_cast<double>(case_.hidden) * static_cast<double>(size_of(rows_.recv_dtype)) +
                4.0 * rows_.num_scales;
-    if (what.combine) bytes += 2.0 * static_cast<double>(case_.hidden);
+    if (what.combine) bytes += static_cast<double>(plan::wire_row_bytes(case_.wire, case_.hidden));
     row.logical_bytes = rows * bytes;
     row.wire_bytes = wire * bytes;
   }
@@ -178,8 +230,13 @@ class LowLatencyPoint {
   Buffer& buffer_;
   const verify::LowLatencyCase& case_;
   const LowLatencyBenchSettings& settings_;
+  const BenchMode mode_;
   const verify::LowLatencyRows rows_;
   std::unique_ptr<Round> round_;
+  LowLatencyDispatchResult kept_dispatched_;  // whose memory all calls of graphs write
+  LowLatencyCombineResult kept_combined_;
+  LowLatencyOutputs outputs_{};
+  TensorView out_{};
   LowLatencyDispatchResult dispatched_;
   LowLatencyCombineResult combined_;
   EventHandle last_;
@@ -187,10 +244,16 @@ class LowLatencyPoint {
 
 }  // namespace
 
+const char* to_string(BenchMode mode) { return mode == BenchMode::kGraph ? "graph" : "eager"; }
+BenchMode bench_mode_from(std::string_view name) {
+  require(name == "eager" || name == "graph", "--mode '{}' must be eager or graph", name);
+  return name == "graph" ? BenchMode::kGraph : BenchMode::kEager;
+}
+
 std::vector<BenchRow> bench_low_latency(Buffer& buffer, Bootstrap& bootstrap,
                                         const verify::LowLatencyCase& c,
-                                        const LowLatencyBenchSettings& settings) {
-  return merge_rows(bootstrap, LowLatencyPoint(buffer, c, settings).run());
+                                        const LowLatencyBenchSettings& settings, BenchMode mode) {
+  return merge_rows(bootstrap, LowLatencyPoint(buffer, c, settings, mode).run());
 }
 
 }  // namespace deep_ep::cli

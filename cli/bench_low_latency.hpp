@@ -1,5 +1,6 @@
 #pragma once
 
+#include <string_view>
 #include <vector>
 
 #include "bench_rows.hpp"
@@ -7,6 +8,14 @@
 #include "verify/low_latency_case.hpp"
 
 namespace deep_ep::cli {
+
+/// How calls are queued.
+enum class BenchMode {
+  kEager,  ///< one after the other; time of the host
+  kGraph,  ///< GPUs: the chain is a CUDA graph whose results lie at one place; time of the GPU
+};
+const char* to_string(BenchMode mode);
+BenchMode bench_mode_from(std::string_view name);
 
 struct LowLatencyBenchSettings {
   int iterations = 20;
@@ -21,6 +30,6 @@ struct LowLatencyBenchSettings {
 /// the routing of `c`. All ranks get the same rows.
 std::vector<BenchRow> bench_low_latency(Buffer& buffer, Bootstrap& bootstrap,
                                         const verify::LowLatencyCase& c,
-                                        const LowLatencyBenchSettings& settings);
+                                        const LowLatencyBenchSettings& settings, BenchMode mode);
 
 }  // namespace deep_ep::cli

@@ -29,6 +29,8 @@ struct Options {
   std::int64_t max_tokens = 0;
   std::vector<std::string> payloads{"fp8"};
   std::vector<std::string> formats{"expert-major"};
+  std::vector<std::string> wires{"bf16"};
+  std::vector<std::string> modes{"eager"};
   std::string routing = "uniform";
   std::string json{};
   int num_threads = 0;
@@ -42,15 +44,18 @@ std::vector<LowLatencyCase> list_cases(const Options& options, int ranks) {
     require(format == "expert-major" || format == "rank-major",
             "--format '{}' must be expert-major or rank-major", format);
     for (const std::string& payload : options.payloads) {
-      for (const std::int64_t tokens : options.tokens) {
-        LowLatencyCase c = options.c;
-        c.ranks = ranks;
-        c.tokens = {tokens};
-        c.max_tokens = std::max<std::int64_t>(options.max_tokens, 0);
-        c.payload = verify::low_latency_payload_from(payload);
-        c.routing = verify::routing_from(options.routing);
-        c.rank_major = format == "rank-major";
-        cases.push_back(c);
+      for (const std::string& wire : options.wires) {
+        for (const std::int64_t tokens : options.tokens) {
+          LowLatencyCase c = options.c;
+          c.ranks = ranks;
+          c.tokens = {tokens};
+          c.max_tokens = std::max<std::int64_t>(options.max_tokens, 0);
+          c.payload = verify::low_latency_payload_from(payload);
+          c.wire = verify::wire_from(wire);
+          c.routing = verify::routing_from(options.routing);
+          c.rank_major = format == "rank-major";
+          cases.push_back(c);
+        }
       }
     }
   }
@@ -66,33 +71,37 @@ void print_header(const Buffer& buffer, const Options& options) {
              buffer.num_ranks(), options.routing, options.c.seed, options.settings.warmup,
              options.settings.iterations, options.settings.chain);
   fmt::print(
-      "# time: a call, of each iteration's slowest rank, calls chained; bytes: received payload of "
-      "a rank (mean), wire: without its own rows;\n# wrong: elements of the benchmarked results "
+      "# time: a call, of each iteration's slowest rank, calls chained, eager by the host's clock, "
+      "in "
+      "a graph by the GPU's;\n# bytes: received payload of a rank (mean), wire: without its own "
+      "rows; wrong: elements of the benchmarked results "
       "that differ from the reference\n");
   fmt::print(
-      "#{:>6} {:>5} {:>7} {:>5} {:>8} {:>13} {:>12}  {:<14} {:>10} {:>10} {:>10} {:>12} {:>6}\n",
-      "tokens", "max", "hidden", "topk", "experts", "payload", "format", "operation", "median us",
-      "p99 us", "min us", "wire bytes", "wrong");
+      "#{:>6} {:>5} {:>7} {:>5} {:>8} {:>13} {:>12} {:>6} {:>5}  {:<13} {:>10} {:>10} {:>10} "
+      "{:>12} "
+      "{:>6}\n",
+      "tokens", "max", "hidden", "topk", "experts", "payload", "format", "home", "mode",
+      "operation", "median us", "p99 us", "min us", "wire bytes", "wrong");
 }
 
 const char* format_name(const LowLatencyCase& c) {
   return c.rank_major ? "rank-major" : "expert-major";
 }
 
-void print_row(const LowLatencyCase& c, const BenchRow& row) {
+void print_row(const LowLatencyCase& c, BenchMode mode, const BenchRow& row) {
   const Summary times = summarize(row.times_us);
   fmt::print(
-      " {:>6} {:>5} {:>7} {:>5} {:>8} {:>13} {:>12}  {:<14} {:>10.1f} {:>10.1f} {:>10.1f} "
-      "{:>12.0f} "
-      "{:>6}\n",
+      " {:>6} {:>5} {:>7} {:>5} {:>8} {:>13} {:>12} {:>6} {:>5}  {:<13} {:>10.1f} {:>10.1f} "
+      "{:>10.1f} {:>12.0f} {:>6}\n",
       c.tokens[0], c.capacity(), c.hidden, c.topk, c.experts, verify::to_string(c.payload),
-      format_name(c), row.operation, times.median, times.p99, times.min, row.wire_bytes,
+      format_name(c), verify::to_string(c.wire), to_string(mode), row.operation, times.median,
+      times.p99, times.min, row.wire_bytes,
       row.checked_elements == 0 ? std::string("-") : std::to_string(row.wrong_elements));
   if (!row.first_mismatch.empty()) fmt::print("   first wrong: {}\n", row.first_mismatch);
   std::fflush(stdout);
 }
 
-nlohmann::ordered_json row_json(const LowLatencyCase& c, const BenchRow& row) {
+nlohmann::ordered_json row_json(const LowLatencyCase& c, BenchMode mode, const BenchRow& row) {
   nlohmann::ordered_json json;
   json["tokens"] = c.tokens[0];
   json["max_tokens"] = c.capacity();
@@ -101,6 +110,8 @@ nlohmann::ordered_json row_json(const LowLatencyCase& c, const BenchRow& row) {
   json["experts"] = c.experts;
   json["payload"] = verify::to_string(c.payload);
   json["format"] = format_name(c);
+  json["wire"] = verify::to_string(c.wire);
+  json["mode"] = to_string(mode);
   add_times(row, json);
   add_checks(row, json);
   return json;
@@ -134,11 +145,14 @@ int run_sweep(const std::shared_ptr<Bootstrap>& bootstrap, const Options& option
   nlohmann::ordered_json results = nlohmann::ordered_json::array();
   std::int64_t wrong = 0;
   for (const LowLatencyCase& c : cases) {
-    for (const BenchRow& row : bench_low_latency(buffer, *bootstrap, c, options.settings)) {
-      wrong += row.wrong_elements;
-      if (!first) continue;
-      print_row(c, row);
-      results.push_back(row_json(c, row));
+    for (const std::string& name : options.modes) {
+      const BenchMode mode = bench_mode_from(name);
+      for (const BenchRow& row : bench_low_latency(buffer, *bootstrap, c, options.settings, mode)) {
+        wrong += row.wrong_elements;
+        if (!first) continue;
+        print_row(c, mode, row);
+        results.push_back(row_json(c, mode, row));
+      }
     }
   }
   if (first && !options.json.empty()) {
@@ -164,6 +178,12 @@ void add_options(CLI::App& command, Options& options) {
                   "bf16, fp8, fp8-rounded, fp8-ue8m0, fp16, fp32, bytes, scaled-fp8, scaled-packed")
       ->delimiter(',');
   command.add_option("--format", options.formats, "expert-major, rank-major")->delimiter(',');
+  command.add_option("--wire", options.wires, "How rows come home: bf16, logfmt, fp8")
+      ->delimiter(',');
+  command
+      .add_option("--mode", options.modes,
+                  "eager; on GPUs also graph: chains in a CUDA graph, timed on the GPU")
+      ->delimiter(',');
   command.add_option("--routing", options.routing, "As for verify");
   command.add_option("--iters", settings.iterations, "Timed iterations");
   command.add_option("--warmup", settings.warmup, "Iterations before them");
@@ -198,6 +218,9 @@ void add_bench_low_latency(CLI::App& bench, int& status) {
             "--iters {} and --chain {} must be at least 1, --warmup {} at least 0",
             settings.iterations, settings.chain, settings.warmup);
     if (!options->json.empty()) check_writable(options->json);
+    for (const std::string& mode : options->modes)
+      require(bench_mode_from(mode) == BenchMode::kEager || options->backend == "cuda",
+              "--mode graph needs --backend cuda, not '{}'", options->backend);
     for (const LowLatencyCase& c : list_cases(*options, ranks)) verify::validate(c);
     status = run_ranks(ranks, [&](std::shared_ptr<Bootstrap> bootstrap) {
       return run_sweep(bootstrap, *options);

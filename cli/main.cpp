@@ -14,6 +14,7 @@ int main(int argc, char** argv) {
   deep_ep::cli::add_info(app, status);
   deep_ep::cli::add_verify(app, status);
   deep_ep::cli::add_bench(app, status);
+  deep_ep::cli::add_plan(app, status);
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {

@@ -24,6 +24,7 @@ struct Options {
   std::string backend = "host";
   LowLatencyCase c{};
   std::string payload = "fp8";
+  std::string wire = "bf16";
   std::string hooks = "none";
   std::string routing = "uniform";
   int experts = 0;
@@ -35,13 +36,14 @@ LowLatencyCase given_case(const Options& options, int ranks) {
   c.name = "the given shape";
   c.ranks = ranks;
   c.payload = verify::low_latency_payload_from(options.payload);
+  c.wire = verify::wire_from(options.wire);
   c.hooks = verify::hooks_from(options.hooks);
   c.routing = verify::routing_from(options.routing);
   c.experts = options.experts > 0 ? options.experts : 8 * ranks;
   return c;
 }
 
-/// Every payload, both formats, all orders of hooks; neighbours differ in shape.
+/// Every payload, both formats, all wires and orders of hooks; neighbours differ in shape.
 std::vector<LowLatencyCase> covering_cases(int ranks, std::uint64_t seed) {
   const Hooks hooks[] = {Hooks::kNone,        Hooks::kEach,      Hooks::kTwoInOrder,
                          Hooks::kTwoReversed, Hooks::kTwoByRank, Hooks::kCrossed};
@@ -56,6 +58,7 @@ std::vector<LowLatencyCase> covering_cases(int ranks, std::uint64_t seed) {
       c.experts = 8 * ranks;
       c.payload = static_cast<LowLatencyPayload>(payload);
       c.rank_major = rank_major;
+      c.wire = static_cast<plan::WireFormat>(payload % 3);
       c.hooks = hooks[i % std::size(hooks)];
       c.routing = routings[i % std::size(routings)];
       c.hidden = i % 3 == 0 ? 2048 : 256;
@@ -69,8 +72,9 @@ std::vector<LowLatencyCase> covering_cases(int ranks, std::uint64_t seed) {
       c.dispatches = 4;
       c.combines = 5;
       c.seed = seed + i;
-      c.name = fmt::format("{}, {}, hooks {}", verify::to_string(c.payload),
-                           rank_major ? "rank-major" : "expert-major", verify::to_string(c.hooks));
+      c.name = fmt::format("{}, {}, home in {}, hooks {}", verify::to_string(c.payload),
+                           rank_major ? "rank-major" : "expert-major", verify::to_string(c.wire),
+                           verify::to_string(c.hooks));
       cases.push_back(c);
     }
   }
@@ -107,6 +111,7 @@ void add_shape_options(CLI::App& command, Options& options) {
   command.add_option("--payload", options.payload,
                      "bf16, fp8, fp8-rounded, fp8-ue8m0, fp16, fp32, bytes, scaled-fp8 or "
                      "scaled-packed");
+  command.add_option("--wire", options.wire, "How rows come home: bf16, logfmt or fp8");
   command.add_option("--routing", options.routing, "As above");
   command.add_option("--hooks", options.hooks,
                      "none, each, two-in-order, two-reversed, two-by-rank or crossed");

@@ -16,6 +16,7 @@ namespace {
 
 constexpr std::array kPayloads{"bf16", "fp8",   "fp8-rounded", "fp8-ue8m0",    "fp16",
                                "fp32", "bytes", "scaled-fp8",  "scaled-packed"};
+constexpr std::array kWires{"bf16", "logfmt", "fp8"};
 constexpr std::array kHooks{"none",         "each",        "two-in-order",
                             "two-reversed", "two-by-rank", "crossed"};
 
@@ -33,6 +34,11 @@ const char* to_string(LowLatencyPayload payload) {
 }
 LowLatencyPayload low_latency_payload_from(std::string_view name) {
   return static_cast<LowLatencyPayload>(index_of(kPayloads, "payload", name));
+}
+
+const char* to_string(plan::WireFormat wire) { return kWires[static_cast<std::size_t>(wire)]; }
+plan::WireFormat wire_from(std::string_view name) {
+  return static_cast<plan::WireFormat>(index_of(kWires, "wire", name));
 }
 
 const char* to_string(Hooks hooks) { return kHooks[static_cast<std::size_t>(hooks)]; }
@@ -56,11 +62,11 @@ std::string LowLatencyCase::describe() const {
   const auto flag = [](bool on, const char* text) { return on ? text : ""; };
   return fmt::format(
       "low latency: ranks={} tokens={} max={} hidden={} payload={} topk={} experts={} routing={} "
-      "seed={} {} {} dispatches={} combines={} hooks={}{}{}{}{}{}{}{}",
+      "seed={} {} {} wire={} dispatches={} combines={} hooks={}{}{}{}{}{}{}{}",
       ranks, fmt::join(tokens, ","), capacity(), hidden, to_string(payload), topk, experts,
       to_string(routing), seed, to_string(topk_dtype), rank_major ? "rank-major" : "expert-major",
-      dispatches, combines, to_string(hooks), flag(!weights, " no-weights"), flag(async, " async"),
-      flag(zero_copy, " zero-copy"), flag(own_outputs, " own-outputs"),
+      to_string(wire), dispatches, combines, to_string(hooks), flag(!weights, " no-weights"),
+      flag(async, " async"), flag(zero_copy, " zero-copy"), flag(own_outputs, " own-outputs"),
       flag(clone_handle, " cloned-handle"), flag(stats, " stats"),
       masked == kNobody ? "" : fmt::format(" masked={}", masked));
 }
@@ -81,6 +87,9 @@ void validate(const LowLatencyCase& c) {
   require(!rows.use_fp8 || c.hidden % plan::kFp8Group == 0,
           "hidden = {} must be a multiple of {} for payload {}", c.hidden, plan::kFp8Group,
           to_string(c.payload));
+  require(c.wire == plan::WireFormat::kBfloat16 || c.hidden % plan::kWireGroup == 0,
+          "hidden = {} must be a multiple of {} for wire {}", c.hidden, plan::kWireGroup,
+          to_string(c.wire));
   require(c.experts > 0 && c.experts % c.ranks == 0,
           "experts = {} must be a positive multiple of ranks = {}", c.experts, c.ranks);
   require(c.topk >= 1, "topk = {} must be at least 1", c.topk);

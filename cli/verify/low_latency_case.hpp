@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "deep_ep/deep_ep.hpp"
+#include "plan/wire.hpp"
 #include "verify/case.hpp"
 
 // The same as verify/case.hpp for low latency: dispatches and combines on a Buffer, checked bitwise
@@ -27,6 +28,10 @@ enum class LowLatencyPayload {
 const char* to_string(LowLatencyPayload payload);
 /// Throws Error(kInvalidArgument) listing the names.
 LowLatencyPayload low_latency_payload_from(std::string_view name);
+
+/// How rows of a combine come home: bf16, logfmt or fp8.
+const char* to_string(plan::WireFormat wire);
+plan::WireFormat wire_from(std::string_view name);
 
 /// Which calls have a recv_hook, and when it runs.
 enum class Hooks {
@@ -59,6 +64,7 @@ struct LowLatencyCase {
   bool weights = true;  ///< rank-major: topk_weights in dispatch
   int dispatches = 2;
   int combines = 2;  ///< of the dispatches in turn, the last one first; each with new rows
+  plan::WireFormat wire = plan::WireFormat::kBfloat16;
   Hooks hooks = Hooks::kNone;
   bool async = false;         ///< without hooks: async_finish, chained by previous_event
   bool zero_copy = false;     ///< combine reads the view of get_next_low_latency_combine_buffer

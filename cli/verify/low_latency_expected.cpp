@@ -18,6 +18,7 @@ reference::LowLatencyShape shape_of(const LowLatencyCase& c) {
   shape.num_experts = c.experts;
   shape.num_ranks = c.ranks;
   shape.rank_major = c.rank_major;
+  shape.wire = c.wire;
   return shape;
 }
 

@@ -207,6 +207,8 @@ class LowLatencyRun {
     args.topk_weights = passed(call.weights);
     args.handle = call.handle;
     args.zero_copy = case_.zero_copy;
+    args.use_logfmt = case_.wire == plan::WireFormat::kLogFmt;
+    args.use_fp8 = case_.wire == plan::WireFormat::kFp8;
     args.out = passed(call.out);
     args.combine_wait_recv_cost_stats = call.wait_stats;
     args.options = options();

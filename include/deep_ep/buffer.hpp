@@ -289,6 +289,8 @@ class DEEP_EP_API Buffer {
   std::int64_t mapped_bytes() const;
   std::int64_t live_bytes() const;
   /// The rank's own heap from `offset` bytes on, as elements of `dtype`; the view keeps it mapped.
+  /// It has no words by which ranks agree, so it may be filled while no rank is in a call and no
+  /// result is live.
   Tensor get_local_buffer_tensor(DType dtype, std::int64_t offset = 0) const;
   /// Nodes, and which ranks are of one: those that map each other's memory, or, with
   /// DEEP_EP_RANKS_PER_NODE, so many neighbours each.

@@ -109,8 +109,11 @@ struct LowLatencyCombineArgs {
   LowLatencyHandle handle{};
   /// x is the view of get_next_low_latency_combine_buffer.
   bool zero_copy = false;
-  /// Rows travel in a 10-bit logarithmic format: docs/numerics.md. The same on all ranks.
+  /// Rows come home in a 10-bit logarithmic format, in 64 % of their bytes, or as FP8 with scales,
+  /// in 52 %: docs/numerics.md, "Rows on their way home", has the errors. One of them at most, the
+  /// same on all ranks; H is a multiple of 128 then.
   bool use_logfmt = false;
+  bool use_fp8 = false;
   TensorView out{};                           ///< optional [N, H] bfloat16: where the result goes
   TensorView combine_wait_recv_cost_stats{};  ///< as in LowLatencyDispatchArgs
   CallOptions options{};
@@ -121,7 +124,8 @@ struct LowLatencyCombineArgs {
 
 struct LowLatencyCombineResult {
   /// [N, H] bfloat16: each rank's rows are weighted and summed in fp32 in ascending order of
-  /// experts and rounded once, then these are summed in fp32 in ascending rank order and rounded.
+  /// experts and rounded once (and then once more by use_logfmt or use_fp8), then these are summed
+  /// in fp32 in ascending rank order and rounded.
   Tensor combined_x;
   EventHandle event;
   std::function<void()> recv_hook;

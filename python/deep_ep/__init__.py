@@ -12,12 +12,13 @@ except ImportError as error:
 
 from ._C import Error, __version__
 from ._groups import Group
+from ._rows import GroupedDispatch, PreparedDispatch, RowGroups
 from .buffer import Buffer
 from .config import Config
 from .event import EventHandle, EventOverlap
 
-__all__ = ["Buffer", "Config", "Error", "EventHandle", "EventOverlap", "Group", "__version__",
-           "topk_idx_t"]
+__all__ = ["Buffer", "Config", "Error", "EventHandle", "EventOverlap", "Group", "GroupedDispatch",
+           "PreparedDispatch", "RowGroups", "__version__", "topk_idx_t"]
 
 
 def __getattr__(name):

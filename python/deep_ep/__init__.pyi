@@ -2,7 +2,7 @@
 torch; a call's results are of the library of its arguments."""
 
 from collections.abc import Callable
-from typing import Any, Sequence, Union
+from typing import Any, NamedTuple, Sequence, Union
 
 import numpy
 import torch
@@ -56,6 +56,29 @@ class EventOverlap:
     def __enter__(self) -> EventOverlap: ...
     def __exit__(self, *_: object) -> None: ...
 
+class PreparedDispatch(NamedTuple):
+    handle: tuple[Array, Array, None, None, Array, Array]
+    num_recv_tokens: int
+    num_recv_tokens_per_expert_list: list[int]
+    num_experts: int
+    expert_alignment: int
+
+class RowGroups(NamedTuple):
+    group_offsets: Array
+    grouped_rows: Array
+    recv_rows: Array
+    weights: Array | None
+
+class GroupedDispatch(NamedTuple):
+    recv_x: Array | tuple[Array, Array]
+    recv_topk_idx: Array | None
+    recv_topk_weights: Array | None
+    num_recv_tokens_per_expert_list: list[int] | None
+    handle: IntranodeHandle | None
+    event: EventOverlap
+    grouped_x: Array | tuple[Array, Array]
+    groups: RowGroups
+
 class Buffer:
     num_sms: int
     group: Any
@@ -104,15 +127,39 @@ class Buffer:
         expert_alignment: int = 1, num_worst_tokens: int = 0, config: Config | None = None,
         previous_event: EventOverlap | None = None, async_finish: bool = False,
         allocate_on_comm_stream: bool = False, *,
-        dispatch_wait_recv_cost_stats: Array | None = None,
+        dispatch_wait_recv_cost_stats: Array | None = None, num_experts: int | None = None,
+        prepared: PreparedDispatch | None = None,
+        recv_x: Array | tuple[Array, Array] | None = None, recv_topk_idx: Array | None = None,
+        recv_topk_weights: Array | None = None,
     ) -> tuple[Array | tuple[Array, Array], Array | None, Array | None, list[int] | None,
                IntranodeHandle | None, EventOverlap]: ...
+    def prepare_dispatch(
+        self, x: Array | tuple[Array, Array], num_tokens_per_rank: Array | None = None,
+        is_token_in_rank: Array | None = None, num_tokens_per_expert: Array | None = None,
+        topk_idx: Array | None = None, topk_weights: Array | None = None,
+        expert_alignment: int = 1, config: Config | None = None,
+        previous_event: EventOverlap | None = None, *, num_experts: int | None = None,
+    ) -> PreparedDispatch: ...
+    def dispatch_grouped(
+        self, x: Array | tuple[Array, Array], handle: IntranodeHandle | None = None,
+        groups: RowGroups | None = None, num_tokens_per_rank: Array | None = None,
+        is_token_in_rank: Array | None = None, num_tokens_per_expert: Array | None = None,
+        topk_idx: Array | None = None, topk_weights: Array | None = None,
+        expert_alignment: int = 1, num_worst_tokens: int = 0, config: Config | None = None,
+        previous_event: EventOverlap | None = None, async_finish: bool = False,
+        allocate_on_comm_stream: bool = False, *,
+        dispatch_wait_recv_cost_stats: Array | None = None, num_experts: int | None = None,
+        prepared: PreparedDispatch | None = None,
+        recv_x: Array | tuple[Array, Array] | None = None, recv_topk_idx: Array | None = None,
+        recv_topk_weights: Array | None = None,
+        grouped_x: Array | tuple[Array, Array] | None = None,
+    ) -> GroupedDispatch: ...
     def combine(
         self, x: Array, handle: IntranodeHandle, topk_weights: Array | None = None,
         bias: Array | tuple[Array, Array] | None = None, config: Config | None = None,
         previous_event: EventOverlap | None = None, async_finish: bool = False,
         allocate_on_comm_stream: bool = False, *,
-        combine_wait_recv_cost_stats: Array | None = None,
+        combine_wait_recv_cost_stats: Array | None = None, groups: RowGroups | None = None,
     ) -> tuple[Array, Array | None, EventOverlap]: ...
     def internode_dispatch(self, *args: Any, **kwargs: Any) -> Any: ...
     def internode_combine(self, *args: Any, **kwargs: Any) -> Any: ...
@@ -128,7 +175,7 @@ class Buffer:
         self, x: Array, topk_idx: Array, topk_weights: Array, handle: LowLatencyHandle,
         use_logfmt: bool = False, zero_copy: bool = False, async_finish: bool = False,
         return_recv_hook: bool = False, out: Array | None = None,
-        combine_wait_recv_cost_stats: Array | None = None,
+        combine_wait_recv_cost_stats: Array | None = None, *, use_fp8: bool = False,
     ) -> tuple[Array, EventOverlap, Callable[[], None] | None]: ...
     def get_next_low_latency_combine_buffer(self, handle: LowLatencyHandle) -> Array: ...
     def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank: int, hidden: int,

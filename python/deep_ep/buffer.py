@@ -10,6 +10,8 @@ from ._arrays import library_of, library_of_dtype
 from ._cuda import CudaMemory, comm_stream_of
 from ._groups import bootstrap_of, rank_and_size
 from ._low_latency import LowLatency
+from ._rows import (NO_LAYOUT, Extras, Rows, handle_of_parts, views_of_groups, views_of_layout,
+                    views_of_payload)
 from .config import combine_config, default_values, dispatch_config
 from .event import EventHandle, EventOverlap
 
@@ -49,7 +51,7 @@ def _event_of(previous_event):
     return None if event is None else event._event
 
 
-class Buffer(LowLatency):
+class Buffer(LowLatency, Rows):
     """One rank's end of the exchange: memory that its peers map, and the calls that move tokens
     through it.
 
@@ -229,64 +231,77 @@ class Buffer(LowLatency):
                  is_token_in_rank=None, num_tokens_per_expert=None, topk_idx=None,
                  topk_weights=None, expert_alignment=1, num_worst_tokens=0, config=None,
                  previous_event=None, async_finish=False, allocate_on_comm_stream=False, *,
-                 dispatch_wait_recv_cost_stats=None):
+                 dispatch_wait_recv_cost_stats=None, num_experts=None, prepared=None, recv_x=None,
+                 recv_topk_idx=None, recv_topk_weights=None):
         """Sends every token's row once to each rank that owns one of its experts. Collective.
 
         `x`: [N, H], rows of a multiple of 16 bytes, or a pair with scales [N, S] float32 or int32
         of any strides. Either the layout is given, usually with `topk_idx` and `topk_weights`
         float32 [N, K], or `handle` of an earlier dispatch, which moves `x` alone as that one did.
         `num_worst_tokens` > 0: results have so many rows, and the call does not wait for counts.
-        `dispatch_wait_recv_cost_stats`: int64 [R], += the longest wait for each source, in ns
-        (host) or SM cycles.
+
+        By keyword only: `num_experts`, with `topk_idx`, in place of a layout; `prepared`, from
+        prepare_dispatch, in place of counting; `recv_x` (a pair if `x` is one), `recv_topk_idx` and
+        `recv_topk_weights`, outputs that the caller brings: contiguous, of at least as many rows as
+        arrive, of which the result is then the first. A `recv_x` that lies in an earlier result is
+        written by the peers directly, others are copied to. `dispatch_wait_recv_cost_stats`: int64
+        [R], += the longest wait for each source, in ns (host) or SM cycles.
 
         Returns (recv_x or (recv_x, recv_scales), recv_topk_idx with local expert ids and -1,
         recv_topk_weights, rows for each local expert rounded up to `expert_alignment` as a list,
         handle, event). Rows are in (source rank, token) order. With `handle`: (recv_x, None, None,
         None, None, event).
         """
+        extras = None
+        if (num_experts is not None or prepared is not None or recv_x is not None
+                or recv_topk_idx is not None or recv_topk_weights is not None):
+            outputs = (recv_x, recv_topk_idx, recv_topk_weights, None)
+            extras = Extras(num_experts, prepared, outputs)
+        return self._dispatch(
+            x, handle, (num_tokens_per_rank, num_tokens_per_expert, is_token_in_rank),
+            (topk_idx, topk_weights), (expert_alignment, num_worst_tokens), config,
+            dispatch_wait_recv_cost_stats,
+            (previous_event, async_finish, allocate_on_comm_stream), extras)
+
+    def _dispatch(self, x, handle, layout, topk, numbers, config, stats, when, extras):
         x, x_scales = x if isinstance(x, tuple) else (x, None)
         library = library_of(x, "x")
-        view = library.view
-        if handle is not None:
-            layout = (None, None, None)
-        else:
-            layout = tuple(None if one is None else view(one, name) for one, name in (
-                (num_tokens_per_rank, "num_tokens_per_rank"),
-                (num_tokens_per_expert, "num_tokens_per_expert"),
-                (is_token_in_rank, "is_token_in_rank")))
-        recv_x, recv_scales, recv_topk_idx, recv_topk_weights, counts, new_handle, event = (
-            self.runtime.dispatch(
-                (view(x, "x"), None if x_scales is None else view(x_scales, "x_scales"),
-                 None if topk_idx is None else view(topk_idx, "topk_idx"),
-                 None if topk_weights is None else view(topk_weights, "topk_weights")),
-                None if handle is None else self._views_of_handle(library, handle), layout,
-                expert_alignment, num_worst_tokens, self._config_values(config, True),
-                self._stats_view(library, dispatch_wait_recv_cost_stats),
-                self._options(previous_event, async_finish, allocate_on_comm_stream)))
+        recv_x, recv_scales, ids, weights, counts, new_handle, event, more = self.runtime.dispatch(
+            views_of_payload(library, x, x_scales, *topk),
+            None if handle is None else self._views_of_handle(library, handle),
+            NO_LAYOUT if handle is not None else views_of_layout(library, *layout),
+            *numbers, self._config_values(config, True), self._stats_view(library, stats),
+            self._options(*when), None if extras is None else extras.views(library))
         make = library.make
         recv_x = make(recv_x, x.dtype)
         if x_scales is not None:
             recv_x = (recv_x, make(recv_scales, x_scales.dtype))
         if handle is not None:
-            end = self._end(event, async_finish, (x, x_scales, handle), (recv_x,))
-            return recv_x, None, None, None, None, end
-        new_handle = [make(one, library.int32) for one in new_handle[:4] + new_handle[5:]]
-        new_handle.insert(4, is_token_in_rank)
-        result = (recv_x, make(recv_topk_idx, None if topk_idx is None else topk_idx.dtype),
-                  make(recv_topk_weights, library.float32), counts, tuple(new_handle))
-        used = (x, x_scales, topk_idx, topk_weights, num_tokens_per_rank, num_tokens_per_expert,
-                is_token_in_rank)
-        return *result, self._end(event, async_finish, used, result)
+            result, used = (recv_x, None, None, None, None), (x, x_scales, handle)
+        else:
+            ids = None if ids is None else make(ids, topk[0].dtype)
+            result = (recv_x, ids, make(weights, library.float32), counts,
+                      handle_of_parts(library, new_handle, layout[2], extras))
+            used = (x, x_scales, topk, layout)
+        if extras is None:
+            return *result, self._end(event, when[1], used, result)
+        result = extras.received(result, more[0])
+        grouped = extras.grouped(library, more, x, x_scales)
+        end = self._end(event, when[1], used + extras.used(), result + grouped)
+        return *result, end, *grouped
 
     def combine(self, x, handle, topk_weights=None, bias=None, config=None, previous_event=None,
                 async_finish=False, allocate_on_comm_stream=False, *,
-                combine_wait_recv_cost_stats=None):
+                combine_wait_recv_cost_stats=None, groups=None):
         """Brings rows back to their tokens and sums them in fp32, ranks in ascending order.
         Collective.
 
         `x`: [Nr, H] bfloat16, float16 or float32: a row for each received one, already weighted and
         summed over this rank's experts. `topk_weights` float32 [Nr, K] are summed alike. `bias`:
         one array [N, H] or a pair of them, added behind the rows. The handle is not changed.
+        `groups`, by keyword only, of the dispatch_grouped that the handle is of: `x` is then
+        [G, H], a row for each grouped one, which are first weighed by `groups.weights`, unless that
+        is None, and summed for each received row.
 
         Returns (combined_x [N, H], combined_topk_weights [N, K] or None, event).
         """
@@ -299,10 +314,11 @@ class Buffer(LowLatency):
              None if second_bias is None else view(second_bias, "bias")),
             self._views_of_handle(library, handle), self._config_values(config, False),
             self._stats_view(library, combine_wait_recv_cost_stats),
-            self._options(previous_event, async_finish, allocate_on_comm_stream))
+            self._options(previous_event, async_finish, allocate_on_comm_stream),
+            None if groups is None else views_of_groups(library, groups))
         combined_x = library.make(combined_x, x.dtype)
         combined_weights = library.make(combined_weights, library.float32)
-        end = self._end(event, async_finish, (x, topk_weights, bias, handle),
+        end = self._end(event, async_finish, (x, topk_weights, bias, handle, groups),
                         (combined_x, combined_weights))
         return combined_x, combined_weights, end
 

@@ -23,17 +23,38 @@ Config config_of(const nb::tuple& parts) {
   return config;
 }
 
+/// A handle in the order of its struct.
 IntranodeHandle handle_of(const nb::tuple& parts) {
   return {view_of(parts[0]), view_of(parts[1]), view_of(parts[2]),
           view_of(parts[3]), view_of(parts[4]), view_of(parts[5])};
 }
 
 nb::object result_of_handle(const IntranodeHandle& handle) {
-  if (!handle.recv_src_idx.defined()) return nb::none();
+  if (!handle.rank_prefix_matrix.defined()) return nb::none();
   return nb::make_tuple(
       result_of(handle.rank_prefix_matrix), result_of(handle.channel_prefix_matrix),
       result_of(handle.recv_channel_prefix_matrix), result_of(handle.recv_src_idx),
       result_of(handle.is_token_in_rank), result_of(handle.send_head));
+}
+
+RowGroups groups_of(const nb::tuple& parts) {
+  return {view_of(parts[0]), view_of(parts[1]), view_of(parts[2]), view_of(parts[3])};
+}
+
+nb::object result_of_groups(const RowGroups& groups) {
+  return nb::make_tuple(result_of(groups.group_offsets), result_of(groups.grouped_rows),
+                        result_of(groups.recv_rows), result_of(groups.weights));
+}
+
+/// `parts`: (handle, received rows, list of rows for each expert, num_experts, expert_alignment).
+PreparedDispatch prepared_of(const nb::tuple& parts) {
+  PreparedDispatch prepared;
+  prepared.handle = handle_of(nb::cast<nb::tuple>(parts[0]));
+  prepared.num_recv_tokens = nb::cast<std::int64_t>(parts[1]);
+  prepared.num_recv_tokens_per_expert_list = nb::cast<std::vector<std::int32_t>>(parts[2]);
+  prepared.num_experts = nb::cast<int>(parts[3]);
+  prepared.expert_alignment = nb::cast<int>(parts[4]);
+  return prepared;
 }
 
 void construct(OwnedBuffer* self, std::shared_ptr<Bootstrap> bootstrap, const nb::dict& given,
@@ -71,38 +92,106 @@ nb::tuple get_dispatch_layout(OwnedBuffer& self, nb::handle topk_idx, int num_ex
                         layout.event);
 }
 
-/// `payload`: (x, x_scales, topk_idx, topk_weights); `layout`: (per rank, per expert, in rank).
-nb::tuple dispatch(OwnedBuffer& self, const nb::tuple& payload, nb::handle handle,
-                   const nb::tuple& layout, int expert_alignment, std::int64_t num_worst_tokens,
-                   const nb::tuple& config, nb::handle wait_stats, const nb::tuple& options) {
-  DispatchArgs args;
+/// `payload`: (x, x_scales, topk_idx, topk_weights).
+void set_payload(DispatchArgs& args, const nb::tuple& payload) {
   args.x = view_of(payload[0]);
   args.x_scales = view_of(payload[1]);
   args.topk_idx = view_of(payload[2]);
   args.topk_weights = view_of(payload[3]);
-  if (!handle.is_none()) args.handle = handle_of(nb::cast<nb::tuple>(handle));
+}
+
+/// `layout`: (per rank, per expert, in rank).
+void set_layout(DispatchArgs& args, const nb::tuple& layout) {
   args.layout.num_tokens_per_rank = view_of(layout[0]);
   args.layout.num_tokens_per_expert = view_of(layout[1]);
   args.layout.is_token_in_rank = view_of(layout[2]);
+}
+
+/// What few calls give: (num_experts, prepared, outputs, group_rows, groups). `outputs`: recv_x,
+/// its scales, recv_topk_idx, recv_topk_weights, grouped_x, its scales.
+void set_extras(DispatchArgs& args, const nb::tuple& extras) {
+  args.num_experts = nb::cast<int>(extras[0]);
+  if (!extras[1].is_none()) args.prepared = prepared_of(nb::cast<nb::tuple>(extras[1]));
+  const auto outputs = nb::cast<nb::tuple>(extras[2]);
+  args.recv_x = view_of(outputs[0]);
+  args.recv_x_scales = view_of(outputs[1]);
+  args.recv_topk_idx = view_of(outputs[2]);
+  args.recv_topk_weights = view_of(outputs[3]);
+  args.grouped_x = view_of(outputs[4]);
+  args.grouped_x_scales = view_of(outputs[5]);
+  args.group_rows = nb::cast<bool>(extras[3]);
+  if (!extras[4].is_none()) args.groups = groups_of(nb::cast<nb::tuple>(extras[4]));
+}
+
+/// None in place of an output that the caller brought, who has it.
+nb::object result_beside(const TensorView& given, const Tensor& result) {
+  return given.defined() ? nb::none() : result_of(result);
+}
+
+/// (received rows, grouped rows, grouped_x, its scales, groups), the last four with group_rows and
+/// the groups unless they were given.
+nb::object result_of_extras(const DispatchArgs& args, const DispatchResult& result) {
+  const std::int64_t rows = result.recv_x.shape[0];
+  if (!args.group_rows) return nb::make_tuple(rows);
+  return nb::make_tuple(rows, result.grouped_x.shape[0],
+                        result_beside(args.grouped_x, result.grouped_x),
+                        result_beside(args.grouped_x_scales, result.grouped_x_scales),
+                        args.groups ? nb::none() : result_of_groups(result.groups));
+}
+
+nb::tuple dispatch(OwnedBuffer& self, const nb::tuple& payload, nb::handle handle,
+                   const nb::tuple& layout, int expert_alignment, std::int64_t num_worst_tokens,
+                   const nb::tuple& config, nb::handle wait_stats, const nb::tuple& options,
+                   nb::handle extras) {
+  DispatchArgs args;
+  set_payload(args, payload);
+  if (!handle.is_none()) args.handle = handle_of(nb::cast<nb::tuple>(handle));
+  set_layout(args, layout);
   args.expert_alignment = expert_alignment;
   args.num_worst_tokens = num_worst_tokens;
   args.config = config_of(config);
   args.dispatch_wait_recv_cost_stats = view_of(wait_stats);
   args.options = options_of(options);
+  if (!extras.is_none()) set_extras(args, nb::cast<nb::tuple>(extras));
   DispatchResult result;
   {
     const NoGil no_gil;
     result = self.get().dispatch(args);
   }
-  return nb::make_tuple(result_of(result.recv_x), result_of(result.recv_x_scales),
-                        result_of(result.recv_topk_idx), result_of(result.recv_topk_weights),
+  return nb::make_tuple(result_beside(args.recv_x, result.recv_x),
+                        result_beside(args.recv_x_scales, result.recv_x_scales),
+                        result_beside(args.recv_topk_idx, result.recv_topk_idx),
+                        result_beside(args.recv_topk_weights, result.recv_topk_weights),
                         nb::cast(result.num_recv_tokens_per_expert_list),
-                        result_of_handle(result.handle), result.event);
+                        result_of_handle(result.handle), result.event,
+                        extras.is_none() ? nb::none() : result_of_extras(args, result));
+}
+
+/// Returns what prepared_of takes.
+nb::tuple prepare_dispatch(OwnedBuffer& self, const nb::tuple& payload, const nb::tuple& layout,
+                           int num_experts, int expert_alignment, const nb::tuple& config,
+                           const nb::tuple& options) {
+  DispatchArgs args;
+  set_payload(args, payload);
+  set_layout(args, layout);
+  args.num_experts = num_experts;
+  args.expert_alignment = expert_alignment;
+  args.config = config_of(config);
+  args.options = options_of(options);
+  PreparedDispatch prepared;
+  {
+    const NoGil no_gil;
+    prepared = self.get().prepare_dispatch(args);
+  }
+  return nb::make_tuple(result_of_handle(prepared.handle), prepared.num_recv_tokens,
+                        nb::cast(prepared.num_recv_tokens_per_expert_list), prepared.num_experts,
+                        prepared.expert_alignment);
 }
 
 /// `payload`: (x, topk_weights, bias or None, bias or None).
 nb::tuple combine(OwnedBuffer& self, const nb::tuple& payload, const nb::tuple& handle,
-                  const nb::tuple& config, nb::handle wait_stats, const nb::tuple& options) {
+                  const nb::tuple& config, nb::handle wait_stats, const nb::tuple& options,
+                  nb::handle groups) {
   CombineArgs args;
   args.x = view_of(payload[0]);
   args.topk_weights = view_of(payload[1]);
@@ -111,6 +200,7 @@ nb::tuple combine(OwnedBuffer& self, const nb::tuple& payload, const nb::tuple& 
   args.config = config_of(config);
   args.combine_wait_recv_cost_stats = view_of(wait_stats);
   args.options = options_of(options);
+  if (!groups.is_none()) args.groups = groups_of(nb::cast<nb::tuple>(groups));
   CombineResult result;
   {
     const NoGil no_gil;
@@ -141,8 +231,10 @@ void bind_buffers(nb::module_& module) {
   buffer.def("__init__", &construct, nb::arg(), nb::arg(), nb::arg().none())
       .def("get_dispatch_layout", &get_dispatch_layout)
       .def("dispatch", &dispatch, nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(),
-           nb::arg(), nb::arg().none(), nb::arg())
-      .def("combine", &combine, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg())
+           nb::arg(), nb::arg().none(), nb::arg(), nb::arg().none())
+      .def("prepare_dispatch", &prepare_dispatch)
+      .def("combine", &combine, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(),
+           nb::arg().none())
       .def(
           "destroy", [](OwnedBuffer& self) { self.get().destroy(); }, nb::call_guard<NoGil>())
       .def(

@@ -58,7 +58,7 @@ nb::tuple dispatch(OwnedBuffer& self, nb::handle x, nb::handle topk_idx, const n
                         hook_of(std::move(result.recv_hook)));
 }
 
-/// `arrays`: (x, topk_idx, topk_weights, out or None); `flags`: (use_logfmt, zero_copy,
+/// `arrays`: (x, topk_idx, topk_weights, out or None); `flags`: (use_logfmt, use_fp8, zero_copy,
 /// return_recv_hook).
 nb::tuple combine(OwnedBuffer& self, const nb::tuple& arrays, const nb::tuple& handle,
                   const nb::tuple& flags, nb::handle wait_stats, const nb::tuple& options) {
@@ -69,8 +69,9 @@ nb::tuple combine(OwnedBuffer& self, const nb::tuple& arrays, const nb::tuple& h
   args.out = view_of(arrays[3]);
   args.handle = handle_of(handle);
   args.use_logfmt = nb::cast<bool>(flags[0]);
-  args.zero_copy = nb::cast<bool>(flags[1]);
-  args.return_recv_hook = nb::cast<bool>(flags[2]);
+  args.use_fp8 = nb::cast<bool>(flags[1]);
+  args.zero_copy = nb::cast<bool>(flags[2]);
+  args.return_recv_hook = nb::cast<bool>(flags[3]);
   args.combine_wait_recv_cost_stats = view_of(wait_stats);
   args.options = options_of(options);
   LowLatencyCombineResult result;

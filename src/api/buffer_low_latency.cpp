@@ -209,6 +209,7 @@ LowLatencyCombineResult Buffer::Impl::low_latency_combine(const LowLatencyCombin
     params.ticket = job->ticket.as<std::uint64_t>();
     params.wait_stats = args.combine_wait_recv_cost_stats.as<std::int64_t>();
     params.x = args.x.as<const std::byte>();
+    params.wire = shape.wire;
     params.hidden = args.handle.hidden;
     params.topk_weights = params.rank_major ? nullptr : args.topk_weights.as<const float>();
     params.src_info = args.handle.src_info.as<const std::int32_t>();

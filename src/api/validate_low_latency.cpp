@@ -80,6 +80,16 @@ void choose_quantization(const LowLatencyDispatchArgs& args, LowLatencyDispatchS
   shape.num_scales = static_cast<int>(divide_up(shape.num_scales, kScalesPerWord));
 }
 
+plan::WireFormat wire_of(const LowLatencyCombineArgs& args) {
+  if (!args.use_logfmt && !args.use_fp8) return plan::WireFormat::kBfloat16;
+  require(!args.use_logfmt || !args.use_fp8,
+          "use_logfmt and use_fp8 are true, one of them is allowed");
+  require(args.handle.hidden % plan::kWireGroup == 0,
+          "handle.hidden is {}: with {} it must be a multiple of {}", args.handle.hidden,
+          args.use_logfmt ? "use_logfmt" : "use_fp8", plan::kWireGroup);
+  return args.use_logfmt ? plan::WireFormat::kLogFmt : plan::WireFormat::kFp8;
+}
+
 /// `given`, checked, or what is to be allocated.
 TensorView output(const TensorView& given, const char* name, DType dtype,
                   std::initializer_list<std::int64_t> shape, Device device) {
@@ -170,8 +180,6 @@ LowLatencyOutputViews validate_outputs(const LowLatencyDispatchArgs& args,
 LowLatencyCombineShape validate_combine(const LowLatencyCombineArgs& args, int num_ranks,
                                         Device device) {
   check_hook(args.return_recv_hook, args.options);
-  if (args.use_logfmt)
-    throw Error(ErrorCode::kUnsupported, "use_logfmt: this version has no such wire format");
   const LowLatencyHandle& handle = args.handle;
   LowLatencyCombineShape shape;
   shape.record.kind = protocol::OpKind::kLowLatencyCombine;
@@ -200,11 +208,12 @@ LowLatencyCombineShape validate_combine(const LowLatencyCombineArgs& args, int n
     expect(args.combine_wait_recv_cost_stats,
            {"combine_wait_recv_cost_stats", device, {DType::kInt64}, {num_ranks}});
   }
-  shape.shape.row_bytes = 2 * handle.hidden;
+  shape.wire = wire_of(args);
+  shape.shape.row_bytes = plan::wire_row_bytes(shape.wire, handle.hidden);
   shape.record.x_dtype = static_cast<std::int32_t>(DType::kBfloat16);
   shape.record.hidden = handle.hidden;
   shape.record.rank_major = rank_major ? 1 : 0;
-  shape.record.wire_format = args.use_logfmt ? 1 : 0;
+  shape.record.wire_format = static_cast<std::int32_t>(shape.wire);
   return shape;
 }
 

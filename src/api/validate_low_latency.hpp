@@ -20,6 +20,7 @@ LowLatencyDispatchShape validate_dispatch(const LowLatencyDispatchArgs& args, in
 
 struct LowLatencyCombineShape {
   plan::LowLatencyShape shape;
+  plan::WireFormat wire = plan::WireFormat::kBfloat16;
   protocol::CallRecord record{};
 };
 LowLatencyCombineShape validate_combine(const LowLatencyCombineArgs& args, int num_ranks,

@@ -57,7 +57,7 @@ constexpr Field kFields[] = {
     {"the handle's rank_prefix_matrix (its hash)", number},
     {"num_max_dispatch_tokens_per_rank", number},
     {"the format (0: expert-major, 1: rank-major)", number},
-    {"use_logfmt", number},
+    {"the format of rows on their way home (0: bfloat16, 1: use_logfmt, 2: use_fp8)", number},
 };
 static_assert(std::size(kFields) == protocol::CallRecord::kNumAgreed);
 

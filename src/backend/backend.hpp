@@ -62,7 +62,7 @@ class Backend {
   virtual void wait_mapped(const std::vector<int>& num_segments) = 0;
   virtual std::int64_t mapped_bytes() const = 0;
   virtual std::int64_t live_bytes() const = 0;
-  /// This rank's segment 0.
+  /// This rank's segment 0, behind the words by which ranks agree.
   virtual Tensor heap() const = 0;
 
   // -- order of work
@@ -132,6 +132,13 @@ struct BackendOptions {
   int ranks_on_host = 1;     // of this machine, whatever nodes they are of
   bool one_process = false;  // all ranks are threads of this process
 };
+
+/// Bytes of segment 0 before what may be written between calls: the control block and the words of
+/// low latency behind it.
+inline std::int64_t words_bytes(const BackendOptions& options, std::int64_t control_bytes) {
+  if (options.low_latency_bytes == 0) return control_bytes;
+  return control_bytes + plan::LowLatencyLayout::words_bytes(options.num_ranks);
+}
 
 /// Throws Error(kUnsupported) if this build or machine has no backend for the device, saying what
 /// is missing.

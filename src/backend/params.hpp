@@ -12,6 +12,7 @@
 #include "plan/layout.hpp"
 #include "plan/low_latency.hpp"
 #include "plan/recv_arrays.hpp"
+#include "plan/wire.hpp"
 #include "protocol/control.hpp"
 
 // One params struct per function of the modes; plain data that a backend reads and fills. R, N, K,
@@ -258,10 +259,11 @@ struct DispatchParams : Step {
 };
 
 struct CombineParams : Step {
-  const std::byte* x = nullptr;            // [L, R * M, H] or [R, M, H] bfloat16
-  std::int64_t hidden = 0;                 // H
-  const float* topk_weights = nullptr;     // [N, K]; null if rank-major
-  const std::int32_t* src_info = nullptr;  // as dispatch wrote them
+  plan::WireFormat wire = plan::WireFormat::kBfloat16;  // of rows on their way home
+  const std::byte* x = nullptr;                         // [L, R * M, H] or [R, M, H] bfloat16
+  std::int64_t hidden = 0;                              // H
+  const float* topk_weights = nullptr;                  // [N, K]; null if rank-major
+  const std::int32_t* src_info = nullptr;               // as dispatch wrote them
   const std::int64_t* layout_range = nullptr;
   std::byte* combined_x = nullptr;  // out [N, H]
 };

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -9,6 +10,15 @@
 #include "base/event_state.hpp"
 
 namespace deep_ep {
+
+/// Calls of a rank as a CUDA graph, to be measured. Goes before what the calls use.
+class CapturedCalls {
+ public:
+  virtual ~CapturedCalls() = default;
+  /// Runs them twice, waits, and gives what the second run took on the GPU: by then no rank waits
+  /// for another one to begin.
+  virtual double time_us() = 0;
+};
 
 /// What libdeep_ep_cuda.so does for the rest, which links no CUDA.
 class CudaParts {
@@ -21,6 +31,10 @@ class CudaParts {
   /// `stream` has.
   virtual void copy(void* to, const void* from, std::int64_t bytes, Stream stream) = 0;
   virtual std::shared_ptr<EventState> record(Stream stream) = 0;
+  /// What `calls` queue on `stream`. They have run before, since what is allocated at the first
+  /// time cannot be captured.
+  virtual std::unique_ptr<CapturedCalls> capture(Stream stream,
+                                                 const std::function<void()>& calls) = 0;
   virtual int num_devices() = 0;
   /// A line for each GPU and for each pair of them.
   virtual std::vector<std::string> describe() = 0;

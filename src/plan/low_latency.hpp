@@ -74,6 +74,7 @@ struct MessageArea {
   std::int64_t max_tokens = 0;    // messages of a source
   std::int64_t max_packeted = 0;  // of them the first ones have room in packets
 
+  DEEP_EP_HD int row_packets() const { return static_cast<int>(row_groups) * kGroupPackets; }
   DEEP_EP_HD Packet* head(int source, std::int64_t message) const {
     return heads + (source * max_tokens + message) * head_packets;
   }
@@ -147,6 +148,12 @@ struct LowLatencyLayout {
   /// The fewest bytes in which calls of these shapes fit with all rows in packets, as far as
   /// kMaxPacketBytes goes.
   static std::int64_t bytes(const LowLatencyShape& dispatch, const LowLatencyShape& combine);
+  /// Of the control words.
+  static std::int64_t words_bytes(int num_ranks) {
+    Carver carver(nullptr);
+    carver.take<protocol::EpochFlag>(std::int64_t{kParts} * num_ranks);
+    return carver.used();
+  }
   /// Whether calls of this shape fit at all.
   static bool fits(const LowLatencyShape& shape, LowLatencyKind kind, std::int64_t bytes);
 

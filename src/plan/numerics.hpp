@@ -208,4 +208,142 @@ DEEP_EP_HD inline float from_ue8m0(std::uint8_t byte) {
   return bit_cast<float>(std::uint32_t{byte} << 23);
 }
 
+// LogFMT: ten bits a value. A group of kLogFmtGroup values of bfloat16 shares a range, and a code
+// says where between the logarithms of its ends a magnitude lies. amax from 0 on through
+// logfmt_amax and amin from infinity on through logfmt_amin, their range, its scale, then a code
+// each. No library's logarithm is asked, since those of host and GPU differ.
+
+constexpr int kLogFmtGroup = 128;
+constexpr std::uint32_t kLogFmtSteps = 510;   // from code 1, where the range begins, to its end
+constexpr std::uint32_t kLogFmtSign = 0x200;  // with code 0: not a finite number
+constexpr std::uint32_t kLogFmtOctaves = 16;  // of a range at most
+
+namespace detail {
+
+constexpr std::uint32_t kSmallestNormal = 0x00800000;
+
+// Of f^(i + 1) in polynomials for log2(1 + f) and 2^f - 1. Functions, since device code sees no
+// array of the host.
+DEEP_EP_HD constexpr float log2_factor(int i) {
+  constexpr float kFactors[] = {1.4426677117f, -0.7205835151f, 0.4735420552f, -0.3258708779f,
+                                0.1942506173f, -0.0795271937f, 0.0155215082f};
+  return kFactors[i];
+}
+DEEP_EP_HD constexpr float exp2_factor(int i) {
+  constexpr float kFactors[] = {0.6931513119f, 0.2401644496f, 0.0557999147f, 0.0090170285f,
+                                0.0018671308f};
+  return kFactors[i];
+}
+
+/// log2(1 + f), exact at 0, off by 5e-7 at most. `bits` are those of a number whose mantissa is
+/// 1 + f.
+DEEP_EP_HD inline float log2_of_mantissa(std::uint32_t bits) {
+  const float f = add(bit_cast<float>((bits & 0x007fffffu) | 0x3f800000u), -1.0f);
+  float sum = accumulate(log2_factor(5), f, log2_factor(6));
+  sum = accumulate(log2_factor(4), f, sum);
+  sum = accumulate(log2_factor(3), f, sum);
+  sum = accumulate(log2_factor(2), f, sum);
+  sum = accumulate(log2_factor(1), f, sum);
+  sum = accumulate(log2_factor(0), f, sum);
+  return multiply(f, sum);
+}
+
+/// 2^f for f from 0 to 1, exact at 0, else off by 2e-7 of itself at most.
+DEEP_EP_HD inline float exp2_of_fraction(float f) {
+  float sum = accumulate(exp2_factor(3), f, exp2_factor(4));
+  sum = accumulate(exp2_factor(2), f, sum);
+  sum = accumulate(exp2_factor(1), f, sum);
+  sum = accumulate(exp2_factor(0), f, sum);
+  return accumulate(1.0f, f, sum);
+}
+
+/// Subnormal numbers count as zero, what is not finite has a code of its own.
+DEEP_EP_HD inline bool has_logarithm(std::uint32_t magnitude) {
+  return magnitude >= kSmallestNormal && magnitude < kFloatInfinity;
+}
+
+}  // namespace detail
+
+// Independent of the order in which values come.
+DEEP_EP_HD inline float logfmt_amax(float amax, float value) {
+  const std::uint32_t magnitude = detail::magnitude(value);
+  const bool larger = detail::has_logarithm(magnitude) && bit_cast<float>(magnitude) > amax;
+  return larger ? bit_cast<float>(magnitude) : amax;
+}
+DEEP_EP_HD inline float logfmt_amin(float amin, float value) {
+  const std::uint32_t magnitude = detail::magnitude(value);
+  const bool smaller = detail::has_logarithm(magnitude) && bit_cast<float>(magnitude) < amin;
+  return smaller ? bit_cast<float>(magnitude) : amin;
+}
+
+/// What travels with the codes of a group; zeros if none of its values has a logarithm.
+struct LogFmtRange {
+  Bfloat16 amax;
+  Bfloat16 amin;  // or kLogFmtOctaves below amax, if that is more
+};
+
+DEEP_EP_HD inline LogFmtRange logfmt_range(float amax, float amin) {
+  const auto most = static_cast<std::int32_t>(bit_cast<std::uint32_t>(amax));
+  auto least = static_cast<std::int32_t>(bit_cast<std::uint32_t>(amin));
+  const std::int32_t lowest = most - static_cast<std::int32_t>(kLogFmtOctaves << 23);
+  if (least < lowest) least = lowest;
+  if (most == 0) least = 0;
+  return {{static_cast<std::uint16_t>(most >> 16)}, {static_cast<std::uint16_t>(least >> 16)}};
+}
+
+/// The same at sender and receiver.
+struct LogFmtScale {
+  std::uint32_t begin;  // bits of the range's beginning
+  float log2_begin;     // of its mantissa
+  float step;           // from code to code, in octaves
+  float inverse;        // what the sender multiplies with
+};
+
+namespace detail {
+
+/// log2 of a number that has one, from the range's beginning on.
+DEEP_EP_HD inline float logfmt_log2(std::uint32_t bits, std::uint32_t begin, float log2_begin) {
+  const auto octaves = static_cast<float>(static_cast<std::int32_t>(bits >> 23) -
+                                          static_cast<std::int32_t>(begin >> 23));
+  return add(octaves, add(log2_of_mantissa(bits), -log2_begin));
+}
+
+}  // namespace detail
+
+DEEP_EP_HD inline LogFmtScale logfmt_scale(LogFmtRange range) {
+  const std::uint32_t begin = std::uint32_t{range.amin.bits} << 16;
+  const float log2_begin = detail::log2_of_mantissa(begin);
+  const float span = detail::logfmt_log2(std::uint32_t{range.amax.bits} << 16, begin, log2_begin);
+  constexpr auto kSteps = static_cast<float>(kLogFmtSteps);
+  return {begin, log2_begin, multiply(span, 1.0f / kSteps),
+          span > 0.0f ? divide(kSteps, span) : 0.0f};
+}
+
+DEEP_EP_HD inline std::uint32_t quantize_logfmt(float value, const LogFmtScale& scale) {
+  const std::uint32_t magnitude = detail::magnitude(value);
+  if (magnitude >= detail::kFloatInfinity) return kLogFmtSign;
+  // Zero is nearer than the range's beginning.
+  constexpr std::uint32_t kOctave = detail::kSmallestNormal;
+  if (magnitude < kOctave || magnitude + kOctave < scale.begin) return 0;
+  float steps =
+      multiply(detail::logfmt_log2(magnitude, scale.begin, scale.log2_begin), scale.inverse);
+  constexpr auto kSteps = static_cast<float>(kLogFmtSteps);
+  if (steps < 0.0f) steps = 0.0f;
+  if (steps > kSteps) steps = kSteps;
+  // The last bit of the sum is 1: it is rounded to nearest even there.
+  const std::uint32_t whole = bit_cast<std::uint32_t>(add(steps, 8388608.0f)) & 0x1ffu;
+  return (whole + 1) | (bit_cast<std::uint32_t>(value) >> 31) * kLogFmtSign;
+}
+
+DEEP_EP_HD inline float dequantize_logfmt(std::uint32_t code, const LogFmtScale& scale) {
+  const std::uint32_t number = code & (kLogFmtSign - 1);
+  if (number == 0) return code == 0 ? 0.0f : bit_cast<float>(0x7fffffffu);
+  const float log2 = accumulate(scale.log2_begin, static_cast<float>(number - 1), scale.step);
+  const auto octaves = static_cast<std::uint32_t>(log2);
+  const float mantissa = detail::exp2_of_fraction(add(log2, -static_cast<float>(octaves)));
+  const std::uint32_t exponent = (scale.begin & 0x7f800000u) + (octaves << 23) - 0x3f800000u;
+  return detail::with_sign(bit_cast<float>(bit_cast<std::uint32_t>(mantissa) + exponent),
+                           (code & kLogFmtSign) << 22);
+}
+
 }  // namespace deep_ep::plan

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <utility>
 
 #include "base/error.hpp"
@@ -112,6 +113,34 @@ void round_all(std::vector<float>& values) {
   for (float& value : values) value = to_float(from_float<Bfloat16>(value));
 }
 
+void through_logfmt(float* group) {
+  float amax = 0.0f;
+  float amin = std::numeric_limits<float>::infinity();
+  for (int i = 0; i < kLogFmtGroup; ++i) {
+    amax = logfmt_amax(amax, group[i]);
+    amin = logfmt_amin(amin, group[i]);
+  }
+  const LogFmtScale scale = logfmt_scale(logfmt_range(amax, amin));
+  for (int i = 0; i < kLogFmtGroup; ++i)
+    group[i] = dequantize_logfmt(quantize_logfmt(group[i], scale), scale);
+}
+
+void through_fp8(float* group) {
+  float amax = 0.0f;
+  for (int i = 0; i < kFp8Group; ++i) amax = fp8_amax(amax, group[i]);
+  const Fp8Scale scale = fp8_scale(amax);
+  for (int i = 0; i < kFp8Group; ++i)
+    group[i] = dequantize_fp8(quantize_fp8(group[i], scale.inverse), scale.scale);
+}
+
+/// What the receiver makes of the codes that a row becomes.
+void through_wire(WireFormat wire, std::vector<float>& row) {
+  if (wire == WireFormat::kBfloat16) return;
+  require(row.size() % kWireGroup == 0, "{} values are no multiple of {}", row.size(), kWireGroup);
+  for (std::size_t begin = 0; begin < row.size(); begin += kWireGroup)
+    wire == WireFormat::kLogFmt ? through_logfmt(&row[begin]) : through_fp8(&row[begin]);
+}
+
 /// What rank `rank` sends home for one token; false if it has none of its experts.
 bool partial_sum(const LowLatencyShape& shape, const LowLatencyReceived& received,
                  const std::vector<LowLatencyCombineInput>& inputs,
@@ -190,6 +219,7 @@ std::vector<std::vector<std::byte>> low_latency_combine(
       for (int rank = 0; rank < shape.num_ranks; ++rank) {
         std::vector<float> partial(hidden, 0.0f);
         if (!partial_sum(shape, received[rank], inputs, {source, token}, rank, partial)) continue;
+        through_wire(shape.wire, partial);
         for (std::int64_t h = 0; h < hidden; ++h) sums[h] = add(sums[h], partial[h]);
       }
       for (const float sum : sums) {

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "plan/reference.hpp"
+#include "plan/wire.hpp"
 
 // Low latency as plain loops over a global view of all ranks, as plan/reference.hpp does it for the
 // other modes: every test's oracle, which shares nothing with plan/low_latency or a backend.
@@ -15,6 +16,7 @@ struct LowLatencyShape {
   int num_experts = 0;
   int num_ranks = 0;
   bool rank_major = false;
+  WireFormat wire = WireFormat::kBfloat16;  // of a combine
   std::int64_t x_bytes = 0;
   std::int64_t scale_bytes = 0;
 };
@@ -65,7 +67,8 @@ struct LowLatencyCombineInput {
 /// [N, H] bfloat16 of each rank. On each rank that has experts of a token, ascending: expert-major
 /// acc = fma(w, x, acc) over its distinct experts, ascending, from +0, where w is the sum of the
 /// entries that name the expert in the order of k; rounded to bfloat16. Rank-major the row as it
-/// is. Then acc = acc + row over the ranks, from +0, rounded to bfloat16.
+/// is. With another wire than bfloat16 the row is quantised then, and its values are what the codes
+/// say, in fp32. Then acc = acc + row over the ranks, from +0, rounded to bfloat16.
 std::vector<std::vector<std::byte>> low_latency_combine(
     const LowLatencyShape& shape, std::int64_t hidden,
     const std::vector<LowLatencyReceived>& received,

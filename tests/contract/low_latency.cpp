@@ -40,6 +40,7 @@ enum Factor {
   kRoutingFactor,
   kLocalExpertsFactor,
   kFormatFactor,
+  kWireFactor,
   kHooksFactor,
   kIdFactor,
   kReuseFactor,
@@ -59,6 +60,7 @@ std::vector<int> factor_levels() {
   levels[kRoutingFactor] = kRoutings.size();
   levels[kLocalExpertsFactor] = kLocalExperts.size();
   levels[kFormatFactor] = 3;
+  levels[kWireFactor] = 3;
   levels[kHooksFactor] = kHookLevels + 1;  // the last: async
   levels[kIdFactor] = 2;
   levels[kReuseFactor] = 4;
@@ -72,12 +74,12 @@ bool quantised(LowLatencyPayload payload) {
 }
 
 /// Rows of bfloat16 and of the payload must be multiples of 16 bytes, quantised ones of 128 values.
-std::int64_t rounded_hidden(std::int64_t hidden, LowLatencyPayload payload) {
+std::int64_t rounded_hidden(std::int64_t hidden, const LowLatencyCase& c) {
   std::int64_t unit = 16;
-  if (payload == LowLatencyPayload::kBfloat16 || payload == LowLatencyPayload::kFloat16 ||
-      payload == LowLatencyPayload::kFloat32)
+  if (c.payload == LowLatencyPayload::kBfloat16 || c.payload == LowLatencyPayload::kFloat16 ||
+      c.payload == LowLatencyPayload::kFloat32)
     unit = 8;
-  if (quantised(payload)) unit = 128;
+  if (quantised(c.payload) || c.wire != plan::WireFormat::kBfloat16) unit = 128;
   return (hidden + unit - 1) / unit * unit;
 }
 
@@ -94,7 +96,8 @@ LowLatencyCase case_of(const std::vector<int>& row, std::uint64_t seed) {
   const std::array<std::int64_t, 3> capacities{0, std::max<std::int64_t>(tokens, 1) + 3, 256};
   c.max_tokens = capacities[at(kCapacityFactor)];
   c.payload = static_cast<LowLatencyPayload>(row[kPayloadFactor]);
-  c.hidden = rounded_hidden(kHidden[at(kHiddenFactor)], c.payload);
+  c.wire = static_cast<plan::WireFormat>(row[kWireFactor]);
+  c.hidden = rounded_hidden(kHidden[at(kHiddenFactor)], c);
   c.routing = kRoutings[at(kRoutingFactor)];
   c.rank_major = row[kFormatFactor] > 0;
   c.weights = row[kFormatFactor] != 2;
@@ -185,7 +188,7 @@ Program random_low_latency_program(std::uint64_t seed, const Limits& limits) {
     if (random() % 2 == 0) {
       c.max_tokens = 1 + below(150);
       for (std::int64_t& tokens : c.tokens) tokens = below(static_cast<int>(c.max_tokens) + 1);
-      c.hidden = rounded_hidden(16 * (1 + below(128)), c.payload);
+      c.hidden = rounded_hidden(16 * (1 + below(128)), c);
       c.topk = 1 + below(std::min(c.experts, 40));
     }
     fit(c, limits.bytes / num_steps);

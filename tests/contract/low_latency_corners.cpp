@@ -96,6 +96,56 @@ void add_shapes(List& list) {
   }
 }
 
+/// Rows that come home in other formats, next to calls of the others.
+void add_wires(List& list) {
+  for (const plan::WireFormat wire : {plan::WireFormat::kLogFmt, plan::WireFormat::kFp8}) {
+    const auto add = [&](const std::string& name, LowLatencyCase c) {
+      for (const bool rank_major : {false, true}) {
+        c.rank_major = rank_major;
+        c.wire = wire;
+        LowLatencyCase plain = c;
+        plain.wire = plan::WireFormat::kBfloat16;
+        LowLatencyCase other = c;
+        other.wire =
+            wire == plan::WireFormat::kFp8 ? plan::WireFormat::kLogFmt : plan::WireFormat::kFp8;
+        list.add(fmt::format("home_in_{}_{}{}", verify::to_string(wire), name,
+                             rank_major ? "_rank_major" : ""),
+                 {c, plain, c, other});
+      }
+    };
+    for (const int ranks : {1, 2, 3, 8}) add(fmt::format("ranks_{}", ranks), small(ranks));
+    LowLatencyCase c = small(4);
+    c.hidden = 128;
+    add("shortest_rows", c);
+    c.hidden = 16384;
+    c.topk = 8;
+    add("longest_rows", c);
+    c = small(4);
+    c.tokens = {1};
+    c.max_tokens = 128;
+    c.hidden = 7168;
+    c.hooks = Hooks::kEach;
+    add("one_token_hooks", c);
+    c = small(2);
+    c.topk = 1;
+    c.tokens = {70};  // more than travel in packets on GPUs
+    c.hidden = 16384;
+    c.hooks = Hooks::kTwoByRank;
+    add("many_bytes_hooks", c);
+    c = small(4);
+    c.routing = Routing::kDuplicates;
+    c.zero_copy = c.own_outputs = c.clone_handle = true;
+    add("duplicates_views", c);
+    c = small(4);
+    c.masked = 2;
+    add("masked_rank", c);
+    c = small(2);
+    c.async = true;
+    c.combines = 8;
+    add("async", c);
+  }
+}
+
 void add_routings(List& list) {
   for (const bool rank_major : {false, true}) {
     const char* suffix = rank_major ? "_rank_major" : "";
@@ -253,6 +303,7 @@ void add_masks(List& list) {
 std::vector<Program> low_latency_corner_programs(const Limits& limits) {
   List list(limits);
   add_shapes(list);
+  add_wires(list);
   add_routings(list);
   add_reuse(list);
   add_orders(list);

@@ -246,6 +246,40 @@ TEST(LowLatencyUsage, ArgumentsAreCheckedBeforeAnythingIsSent) {
               HasSubstr("excludes async_finish"));
 }
 
+TEST(LowLatencyUsage, RowsComeHomeInOneFormatThatFitsThem) {
+  const auto refused = [](std::int64_t hidden, bool use_logfmt, bool use_fp8) {
+    return texts_of(1, [&](Buffer& buffer, const Input& input) {
+      LowLatencyDispatchArgs args = input.dispatch();
+      args.x = {input.x.data(), DType::kBfloat16, {kTokens, hidden}};
+      LowLatencyCombineArgs combine = input.combine(buffer.low_latency_dispatch(args));
+      combine.use_logfmt = use_logfmt;
+      combine.use_fp8 = use_fp8;
+      return error_of([&] { buffer.low_latency_combine(combine); });
+    })[0];
+  };
+  EXPECT_THAT(refused(kHidden, true, true), HasSubstr("use_logfmt and use_fp8 are true"));
+  EXPECT_THAT(refused(kHidden / 2, true, false),
+              HasSubstr("handle.hidden is 64: with use_logfmt it must be a multiple of 128"));
+  EXPECT_THAT(refused(kHidden / 2, false, true), HasSubstr("with use_fp8 it must be"));
+  EXPECT_EQ(refused(kHidden, true, false), "no Error");
+  EXPECT_EQ(refused(kHidden / 2, false, false), "no Error");
+}
+
+TEST(LowLatencyUsage, RanksWhoseRowsComeHomeInOtherFormatsAreToldSo) {
+#if defined(__SANITIZE_THREAD__)
+  GTEST_SKIP() << "ranks that disagree write over each other's messages, which nobody reads then";
+#endif
+  const auto texts = texts_of(2, [](Buffer& buffer, const Input& input) {
+    LowLatencyCombineArgs args = input.combine(buffer.low_latency_dispatch(input.dispatch()));
+    args.use_logfmt = buffer.rank() == 1;
+    return error_of([&] { buffer.low_latency_combine(args); });
+  });
+  for (const std::string& text : texts) {
+    EXPECT_THAT(text, HasSubstr("disagreement"));
+    EXPECT_THAT(text, HasSubstr("the format of rows on their way home"));
+  }
+}
+
 TEST(LowLatencyUsage, MasksNeedEnableShrink) {
   const std::vector<std::string> texts = texts_of(2, [](Buffer& buffer, const Input&) {
     return error_of([&] { buffer.low_latency_update_mask_buffer(1 - buffer.rank(), true); });

@@ -74,6 +74,7 @@ struct Converted {
   std::uint32_t float_of_bf16, float_of_fp16, float_of_fp8;  // of the low bits
   std::uint32_t bf16_of_float, fp16_of_float, fp8_of_float;  // of the pattern as float
   std::uint32_t accumulated, scale, power_of_two_scale;
+  std::uint32_t logfmt_code, float_of_logfmt;
 
   DEEP_EP_HD static Converted of(std::uint32_t pattern) {
     using namespace plan;
@@ -95,6 +96,14 @@ struct Converted {
     const float amax = fp8_amax(fp8_amax(0.0f, value), other);
     out.scale = bit_cast<std::uint32_t>(fp8_scale(amax).scale);
     out.power_of_two_scale = bit_cast<std::uint32_t>(fp8_power_of_two_scale(amax).scale);
+    // One of two magnitudes begins the range, the other one ends it; every code is tried as well.
+    const float one = to_float(Bfloat16{static_cast<std::uint16_t>(pattern)});
+    const float two = to_float(Bfloat16{static_cast<std::uint16_t>(pattern * 2654435761u >> 16)});
+    const float none = bit_cast<float>(detail::kFloatInfinity);
+    const LogFmtScale range = logfmt_scale(logfmt_range(logfmt_amax(logfmt_amax(0.0f, one), two),
+                                                        logfmt_amin(logfmt_amin(none, one), two)));
+    out.logfmt_code = quantize_logfmt(value, range);
+    out.float_of_logfmt = bit_cast<std::uint32_t>(dequantize_logfmt(pattern % 1024, range));
     return out;
   }
   DEEP_EP_HD friend bool operator==(const Converted& a, const Converted& b) {
@@ -102,7 +111,8 @@ struct Converted {
            a.float_of_fp8 == b.float_of_fp8 && a.bf16_of_float == b.bf16_of_float &&
            a.fp16_of_float == b.fp16_of_float && a.fp8_of_float == b.fp8_of_float &&
            a.accumulated == b.accumulated && a.scale == b.scale &&
-           a.power_of_two_scale == b.power_of_two_scale;
+           a.power_of_two_scale == b.power_of_two_scale && a.logfmt_code == b.logfmt_code &&
+           a.float_of_logfmt == b.float_of_logfmt;
   }
 };
 /// out[i] = Converted::of(first + i * step)

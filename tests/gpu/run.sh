@@ -56,12 +56,14 @@ if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck; do
     run compute-sanitizer --tool $tool --error-exitcode 1 --target-processes all \
       bin/deepep verify --backend cuda --ranks 2 --tokens 64 --hidden 512
-    run compute-sanitizer --tool $tool --error-exitcode 1 --target-processes all \
-      bin/deepep verify low-latency --backend cuda --ranks 2 --tokens 8 --hidden 512
+    for wire in bf16 logfmt; do
+      run compute-sanitizer --tool $tool --error-exitcode 1 --target-processes all \
+        bin/deepep verify low-latency --backend cuda --ranks 2 --tokens 8 --hidden 512 --wire $wire
+    done
   done
 else
   printf '== compute-sanitizer: SKIPPED, it is not installed\n'
-  skipped=$((skipped + 4))
+  skipped=$((skipped + 6))
 fi
 printf '\n%d passed, %d failed, %d skipped\n' $passed $failed $skipped
 ((failed == 0))

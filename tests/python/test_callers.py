@@ -1,6 +1,7 @@
 """The calling forms of frameworks, each as its own code calls."""
 
 import threading
+import time
 
 import pytest
 import torch
@@ -86,7 +87,9 @@ def _megatron(group):
     config = deep_ep.Buffer.get_dispatch_config(size)
     buffer = deep_ep.Buffer(group, config.get_nvl_buffer_size_hint(64, size),
                             config.get_rdma_buffer_size_hint(64, size))
-    assert not buffer.group != group  # how it decides to make a new one
+    assert not buffer.group != group  # how it decides to make a new one: by this, and by growth
+    assert buffer.num_nvl_bytes == config.get_nvl_buffer_size_hint(64, size)
+    assert buffer.num_rdma_bytes == config.get_rdma_buffer_size_hint(64, size)
     everyone = make_inputs(size, experts=2 * size, dtype=torch.float32)
     one = everyone[rank]
     x = one.x.clone().requires_grad_()
@@ -190,6 +193,71 @@ def _lmdeploy(group):
     buffer.destroy()
 
 
+def _rtp_llm(group):
+    """A fork's argument; ROCm's has it too."""
+    buffer = deep_ep.Buffer(group=group, num_nvl_bytes=1 << 20, num_rdma_bytes=0,
+                            low_latency_mode=False, num_qps_per_rank=12.0,
+                            allow_nvlink_for_low_latency_mode=True, allow_mnnvl=False,
+                            use_fabric=True)
+    one = make_inputs(group.size(), experts=2 * group.size())[group.rank()]
+    assert same(buffer.get_dispatch_layout(one.topk_idx, one.experts)[3],
+                layout_of(one, group.size())[2])
+    buffer.destroy()
+
+
+def _slime(group):
+    """Reads of handles how many rows each rank got, and how many came here."""
+    size, rank = group.size(), group.rank()
+    buffer = deep_ep.Buffer(group, 1 << 20)
+    everyone = make_inputs(size, [5, 12], experts=2 * size)
+    one = everyone[rank]
+    layout = buffer.get_dispatch_layout(one.topk_idx, one.experts)
+    got = buffer.dispatch(one.x, None, layout[0], None, layout[3], layout[2])
+    handle = got[4]
+    assert handle[3].shape[0] == got[0].shape[0] == Expected(everyone, rank).rows
+    for other in range(size):
+        assert int(handle[0][-1][other]) == Expected(everyone, other).rows
+    buffer.destroy()
+
+
+def _tensorrt_llm(group):
+    """int32 ids, which come back as they are; to grow it destroys, and constructs larger."""
+    size = group.size()
+    for num_bytes in (1 << 20, 1 << 22):
+        buffer = deep_ep.Buffer(None, num_nvl_bytes=num_bytes, num_rdma_bytes=0, comm=_Mpi(group))
+        everyone = make_inputs(size, experts=2 * size)
+        for one in everyone:
+            one.topk_idx = one.topk_idx.int()
+        one = everyone[group.rank()]
+        got = buffer.dispatch(**routing.dispatch_arguments(buffer, one))
+        assert got[1].dtype == torch.int32
+        Expected(everyone, group.rank()).check(*got[:3], got[4])
+        buffer.destroy()
+
+
+def _deepxtrace(group):
+    """Accumulates the waits of high-throughput calls too, in int64 of a size that is the ranks'."""
+    size, rank = group.size(), group.rank()
+    buffer = deep_ep.Buffer(group, 1 << 20)
+    one = make_inputs(size, experts=2 * size)[rank]
+    arguments = routing.dispatch_arguments(buffer, one)
+    waits = torch.full((2, size), 1000, dtype=torch.int64, device=routing.DEVICE)
+    seen = waits.clone()
+    for _ in range(3):
+        torch.distributed.barrier(group)
+        if rank == 1:
+            time.sleep(0.05)  # so rank 0 waits for it
+        got = buffer.dispatch(**arguments, dispatch_wait_recv_cost_stats=waits[0])
+        if rank == 1:
+            time.sleep(0.05)
+        buffer.combine(got[0], got[4], combine_wait_recv_cost_stats=waits[1])
+        assert (waits >= seen).all()
+        if rank == 0:
+            assert (waits[:, 1] > seen[:, 1]).all()
+        seen = waits.clone()
+    buffer.destroy()
+
+
 def _patches(group):
     """slime replaces __init__, Paddle users the static methods."""
     original, asked = deep_ep.Buffer.__init__, []
@@ -221,7 +289,8 @@ def _patches(group):
             setattr(deep_ep.Buffer, name, method)
 
 
-@pytest.mark.parametrize("caller", [_vllm, _megatron, _sglang, _other_groups, _lmdeploy, _patches])
+@pytest.mark.parametrize("caller", [_vllm, _megatron, _sglang, _other_groups, _lmdeploy, _rtp_llm,
+                                    _slime, _tensorrt_llm, _deepxtrace, _patches])
 def test_a_framework_calls(ranks, caller):
     ranks.run(2, caller)
 

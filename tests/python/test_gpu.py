@@ -130,6 +130,20 @@ def test_asynchronous_calls_keep_what_they_use(gpu_ranks):
     gpu_ranks.run(2, _dropped_in_flight)
 
 
+def _captured(group, step):
+    """A graph of step(), and what it returned."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.distributed.barrier(group)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()
+    return graph, result
+
+
 def _graph(group):
     """dispatch with num_worst_tokens and combine in a graph, replayed over changing inputs, while
     eager calls go on."""
@@ -147,15 +161,7 @@ def _graph(group):
                               num_worst_tokens=64 * size)
         return got[1], buffer.combine(got[0], got[4], got[2])
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.distributed.barrier(group)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        ids, (combined, weights, _) = step()
+    graph, (ids, (combined, weights, _)) = _captured(group, step)
     gc.collect()
     kept = []
     for seed in range(2, 12):
@@ -179,6 +185,35 @@ def _graph(group):
 @pytest.mark.parametrize("size", [1, 2])
 def test_calls_are_captured_and_replayed(gpu_ranks, size):
     gpu_ranks.run(size, _graph)
+
+
+def _grouped_graph(group):
+    """The same with rows grouped by expert and a layout that the call finds."""
+    size = group.size()
+    buffer = _buffer(group)
+    one = _inputs(group, 1)
+    static = {name: getattr(one, name).clone() for name in ("x", "topk_idx", "topk_weights")}
+
+    def step():
+        got = buffer.dispatch_grouped(**static, num_experts=one.experts, num_worst_tokens=64 * size)
+        return buffer.combine(got.grouped_x, got.handle, groups=got.groups)[0]
+
+    graph, combined = _captured(group, step)
+    for seed in range(2, 12):
+        new = _inputs(group, seed)
+        for name, tensor in static.items():
+            tensor.copy_(getattr(new, name))
+        graph.replay()
+        kept = torch.where(new.topk_idx >= 0, new.topk_weights, 0.0).sum(1, keepdim=True)
+        assert same(combined.float(), new.x.float() * kept)
+    torch.cuda.synchronize()
+    del graph
+    buffer.destroy()
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_grouped_rows_are_captured_and_replayed(gpu_ranks, size):
+    gpu_ranks.run(size, _grouped_graph)
 
 
 def _refused_capture(group):

@@ -109,6 +109,10 @@ def _check_form(buffer, result, payload, expected, with_topk, arguments):
         if worst[5].event is not None:
             worst[5].current_stream_wait()
         assert worst[3] == [] and worst[4][3].shape == (400,)
+        for found, wanted in zip(*(one if isinstance(one, tuple) else (one,)
+                                   for one in (worst[0], recv_x))):
+            assert found.shape[0] == 400
+            assert same(found[:expected.rows].view(torch.uint8), wanted.view(torch.uint8))
         assert same(worst[1][:expected.rows], ids)
         assert (worst[1][expected.rows:] == -1).all()
         assert same(worst[2][:expected.rows], weights)

@@ -1,6 +1,7 @@
 """Low-latency calls: what arrives by expert, hooks, formats of rows, and what is refused."""
 
 import itertools
+import time
 
 import pytest
 import torch
@@ -68,9 +69,9 @@ def _round_trips(group):
     rank, size = group.rank(), group.size()
     buffer = buffer_of(group)
     assert buffer.low_latency_mode
-    stats = torch.zeros(LOCAL, dtype=torch.int32, device=routing.DEVICE)
+    stats = torch.full((LOCAL,), 7, dtype=torch.int32, device=routing.DEVICE)  # += is asked for
     waits = torch.zeros(size, dtype=torch.int64, device=routing.DEVICE)
-    received = torch.zeros_like(stats)
+    received = stats.clone()
     forms = itertools.product((False, True), ((False, False, False), (True, False, False),
                                               (True, True, False), (True, True, True)))
     for seed, (hook, (fp8, rounded, ue8m0)) in enumerate(forms):
@@ -105,19 +106,24 @@ def _check_combine(buffer, one, rank, rows, handle, hook, exact):
     for local, count in enumerate((handle[1] & 0xffffffff).sum(1).tolist()):
         rows[local, count:] = float("nan")
     out = torch.empty_like(one.x)
-    for zero_copy, given in itertools.product((False, True), (None, out)):
+    # Rows as bfloat16, LogFMT or FP8 on their way home: what each may add to calc_diff.
+    wires = ({}, 0.0), ({"use_logfmt": True}, 3e-5), ({"use_fp8": True}, 1e-3)
+    for zero_copy, given, (wire, more) in itertools.product((False, True), (None, out), wires):
         x = rows
         if zero_copy:
             x = buffer.get_next_low_latency_combine_buffer(handle)
             assert x.shape == rows.shape and x.dtype == torch.bfloat16
             x.copy_(rows)
         combined, event, receive = buffer.low_latency_combine(
-            x, one.topk_idx, one.topk_weights, handle, use_logfmt=False, zero_copy=zero_copy,
-            async_finish=not hook, return_recv_hook=hook, out=given)
+            x, one.topk_idx, one.topk_weights, handle, zero_copy=zero_copy,
+            async_finish=not hook, return_recv_hook=hook, out=given, **wire)
         receive() if hook else event.current_stream_wait()
         assert (given is None) or combined is out
         if one.x.shape[0]:
-            assert calc_diff(combined, wanted) < (1e-5 if exact else 9e-4)
+            difference = calc_diff(combined, wanted)
+            assert difference < (1e-5 if exact else 9e-4) + more
+            # What has been quantised is not what was sent.
+            assert not wire or not exact or difference > 1e-8
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -134,7 +140,8 @@ def _vllm(group):
             num_experts=LOCAL * size),
         low_latency_mode=True, num_qps_per_rank=LOCAL, allow_nvlink_for_low_latency_mode=True,
         allow_mnnvl=False, explicitly_destroy=True, enable_shrink=False)
-    buffer.get_local_buffer_tensor(dtype=torch.int8, use_rdma_buffer=True)
+    buffer.get_local_buffer_tensor(dtype=torch.int8, use_rdma_buffer=True).zero_()
+    torch.distributed.barrier(group)  # of the caller's, before the first call
     for seed in range(3):
         one = inputs_of(group, seed)[rank]
         recv_x, count, handle, _, hook = buffer.low_latency_dispatch(
@@ -235,6 +242,12 @@ def _refusals(group):
     one = inputs_of(group)[group.rank()]
     with pytest.raises(TypeError, match="use_nvfp4"):
         buffer.low_latency_dispatch(one.x, one.topk_idx, MAX_TOKENS, one.experts, use_nvfp4=True)
+    with pytest.raises(TypeError, match="x_global_scale"):
+        buffer.low_latency_dispatch(one.x, one.topk_idx, MAX_TOKENS, one.experts,
+                                    x_global_scale=None)
+    for fork in ("overlap", "packed_recv_count", "src_signals"):  # SGLang's, where that is on
+        with pytest.raises(TypeError, match=fork):
+            buffer.low_latency_combine(one.x, one.topk_idx, one.topk_weights, None, **{fork: None})
     with pytest.raises(TypeError, match="tuple of 6"):
         buffer.low_latency_combine(one.x, one.topk_idx, one.topk_weights, (one.x,) * 6)
     with pytest.raises(TypeError, match="x is builtins.list"):
@@ -340,6 +353,29 @@ def _graph(group):
         assert calc_diff(combined, new.x.float() * kept) < 1e-5
     del graph
     buffer.destroy()
+
+
+def _late_rank(group):
+    """What combine waited for whom is added up."""
+    buffer = buffer_of(group)
+    one = inputs_of(group, tokens=[5] * group.size())[group.rank()]
+    waits = torch.full((group.size(),), 1000, dtype=torch.int64, device=routing.DEVICE)
+    for _ in range(2):
+        got = buffer.low_latency_dispatch(one.x, one.topk_idx, MAX_TOKENS, one.experts,
+                                          use_fp8=False)
+        before = waits.clone()
+        torch.distributed.barrier(group)
+        if group.rank() == 1:
+            time.sleep(0.05)
+        buffer.low_latency_combine(got[0], one.topk_idx, one.topk_weights, got[2],
+                                   combine_wait_recv_cost_stats=waits)
+        assert (waits >= before).all()
+        assert group.rank() == 1 or waits[1] > before[1]
+    buffer.destroy()
+
+
+def test_waits_for_late_ranks_are_added_up(ranks):
+    ranks.run(2, _late_rank)
 
 
 @pytest.mark.gpu

@@ -41,6 +41,17 @@ quantised = (x.astype(ml_dtypes.float8_e4m3fn), np.ones((2, 9), np.float32).T)
 event.current_stream_wait()
 assert again.dtype == ml_dtypes.float8_e4m3fn and scales.shape == (len(recv_x), 2)
 assert np.array_equal(again.astype(np.float32), recv_x.astype(np.float32))
+ahead = buffer.prepare_dispatch(x, topk_idx=ids, topk_weights=weights, num_experts=2 * size)
+place = np.empty((ahead.num_recv_tokens + 1, 16), ml_dtypes.bfloat16)
+grouped = buffer.dispatch_grouped(x, topk_idx=ids, topk_weights=weights, prepared=ahead,
+                                  recv_x=place)
+assert grouped.recv_x.base is place and np.array_equal(grouped.recv_x, recv_x)
+assert grouped.num_recv_tokens_per_expert_list == counts
+rows = grouped.groups.recv_rows  # -1: padding, where a token names an expert twice
+assert np.array_equal(grouped.grouped_x[rows >= 0], recv_x[rows[rows >= 0]])
+home = buffer.combine(grouped.grouped_x, grouped.handle, groups=grouped.groups)[0]
+named = (ids >= 0).sum(1, keepdims=True)
+assert np.array_equal(home.astype(np.float32), x.astype(np.float32) * named)
 local = buffer.get_local_buffer_tensor(np.float32, (2, 3))
 assert local.shape == (2, 3)
 try:
@@ -50,6 +61,22 @@ except TypeError as error:
     assert "numpy.ndarray" in str(error)
 buffer.destroy()
 recv_x[:] = 0  # still ours
+
+size_hint = deep_ep.Buffer.get_low_latency_rdma_size_hint(9, 256, size, 2 * size)
+buffer = deep_ep.Buffer(deep_ep.Group.tcp(rank, size, port=port), 0, size_hint,
+                        low_latency_mode=True)
+x = random.standard_normal((9, 256)).astype(ml_dtypes.bfloat16)
+rows, count, packing, *_ = buffer.low_latency_dispatch(x, ids, 9, 2 * size, use_fp8=False)
+assert rows.shape == (2, 9 * size, 256) and count.dtype == np.int32
+expected = x.astype(np.float32) * (ids >= 0).sum(1, keepdims=True)
+# Rows come home as bfloat16, which is exact here, LogFMT or FP8.
+for wire, most in ({}, 0), ({"use_logfmt": True}, 0.011), ({"use_fp8": True}, 0.063):
+    home, event, hook = buffer.low_latency_combine(rows, ids, weights, packing, **wire)
+    off = np.abs(home.astype(np.float32) - expected)
+    tiny = np.abs(expected).max() * 2 ** -16
+    assert (off <= (most + 2 ** -8) * np.abs(expected) + tiny).all(), wire
+    assert (off > 0).any() == bool(wire), wire
+buffer.destroy()
 print(json.dumps([rank, len(recv_x)]))
 """
 

@@ -99,7 +99,9 @@ class CudaBackend final : public Backend {
 
   Tensor heap() const override {
     std::shared_ptr<fabric::Mapping> mapping = context_.fabric().own_segment(0);
-    return {TensorView(mapping->base(), DType::kUint8, {mapping->bytes()}, options_.device),
+    const std::int64_t begin = words_bytes(options_, Context::control_bytes(options_.num_ranks));
+    return {TensorView(mapping->base() + begin, DType::kUint8, {mapping->bytes() - begin},
+                       options_.device),
             mapping};
   }
 

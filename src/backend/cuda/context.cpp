@@ -133,8 +133,8 @@ Context::Context(const BackendOptions& options)
   known_segments_ = allocate_zeroed<std::byte*>(num_segments);
   // Loading a kernel later could wait for those that run, which may wait for it.
   check(intranode::load_kernels(), "loading of the kernels");
-  for (const auto load :
-       {internode_ll::load_dispatch, internode_ll::load_combine, internode_ll::load_mask})
+  for (const auto load : {internode_ll::load_dispatch, internode_ll::load_combine,
+                          internode_ll::load_wire_combine, internode_ll::load_mask})
     check(load(), "loading of the kernels");
   local_ = allocate_zeroed<LocalState>(1);
 }

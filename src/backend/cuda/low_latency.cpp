@@ -110,6 +110,8 @@ void LowLatency::dispatch(const deep_ep::internode_ll::DispatchParams& params) {
 void LowLatency::combine(const deep_ep::internode_ll::CombineParams& params) {
   internode_ll::CombineArgs args;
   fill(params, plan::LowLatencyKind::kCombine, args);
+  args.wire = params.wire;
+  args.hidden = params.hidden;
   args.x = params.x;
   args.topk_weights = params.topk_weights;
   args.src_info = params.src_info;

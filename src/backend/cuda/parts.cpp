@@ -1,3 +1,4 @@
+#include "backend/cuda/captured_calls.hpp"
 #include "backend/cuda/check.hpp"
 #include "backend/cuda/event.hpp"
 #include "backend/cuda/make_backend.hpp"
@@ -62,6 +63,11 @@ class Parts final : public CudaParts {
     cuda::check(cudaEventRecord(event, static_cast<cudaStream_t>(stream.native)),
                 "cudaEventRecord");
     return std::make_shared<cuda::CudaEvent>(std::move(owner), stream.device.index, nullptr);
+  }
+
+  std::unique_ptr<CapturedCalls> capture(Stream stream,
+                                         const std::function<void()>& calls) override {
+    return cuda::capture(stream, calls);
   }
 
   std::vector<std::string> describe() override {

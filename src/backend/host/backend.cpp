@@ -134,7 +134,10 @@ class HostBackend final : public Backend {
 
   Tensor heap() const override {
     std::shared_ptr<fabric::Mapping> mapping = context_.fabric().own_segment(0);
-    return {TensorView(mapping->base(), DType::kUint8, {mapping->bytes()}), mapping};
+    const std::int64_t begin =
+        words_bytes(options_, host::Context::control_bytes(options_.num_ranks));
+    return {TensorView(mapping->base() + begin, DType::kUint8, {mapping->bytes() - begin}),
+            mapping};
   }
 
   // A later part need not wait for anything again: the stream keeps the order.

@@ -108,6 +108,31 @@ TEST(ReferenceLowLatency, EachRanksSumIsRoundedBeforeItTravels) {
   EXPECT_THAT(floats(low_latency_combine(shape, 1, received, outputs)[0]), ElementsAre(256));
 }
 
+TEST(ReferenceLowLatency, OtherWiresQuantiseEachRanksSum) {
+  LowLatencyShape shape{.num_topk = 2, .num_experts = 2, .num_ranks = 2, .x_bytes = 1};
+  const std::vector<DispatchInput> inputs = {
+      {.num_tokens = 1, .x = bytes_of<std::uint8_t>({1}), .topk_idx = {0, 1}}, {.num_tokens = 0}};
+  const auto received = low_latency_dispatch(shape, 1, inputs);
+  const auto first_values = [&](WireFormat wire, const std::vector<float>& values) {
+    std::vector<float> row = values;
+    row.resize(kWireGroup, 0.0f);
+    shape.wire = wire;
+    const auto combined =
+        low_latency_combine(shape, kWireGroup, received,
+                            {{inputs[0].topk_idx, {1, 1}, {bf16(row)}}, {{}, {}, {bf16(row)}}});
+    std::vector<float> found = floats(combined[0]);
+    EXPECT_EQ(found.back(), 0.0f);
+    found.resize(values.size());
+    return found;
+  };
+  EXPECT_THAT(first_values(WireFormat::kBfloat16, {448, -17, 3}), ElementsAre(896, -34, 6));
+  // 17 is halfway between 16 and 18.
+  EXPECT_THAT(first_values(WireFormat::kFp8, {448, -17, 3}), ElementsAre(896, -32, 6));
+  // 510 steps over 16 octaves: 3 is step 305.5 of them, and 306 is 3.0314.
+  EXPECT_THAT(first_values(WireFormat::kLogFmt, {256, -0x1p-8f, 3}),
+              ElementsAre(512, -0x1p-7f, 6.0625f));
+}
+
 TEST(ReferenceLowLatency, QuantisedRowsHaveAScaleForEachGroup) {
   std::vector<float> values(256, 0.0f);
   values[3] = -896.0f;

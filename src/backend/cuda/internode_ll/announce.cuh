@@ -57,12 +57,14 @@ __device__ inline bool take_announced(const StepArgs& args, const Ticket& ticket
   return arrival != Arrival::kFailed;
 }
 
-/// By one thread: whether `source` called with what this rank called with; absent ranks agree.
+/// By one thread: whether `source` called with what this rank called with, and a fault if not;
+/// absent ranks agree.
 __device__ __noinline__ inline bool agrees_with(const StepArgs& args, const Ticket& ticket,
                                                 int source) {
   const Packet* from = place_here(ticket.packet_shift, args.places.call(source));
   protocol::CallRecord theirs = {};
   auto* words = reinterpret_cast<std::uint32_t*>(&theirs);
+#pragma unroll 1
   for (int part = 1; part < plan::kCallPackets; ++part) {
     Packet packet;
     const Arrival arrival = await_packet(args, source, from + part, ticket.tag, packet);
@@ -73,11 +75,30 @@ __device__ __noinline__ inline bool agrees_with(const StepArgs& args, const Tick
   return agrees(args.comm, args.comm.record, theirs, source);
 }
 
-/// By the threads of one block, each its share: calls of all ranks are alike. Joined by the caller.
+/// By the warps of one block, each its share, a packet a lane: calls of all ranks are alike. Joined
+/// by the caller.
 __device__ inline bool all_agree(const StepArgs& args, const Ticket& ticket) {
+  const auto* own = reinterpret_cast<const std::uint32_t*>(&args.comm.record);
+  const int part = lane_id() + 1;
   bool good = true;
-  for (int source = threadIdx.x; source < args.comm.num_ranks; source += kThreads)
-    good = agrees_with(args, ticket, source) && good;
+#pragma unroll 1
+  for (int source = warp_id(); source < args.comm.num_ranks; source += kWarps) {
+    bool differs = false;
+    if (part < plan::kCallPackets) {
+      const Packet* from = place_here(ticket.packet_shift, args.places.call(source)) + part;
+      Packet packet;
+      const Arrival arrival = await_packet(args, source, from, ticket.tag, packet);
+#pragma unroll
+      for (int w = 0; w < 3; ++w) {
+        const int word = (part - 1) * 3 + w;
+        differs = differs || (word < kRecordWords && packet.words[w] != own[word]);
+      }
+      good = good && arrival != Arrival::kFailed;
+      differs = differs && arrival == Arrival::kHere;
+    }
+    if (__any_sync(0xffffffff, differs) && lane_id() == 0)
+      good = agrees_with(args, ticket, source) && good;
+  }
   return good;
 }
 

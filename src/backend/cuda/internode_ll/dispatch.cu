@@ -17,7 +17,6 @@ SharedOffsets plan_shared(const DispatchArgs& args) {
   at.places = at.take(static_cast<std::int64_t>(sizeof(RowPlace)) * shape.num_topk);
   at.num_places = at.take(4);
   at.counts = at.take(std::int64_t{4} * shape.num_experts);
-  at.scales = at.take(std::int64_t{4} * args.num_scales);
   at.row = at.take(plan::row_groups(shape.row_bytes) * MessageArea::kGroupBytes);
   return at;
 }
@@ -29,15 +28,17 @@ __device__ bool counts_for_others() { return blockIdx.x == gridDim.x - 1; }
 /// By all threads of one block: this rank's messages and rows for all others, counted over all its
 /// tokens, and told, a warp a rank. False in each if an id is not allowed, or `good` is false in
 /// any.
-__device__ bool send_counts(const DispatchArgs& args, const Ticket& ticket, bool good) {
+__device__ bool send_counts(const auto& args, const Ticket& ticket, bool good) {
   auto* messages = shared_at<std::int32_t>(args.shared.messages);
   auto* counts = shared_at<std::int32_t>(args.shared.counts);
   if (!count_all(args, good, messages, counts)) return false;
   const bool packeted = uses_packets(args, args.places.messages, args.num_tokens);
+#pragma unroll 1
   for (int rank = warp_id(); rank < args.comm.num_ranks; rank += kWarps) {
     if (is_masked(args, rank)) continue;
     announce(args, ticket, rank, messages[rank], packeted);
     Packet* to = place_at(args, ticket.packet_shift, args.places.count(args.comm.rank), rank);
+#pragma unroll 1
     for (int i = lane_id(); i < args.places.count_packets; i += 32) {
       std::uint32_t words[3];
 #pragma unroll
@@ -52,13 +53,15 @@ __device__ bool send_counts(const DispatchArgs& args, const Ticket& ticket, bool
 }
 
 /// The heads of a token's messages, a warp each.
-__device__ void send_heads(const DispatchArgs& args, const Ticket& ticket, std::int64_t token,
+__device__ void send_heads(const auto& args, const Ticket& ticket, std::int64_t token,
                            const Route& route) {
+#pragma unroll 1
   for (int to = warp_id(); to < *route.num_ranks; to += kWarps) {
     const int rank = route.to_rank[to];
     if (is_masked(args, rank)) continue;
     Packet* head = place_at(args, ticket.packet_shift,
                             args.places.messages.head(args.comm.rank, route.to_message[to]), rank);
+#pragma unroll 1
     for (int part = lane_id(); part <= args.shape.num_topk; part += 32) {
       std::uint32_t words[3] = {static_cast<std::uint32_t>(token), 0, 0};
       if (part > 0) {
@@ -76,35 +79,25 @@ __device__ void send_heads(const DispatchArgs& args, const Ticket& ticket, std::
 }
 
 /// By all threads: the staged row of a token to all its ranks.
-__device__ void send_row(const DispatchArgs& args, const Ticket& ticket, std::int64_t token,
+__device__ void send_row(const auto& args, const Ticket& ticket, std::int64_t token,
                          const Route& route) {
   const MessageArea& area = args.places.messages;
   const bool packeted = uses_packets(args, area, args.num_tokens);
   if (packeted) send_heads(args, ticket, token, route);
-  const auto* row = shared_at<Group>(args.shared.row);
-  const auto groups = static_cast<int>(area.row_groups);
-  const auto units = static_cast<int>(area.plain_bytes / 16);
+  const auto* row = shared_at<std::byte>(args.shared.row);
 #pragma unroll 1
   for (int to = 0; to < *route.num_ranks; ++to) {
     const int rank = route.to_rank[to];
     const std::int64_t message = route.to_message[to];
     if (is_masked(args, rank)) continue;
-    Packet* packets = place_at(args, ticket.packet_shift, area.row(args.comm.rank, message), rank);
-    auto* plain = reinterpret_cast<uint4*>(
-        place_at(args, ticket.plain_shift, area.plain_row(args.comm.rank, message), rank));
-    // Turned, so that few groups of many rows keep all warps busy.
-    const int turned = static_cast<int>(threadIdx.x + kThreads - to * groups % kThreads) % kThreads;
-#pragma unroll 1
-    for (int i = turned; i < groups; i += kThreads) {
-      const Group group = row[i];
-      if (packeted) {
-        send_group(packets + i * MessageArea::kGroupPackets, group, ticket.tag);
-        continue;
-      }
-#pragma unroll
-      for (int u = 0; u < Group::kUnits; ++u) {
-        if (i * Group::kUnits + u < units) plain[i * Group::kUnits + u] = group.units[u];
-      }
+    if (packeted) {
+      send_packets(row,
+                   place_at(args, ticket.packet_shift, area.row(args.comm.rank, message), rank),
+                   area.row_packets(), ticket.tag);
+    } else {
+      copy_units(row,
+                 place_at(args, ticket.plain_shift, area.plain_row(args.comm.rank, message), rank),
+                 area.plain_bytes);
     }
   }
   if (packeted) return;
@@ -114,14 +107,15 @@ __device__ void send_row(const DispatchArgs& args, const Ticket& ticket, std::in
   send_heads(args, ticket, token, route);
 }
 
-template <bool kQuantize>
-__device__ bool send(const DispatchArgs& args, const Ticket& ticket, bool good,
-                     const RouteIds& first_ids, const RowUnits<kQuantize>& first_units) {
+template <bool kQuantize, class Args>
+__device__ bool send(const Args& args, const Ticket& ticket, bool good, const RouteIds& first_ids,
+                     const RowUnits<kQuantize>& first_units) {
   const Route route(args.shared);
   if (counts_for_others() && !send_counts(args, ticket, good)) return false;
   auto* row = shared_at<std::byte>(args.shared.row);
   RouteIds ids = first_ids;
   RowUnits<kQuantize> units = first_units;
+#pragma unroll 1
   for (std::int64_t token = first_token(); token < args.num_tokens;) {
     __syncthreads();  // the last row is sent
     // The first warp finds the route meanwhile, if the tokens are few.
@@ -137,9 +131,9 @@ __device__ bool send(const DispatchArgs& args, const Ticket& ticket, bool good,
 }
 
 /// Sends, receives, or both.
-template <bool kQuantize>
+template <bool kQuantize, Form kForm>
 __global__ void __launch_bounds__(kThreads, kBlocksAnSm)
-    dispatch(const __grid_constant__ DispatchArgs args) {
+    dispatch(const __grid_constant__ Formed<DispatchArgs, kForm> args) {
   // All that the first token needs is on its way before anything is waited for.
   const std::int64_t token = args.sends ? first_token() : args.num_tokens;
   const RouteIds ids(args, token);
@@ -154,30 +148,55 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSm)
   if (good || !args.receives) return;
   // Nothing has come, as far as anybody may rely on it; see write_counts().
   fence_sc_gpu();
-  const int groups = args.rank_major ? args.comm.num_ranks : args.local_experts;
+  const int groups = args.is_rank_major() ? args.comm.num_ranks : args.local_experts;
+#pragma unroll 1
   for (int i = threadIdx.x; i < groups; i += kThreads) args.recv_count[i] = 0;
 }
 
-template <bool kQuantize>
+template <bool kQuantize, Form kForm>
 cudaError_t launch(const DispatchArgs& given, int num_sms, cudaStream_t stream) {
-  DispatchArgs args = given;
-  args.shared = plan_shared(args);
-  const cudaError_t status = allow_shared<dispatch<kQuantize>>(kMaxSharedBytes);
+  const Formed<DispatchArgs, kForm> args{given};
+  const cudaError_t status = allow_shared<dispatch<kQuantize, kForm>>(kMaxSharedBytes);
   if (status != cudaSuccess) return status;
   if (args.shared.used > kMaxSharedBytes) return cudaErrorInvalidValue;
-  dispatch<kQuantize><<<num_blocks(args, num_sms), kThreads, args.shared.used, stream>>>(args);
+  dispatch<kQuantize, kForm>
+      <<<num_blocks(args, num_sms), kThreads, args.shared.used, stream>>>(args);
   return cudaGetLastError();
+}
+
+template <bool kQuantize>
+cudaError_t launch(const DispatchArgs& args, int num_sms, cudaStream_t stream) {
+  switch (form_of(args)) {
+    case Form::kExpertMajor:
+      return launch<kQuantize, Form::kExpertMajor>(args, num_sms, stream);
+    case Form::kRankMajor:
+      return launch<kQuantize, Form::kRankMajor>(args, num_sms, stream);
+    default:
+      return launch<kQuantize, Form::kAny>(args, num_sms, stream);
+  }
+}
+
+template <bool kQuantize>
+cudaError_t load_forms() {
+  for (const auto load_one :
+       {load<dispatch<kQuantize, Form::kExpertMajor>>, load<dispatch<kQuantize, Form::kRankMajor>>,
+        load<dispatch<kQuantize, Form::kAny>>}) {
+    if (const cudaError_t status = load_one(); status != cudaSuccess) return status;
+  }
+  return cudaSuccess;
 }
 
 }  // namespace
 
-cudaError_t launch_dispatch(const DispatchArgs& args, int num_sms, cudaStream_t stream) {
+cudaError_t launch_dispatch(const DispatchArgs& given, int num_sms, cudaStream_t stream) {
+  DispatchArgs args = given;
+  args.shared = plan_shared(args);
   return args.quantize ? launch<true>(args, num_sms, stream) : launch<false>(args, num_sms, stream);
 }
 
 cudaError_t load_dispatch() {
-  const cudaError_t status = load<dispatch<false>>();
-  return status == cudaSuccess ? load<dispatch<true>>() : status;
+  const cudaError_t status = load_forms<false>();
+  return status == cudaSuccess ? load_forms<true>() : status;
 }
 
 }  // namespace deep_ep::cuda::internode_ll

@@ -28,9 +28,25 @@ __device__ __noinline__ inline void raise_other_routing(const CombineArgs& args,
   raise(args.comm, report);
 }
 
-/// By one warp: the entries of a message, as rows to sum, into shared memory. False: a fault.
-__device__ inline bool take_weights(const CombineArgs& args, const Ticket& ticket, int source,
-                                    std::int64_t message) {
+/// What a lane knows of an entry: that `row` of the expert is the token's row, as src_info says.
+struct Claim {
+  std::int32_t token = 0;
+  std::int32_t of = 0;
+  std::int32_t expert = 0;
+  std::int64_t row = 0;
+};
+
+/// False, and a fault, if it does not hold.
+__device__ inline bool holds(const CombineArgs& args, int source, const Claim& claim) {
+  if (claim.of == claim.token) return true;
+  raise_other_routing(args, source, claim.token, claim.expert, claim.row, claim.of);
+  return false;
+}
+
+/// By one warp: the entries of a message, as rows of `x_bytes` to sum, into shared memory. False: a
+/// fault. The last claim of a lane is left to the caller: it is on its way while the rows are.
+__device__ inline bool take_weights(const auto& args, const Ticket& ticket, int source,
+                                    std::int64_t message, std::int64_t x_bytes, Claim& claim) {
   auto* addends = shared_at<Addend>(args.shared.places);
   const std::int64_t max_rows = args.comm.num_ranks * args.shape.max_tokens;
   const Packet* head = place_here(ticket.packet_shift, args.places.messages.head(source, message));
@@ -38,7 +54,8 @@ __device__ inline bool take_weights(const CombineArgs& args, const Ticket& ticke
   int found = 0;
   unsigned absent = 0;
   std::int32_t token = 0;
-  for (int base = 0; base <= args.shape.num_topk && good; base += 32) {
+#pragma unroll 1
+  for (int base = 0; takes_from(args, base, args.shape.num_topk + 1) && good; base += 32) {
     const int part = base + lane_id();
     Packet packet = {};
     Arrival arrival = Arrival::kHere;
@@ -50,16 +67,14 @@ __device__ inline bool take_weights(const CombineArgs& args, const Ticket& ticke
     const bool entry = part > 0 && part <= args.shape.num_topk && arrival == Arrival::kHere &&
                        expert >= 0 && expert < args.local_experts;
     if (entry) {
+      if (base > 0) good = holds(args, source, claim) && good;
       const std::int64_t range =
           args.layout_range[std::int64_t{expert} * args.comm.num_ranks + source];
       const std::int64_t row = (range >> 32) + static_cast<std::int32_t>(packet.words[1]);
-      const std::int64_t slot = expert * max_rows + row;
-      const std::int32_t of = row >= 0 && row < max_rows ? args.src_info[slot] : -1;
-      if (of != token) {
-        raise_other_routing(args, source, token, expert, row, of);
-        good = false;
-      }
-      addends[part - 1] = {reinterpret_cast<const uint4*>(args.x + slot * args.shape.row_bytes),
+      const bool inside = row >= 0 && row < max_rows;
+      const std::int64_t slot = expert * max_rows + (inside ? row : 0);
+      claim = {token, inside ? args.src_info[slot] : -1, expert, row};
+      addends[part - 1] = {reinterpret_cast<const uint4*>(args.x + slot * x_bytes),
                            __uint_as_float(packet.words[2])};
     }
     found += __popc(__ballot_sync(0xffffffff, entry));
@@ -93,52 +108,30 @@ struct Sum8 {
   }
 };
 
-/// Three units of what goes home: the addends' sum, or the one row that is summed already.
-__device__ inline Group partial(const CombineArgs& args, int number, int units) {
+/// Eight values of what goes home: the addends' sum, or the one row that is summed already.
+__device__ inline uint4 partial(const auto& args, int unit) {
   const auto* addends = shared_at<Addend>(args.shared.places);
+  if (args.is_rank_major()) return addends[0].row[unit];
   const int count = *shared_at<std::int32_t>(args.shared.num_places);
-  const int unit = number * Group::kUnits;
-  Group group = {};
-  if (args.rank_major) {
-#pragma unroll
-    for (int u = 0; u < Group::kUnits; ++u)
-      if (unit + u < units) group.units[u] = addends[0].row[unit + u];
-    return group;
-  }
-  Sum8 sums[Group::kUnits];
-#pragma unroll 2
-  for (int i = 0; i < count; ++i) {
-    const Addend addend = addends[i];
-#pragma unroll
-    for (int u = 0; u < Group::kUnits; ++u)
-      if (unit + u < units) sums[u].add(addend.row[unit + u], addend.weight);
-  }
-#pragma unroll
-  for (int u = 0; u < Group::kUnits; ++u) group.units[u] = sums[u].round();
-  return group;
+  Sum8 sum;
+#pragma unroll 4
+  for (int i = 0; i < count; ++i) sum.add(addends[i].row[unit], addends[i].weight);
+  return sum.round();
 }
 
-/// By all threads: this rank's row for a message of `source`, to it.
-__device__ inline void send_home(const CombineArgs& args, const Ticket& ticket, int source,
+/// By all threads: the row in shared memory to its source.
+__device__ inline void send_home(const auto& args, const Ticket& ticket, int source,
                                  std::int64_t message, bool packeted) {
   const MessageArea& area = args.places.returns;
   const int rank = args.comm.rank;
-  const auto units = static_cast<int>(area.plain_bytes / 16);
-  Packet* packets = place_at(args, ticket.packet_shift, area.row(rank, message), source);
-  auto* plain = reinterpret_cast<uint4*>(
-      place_at(args, ticket.plain_shift, area.plain_row(rank, message), source));
-#pragma unroll 1
-  for (int i = threadIdx.x; i < static_cast<int>(area.row_groups); i += kThreads) {
-    const Group group = partial(args, i, units);
-    if (packeted) {
-      send_group(packets + i * MessageArea::kGroupPackets, group, ticket.tag);
-      continue;
-    }
-#pragma unroll
-    for (int u = 0; u < Group::kUnits; ++u)
-      if (i * Group::kUnits + u < units) plain[i * Group::kUnits + u] = group.units[u];
+  const auto* row = shared_at<std::byte>(args.shared.row);
+  if (packeted) {
+    send_packets(row, place_at(args, ticket.packet_shift, area.row(rank, message), source),
+                 area.row_packets(), ticket.tag);
+    return;
   }
-  if (packeted) return;
+  copy_units(row, place_at(args, ticket.plain_shift, area.plain_row(rank, message), source),
+             area.plain_bytes);
   __syncthreads();
   if (threadIdx.x != 0) return;
   // release: with the head, which is relaxed; pairs with the fence in await_rows() of the source.

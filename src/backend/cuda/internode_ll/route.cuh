@@ -38,6 +38,7 @@ struct SomeIds {
 
 /// Reports the first id of a token that is not allowed.
 __device__ __noinline__ inline void raise_bad_id(const StepArgs& args, std::int64_t token) {
+#pragma unroll 1
   for (int k = 0; k < args.shape.num_topk; ++k) {
     const std::int64_t id = args.topk_idx[token * args.shape.num_topk + k];
     if (id >= -1 && id < args.shape.num_experts) continue;
@@ -102,16 +103,18 @@ __device__ inline void match(const StepArgs& args, const Route& route, int from,
 /// By a warp: for the targets [from, from + 32) of `token`, adds how many tokens before it name
 /// their expert, and go to its rank. Looks at the ids of all tokens, since all are checked before
 /// anything is sent. `first` are the ids of the thread's first token.
-__device__ inline bool count_before(const StepArgs& args, const Route& route, std::int64_t token,
+__device__ inline bool count_before(const auto& args, const Route& route, std::int64_t token,
                                     int from, SomeIds some) {
   const int topk = args.shape.num_topk;
   const int targets = topk - from < 32 ? topk - from : 32;
   int same_expert = 0;
   int same_rank = 0;
   bool good = true;
+#pragma unroll 1
   for (std::int64_t base = warp_id() * 32; base < args.num_tokens; base += kThreads) {
     const std::int64_t other = base + lane_id();
     Matches matches;
+#pragma unroll 1
     for (int k = 0; k < topk; k += SomeIds::kSize) {
       if (k > 0 || base >= kThreads) some = load_ids(args, other, k);
       if (!some.good) raise_bad_id(args, other);
@@ -134,8 +137,8 @@ __device__ inline bool count_before(const StepArgs& args, const Route& route, st
 }
 
 /// A set of ranks.
+template <int kWords>
 struct RankSet {
-  static constexpr int kWords = (kMaxRanks + 31) / 32;
   std::uint32_t words[kWords] = {};
 
   /// By a warp: adds every lane's rank, if it is not negative.
@@ -169,13 +172,16 @@ struct RankSet {
 
 /// By one warp: from the experts and messages, the rest of a route. route.rank has every entry's
 /// rank before.
-__device__ inline void list_ranks(const Route& route, int topk, int num_ranks) {
+template <class Args>
+__device__ void list_ranks(const Args& args, const Route& route) {
+  const int topk = args.shape.num_topk;
   const int lane = lane_id();
-  RankSet all;
-  for (int base = 0; base < topk; base += 32)
-    all.add(base + lane < topk ? route.rank[base + lane] : -1, num_ranks);
-  RankSet before;
-  for (int base = 0; base < topk; base += 32) {
+  RankSet<Args::kFew ? 1 : (kMaxRanks + 31) / 32> all;
+  for (int base = 0; takes_from(args, base, topk); base += 32)
+    all.add(base + lane < topk ? route.rank[base + lane] : -1, args.comm.num_ranks);
+  decltype(all) before;
+#pragma unroll 1
+  for (int base = 0; takes_from(args, base, topk); base += 32) {
     const int k = base + lane;
     const int rank = k < topk ? route.rank[k] : -1;
     const std::int32_t expert = k < topk ? route.expert[k] : -1;
@@ -183,9 +189,10 @@ __device__ inline void list_ranks(const Route& route, int topk, int num_ranks) {
     const bool first_of_rank =
         (__match_any_sync(0xffffffff, rank) & lower) == 0 && !before.has(rank);
     bool first_of_expert = (__match_any_sync(0xffffffff, expert) & lower) == 0;
+#pragma unroll 1
     for (int other = 0; other < base && first_of_expert; ++other)
       first_of_expert = route.expert[other] != expert;
-    if (base + 32 < topk) before.add(rank, num_ranks);
+    if (takes_from(args, base + 32, topk)) before.add(rank, args.comm.num_ranks);
     if (rank < 0) continue;
     if (first_of_rank) {
       route.to_rank[all.below(rank)] = rank;
@@ -215,8 +222,9 @@ struct RouteIds {
 };
 
 /// By `threads` threads from the first on: what is known of a route at once.
-__device__ inline void begin_route(const StepArgs& args, std::int64_t token, const RouteIds& ids,
+__device__ inline void begin_route(const auto& args, std::int64_t token, const RouteIds& ids,
                                    int threads, const Route& route) {
+#pragma unroll 1
   for (int k = threadIdx.x; k < args.shape.num_topk; k += threads) {
     const std::int32_t expert =
         k < threads ? ids.own : RouteIds::load_own(args, token, static_cast<unsigned>(k));
@@ -229,10 +237,11 @@ __device__ inline void begin_route(const StepArgs& args, std::int64_t token, con
   }
 }
 
-__device__ inline bool count_before_all(const StepArgs& args, std::int64_t token,
-                                        const RouteIds& ids, const Route& route) {
+__device__ inline bool count_before_all(const auto& args, std::int64_t token, const RouteIds& ids,
+                                        const Route& route) {
   bool good = true;
-  for (int from = 0; from < args.shape.num_topk; from += 32)
+#pragma unroll 1
+  for (int from = 0; takes_from(args, from, args.shape.num_topk); from += 32)
     good = count_before(args, route, token, from, ids.first) && good;
   return good;
 }
@@ -241,19 +250,19 @@ __device__ inline bool count_before_all(const StepArgs& args, std::int64_t token
 __device__ inline bool fits_a_warp(const StepArgs& args) { return args.num_tokens <= 32; }
 
 /// By the first warp: where `token` goes. False in any lane: an id of a token is not allowed.
-__device__ inline bool find_route_in_warp(const StepArgs& args, std::int64_t token,
-                                          const RouteIds& ids, const Route& route) {
+__device__ inline bool find_route_in_warp(const auto& args, std::int64_t token, const RouteIds& ids,
+                                          const Route& route) {
   begin_route(args, token, ids, 32, route);
   __syncwarp();
   const bool good = count_before_all(args, token, ids, route);
   __syncwarp();
-  list_ranks(route, args.shape.num_topk, args.comm.num_ranks);
+  list_ranks(args, route);
   return good;
 }
 
 /// By all threads of a block: where `token` goes. False in each if an id of any token is not
 /// allowed, or `good` is false in any. Nobody reads the last route any more.
-__device__ inline bool find_route(const StepArgs& args, std::int64_t token, const RouteIds& ids,
+__device__ inline bool find_route(const auto& args, std::int64_t token, const RouteIds& ids,
                                   bool good, const Route& route) {
   if (fits_a_warp(args)) {
     if (warp_id() == 0) good = find_route_in_warp(args, token, ids, route) && good;
@@ -263,7 +272,7 @@ __device__ inline bool find_route(const StepArgs& args, std::int64_t token, cons
   __syncthreads();
   good = count_before_all(args, token, ids, route) && good;
   if (__syncthreads_and(good) == 0) return false;
-  if (warp_id() == 0) list_ranks(route, args.shape.num_topk, args.comm.num_ranks);
+  if (warp_id() == 0) list_ranks(args, route);
   __syncthreads();
   return true;
 }
@@ -274,11 +283,14 @@ __device__ inline bool find_route(const StepArgs& args, std::int64_t token, cons
 __device__ inline bool count_all(const StepArgs& args, bool good, std::int32_t* messages,
                                  std::int32_t* rows) {
   const int topk = args.shape.num_topk;
+#pragma unroll 1
   for (int i = threadIdx.x; i < args.comm.num_ranks; i += kThreads) messages[i] = 0;
+#pragma unroll 1
   for (int i = threadIdx.x; rows != nullptr && i < args.shape.num_experts; i += kThreads)
     rows[i] = 0;
   __syncthreads();
   const auto entries = static_cast<unsigned>(args.num_tokens * topk);
+#pragma unroll 1
   for (unsigned i = threadIdx.x; i < entries; i += kThreads) {
     const unsigned k = i % topk;
     const std::int64_t id = args.topk_idx[i];
@@ -290,6 +302,7 @@ __device__ inline bool count_all(const StepArgs& args, bool good, std::int32_t* 
       const std::int64_t begin = rank * args.local_experts;
       bool new_rank = true;
       bool new_expert = true;
+#pragma unroll 1
       for (unsigned before = i - k; before < i; ++before) {
         const std::int64_t other = args.topk_idx[before];
         new_expert = new_expert && other != id;

@@ -45,37 +45,40 @@ struct RowUnits {
   int count;  // of the row
   int begin;  // this thread's first one
   int stride;
-  uint4 first[kUnits];
+  uint4 next[kUnits];
 
   /// By all warps but the first `idle` ones.
   __device__ RowUnits(const DispatchArgs& args, std::int64_t token, int idle)
       : begin(static_cast<int>(threadIdx.x) - idle * 32), stride(kThreads - idle * 32) {
     const std::int64_t bytes = kQuantize ? 2 * args.x_bytes : args.x_bytes;
     from = reinterpret_cast<const uint4*>(args.x + token * bytes);
-    count = token < args.num_tokens ? static_cast<int>(bytes / 16) : 0;
-#pragma unroll
-    for (int i = 0; i < kUnits; ++i) {
-      const int unit = begin + i * stride;
-      first[i] = begin >= 0 && unit < count ? from[unit] : uint4{};
-    }
+    // An idle warp begins before the row, and has nothing of it.
+    count = begin < 0 ? begin : token < args.num_tokens ? static_cast<int>(bytes / 16) : 0;
+    load(begin);
   }
 
   /// By the same warps: into shared memory.
-  __device__ void stage(const DispatchArgs& args, std::int64_t token, std::byte* row) const {
+  __device__ void stage(const DispatchArgs& args, std::int64_t token, std::byte* row) {
     if (begin < 0) return;
-#pragma unroll
-    for (int i = 0; i < kUnits; ++i) {
-      const int unit = begin + i * stride;
-      if (unit < count) stage_unit(args, unit, first[i], row);
-    }
 #pragma unroll 1
-    for (int unit = begin + kUnits * stride; unit < count; unit += stride) {
-      stage_unit(args, unit, from[unit], row);
+    for (int unit = begin;;) {
+#pragma unroll
+      for (int i = 0; i < kUnits; ++i)
+        if (unit + i * stride < count) stage_unit(args, unit + i * stride, next[i], row);
+      unit += kUnits * stride;
+      if (unit >= count) break;
+      load(unit);
     }
     stage_scales(args, token, row, begin, stride);
   }
 
  private:
+  __device__ void load(int unit) {
+#pragma unroll
+    for (int i = 0; i < kUnits; ++i)
+      next[i] = unit + i * stride < count ? from[unit + i * stride] : uint4{};
+  }
+
   static __device__ void stage_unit(const DispatchArgs& args, int unit, const uint4& value,
                                     std::byte* row) {
     if constexpr (kQuantize) {
@@ -104,6 +107,7 @@ struct RowUnits {
     } else {
       auto* scales = reinterpret_cast<std::uint32_t*>(row + args.x_bytes);
       const StridedWords& words = args.x_scales;
+#pragma unroll 1
       for (int i = begin; i < args.num_scales; i += stride)
         scales[i] = words.data[token * words.row_stride + i * words.column_stride];
     }

@@ -8,6 +8,7 @@
 #include "backend/cuda/arrays.hpp"
 #include "backend/cuda/comm.hpp"
 #include "plan/low_latency.hpp"
+#include "plan/wire.hpp"
 
 // The kernels of low latency, one function each that launches it. Every pointer is memory of this
 // rank's GPU unless it says otherwise. The same instantiation runs for a whole call, for its
@@ -25,8 +26,8 @@ struct SharedOffsets {
   std::uint32_t places = 0;     // [K] of its rows
   std::uint32_t num_places = 0;
   std::uint32_t counts = 0;  // [E]
-  std::uint32_t scales = 0;  // of one row
   std::uint32_t row = 0;     // one row
+  std::uint32_t sums = 0;    // [H] of a token
 
   std::uint32_t take(std::int64_t bytes) {
     const std::uint32_t offset = used;
@@ -100,8 +101,16 @@ struct CombineArgs : StepArgs {
   const std::int32_t* src_info = nullptr;
   const std::int64_t* layout_range = nullptr;
   std::byte* combined_x = nullptr;  // [N, H]
+  // Of rows that come home in another format than bfloat16.
+  plan::WireFormat wire = plan::WireFormat::kBfloat16;
+  std::int64_t hidden = 0;  // H
+  plan::WireRow wire_row{};
 };
+/// Error: cudaErrorInvalidValue if a row is too much for shared memory.
 cudaError_t launch_combine(const CombineArgs& args, int num_sms, cudaStream_t stream);
+
+/// Of launch_combine: formats that are not bfloat16.
+cudaError_t launch_wire_combine(const CombineArgs& args, int num_sms, cudaStream_t stream);
 
 /// masks[rank] = value; all of them if rank is negative.
 cudaError_t launch_set_mask(std::int32_t* masks, int num_ranks, int rank, std::int32_t value,
@@ -110,6 +119,7 @@ cudaError_t launch_set_mask(std::int32_t* masks, int num_ranks, int rank, std::i
 // Each loads its kernels on the current device.
 cudaError_t load_dispatch();
 cudaError_t load_combine();
+cudaError_t load_wire_combine();
 cudaError_t load_mask();
 
 }  // namespace deep_ep::cuda::internode_ll

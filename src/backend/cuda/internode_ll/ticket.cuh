@@ -30,6 +30,32 @@ inline unsigned num_blocks(const StepArgs& args, int num_sms) {
       {std::int64_t{num_sms} * std::max(here, 1), most, LowLatencyState::kMaxBlocks}));
 }
 
+/// What a kernel is compiled for. Both special forms are for fewer than 32 experts a token and at
+/// most 32 ranks, so that a warp holds them: less code, which a kernel that runs once has to fetch
+/// from afar.
+enum class Form : std::uint8_t { kAny, kExpertMajor, kRankMajor };
+
+/// The arguments of a step, and what is known of them when it is compiled.
+template <class Args, Form kForm>
+struct Formed : Args {
+  static constexpr bool kFew = kForm != Form::kAny;
+  __device__ bool is_rank_major() const {
+    if constexpr (kForm == Form::kAny) return Args::rank_major;
+    return kForm == Form::kRankMajor;
+  }
+};
+
+inline Form form_of(const StepArgs& args) {
+  if (args.shape.num_topk >= 32 || args.shape.num_ranks > 32) return Form::kAny;
+  return args.rank_major ? Form::kRankMajor : Form::kExpertMajor;
+}
+
+/// Whether a warp that takes 32 of `count` at a time takes those from `base` on.
+template <class Args>
+__device__ bool takes_from(const Args&, int base, int count) {
+  return base == 0 || (!Args::kFew && base < count);
+}
+
 __device__ inline int lane_id() { return static_cast<int>(threadIdx.x % 32); }
 __device__ inline int warp_id() { return static_cast<int>(threadIdx.x / 32); }
 
@@ -92,35 +118,6 @@ __device__ inline bool take_packet(const Packet* from, std::uint32_t tag, Packet
   return static_cast<std::uint32_t>(words.high >> 32) == tag;
 }
 
-/// 48 bytes of a row: three units of 16, or four packets.
-struct Group {
-  static constexpr int kUnits = plan::MessageArea::kGroupBytes / 16;
-  uint4 units[kUnits];
-};
-
-__device__ inline void send_group(Packet* to, const Group& group, std::uint32_t tag) {
-  const uint4& a = group.units[0];
-  const uint4& b = group.units[1];
-  const uint4& c = group.units[2];
-  send_packet(to, a.x, a.y, a.z, tag);
-  send_packet(to + 1, a.w, b.x, b.y, tag);
-  send_packet(to + 2, b.z, b.w, c.x, tag);
-  send_packet(to + 3, c.y, c.z, c.w, tag);
-}
-
-__device__ inline bool take_group(const Packet* from, std::uint32_t tag, Group& group) {
-  Packet packets[plan::MessageArea::kGroupPackets];
-  bool here = true;
-#pragma unroll
-  for (int i = 0; i < plan::MessageArea::kGroupPackets; ++i)
-    here = take_packet(from + i, tag, packets[i]) && here;
-  const auto& p = packets;
-  group.units[0] = {p[0].words[0], p[0].words[1], p[0].words[2], p[1].words[0]};
-  group.units[1] = {p[1].words[1], p[1].words[2], p[2].words[0], p[2].words[1]};
-  group.units[2] = {p[2].words[2], p[3].words[0], p[3].words[1], p[3].words[2]};
-  return here;
-}
-
 // --- waiting ---------------------------------------------------------------------------
 
 enum class Arrival { kHere, kAbsent, kFailed };
@@ -176,6 +173,7 @@ __device__ __forceinline__ Arrival await(const StepArgs& args, int rank, Wait wh
   const long long begin = args.wait_stats == nullptr ? 0 : clock64();
   Arrival arrival = Arrival::kHere;
   Waiting waiting;
+#pragma unroll 1
   for (int turn = 1; !ready(); ++turn) {
     if (turn % kTurns == 0) arrival = go_on(args, rank, what, expected, waiting);
     if (arrival != Arrival::kHere) break;
@@ -187,6 +185,67 @@ __device__ __forceinline__ Arrival await(const StepArgs& args, int rank, Wait wh
 __device__ __forceinline__ Arrival await_packet(const StepArgs& args, int rank, const Packet* from,
                                                 std::uint32_t tag, Packet& packet) {
   return await(args, rank, Wait::kRows, tag, [&] { return take_packet(from, tag, packet); });
+}
+
+// --- rows ------------------------------------------------------------------------------
+// A row is in shared memory on both ends of its way, so that threads next to each other move what
+// lies next to each other: three words a packet, or sixteen bytes plainly.
+
+/// By all threads.
+__device__ inline void send_packets(const std::byte* row, Packet* to, int count,
+                                    std::uint32_t tag) {
+  const auto* words = reinterpret_cast<const std::uint32_t*>(row);
+#pragma unroll 1
+  for (int i = threadIdx.x; i < count; i += kThreads)
+    send_packet(to + i, words[3 * i], words[3 * i + 1], words[3 * i + 2], tag);
+}
+__device__ inline void copy_units(const std::byte* row, std::byte* to, std::int64_t bytes) {
+  const auto units = static_cast<int>(bytes / 16);
+#pragma unroll 1
+  for (int i = threadIdx.x; i < units; i += kThreads)
+    reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(row)[i];
+}
+
+/// What a thread looks for at once, so that its loads are under way together.
+struct PacketBatch {
+  static constexpr int kSize = 3;
+  Packet packets[kSize];
+
+  /// Packets i, i + stride, ... below `count`.
+  __device__ Arrival await(const StepArgs& args, const Ticket& ticket, int source,
+                           const Packet* from, int i, int stride, int count) {
+    return internode_ll::await(args, source, Wait::kRows, ticket.number, [&] {
+      bool here = true;
+#pragma unroll
+      for (int j = 0; j < kSize; ++j)
+        if (i + j * stride < count)
+          here = take_packet(from + i + j * stride, ticket.tag, packets[j]) && here;
+      return here;
+    });
+  }
+};
+
+/// By the warps from `first_warp` on, each its share: a row of packets into shared memory.
+__device__ inline Arrival take_packets(const StepArgs& args, const Ticket& ticket, int source,
+                                       const Packet* from, int count, int first_warp,
+                                       std::byte* row) {
+  auto* words = reinterpret_cast<std::uint32_t*>(row);
+  const int stride = kThreads - first_warp * 32;
+  Arrival arrival = Arrival::kHere;
+#pragma unroll 1
+  for (int i = threadIdx.x - first_warp * 32; i < count && arrival == Arrival::kHere;
+       i += PacketBatch::kSize * stride) {
+    PacketBatch batch;
+    arrival = batch.await(args, ticket, source, from, i, stride, count);
+#pragma unroll
+    for (int j = 0; j < PacketBatch::kSize; ++j) {
+      const int number = i + j * stride;
+      if (number >= count) break;
+#pragma unroll
+      for (int w = 0; w < 3; ++w) words[3 * number + w] = batch.packets[j].words[w];
+    }
+  }
+  return arrival;
 }
 
 // --- beginning and end -----------------------------------------------------------------
@@ -204,6 +263,7 @@ __device__ inline bool may_begin(const StepArgs& args, const Ticket& ticket) {
     return false;
   }
   if (ticket.number <= args.first_ticket + 2) return good;
+#pragma unroll 1
   for (int i = lane_id(); good && i < comm.num_ranks; i += 32) {
     const protocol::EpochFlag& flag = args.layout.consumed[ticket.part * comm.num_ranks + i];
     // acquire: pairs with the release in tell_consumed() of rank i.
@@ -222,6 +282,7 @@ __device__ inline void scrub(const StepArgs& args, int part, std::uint64_t ticke
   const std::int64_t begin = static_cast<std::int64_t>(ticket / 2 % kStripes) * length;
   auto* memory =
       reinterpret_cast<Packet*>(args.layout.packets + part * args.layout.packet_part_bytes);
+#pragma unroll 1
   for (std::int64_t i = begin + lane_id(); i < begin + length && i < packets; i += 32)
     memory[i].tag = 0;
 }
@@ -238,11 +299,16 @@ __device__ inline std::int64_t first_token() { return (blockIdx.x + gridDim.x - 
 __device__ __noinline__ inline void tell_consumed(const StepArgs& args) {
   const Comm& comm = args.comm;
   LowLatencyState& state = comm.local->low_latency;
+  const int mine = lane_id() % LowLatencyState::kParts;
+  const std::uint64_t noted = state.consumed[mine];
+  const unsigned news = __ballot_sync(0xffffffff, state.told[mine] != noted);
+#pragma unroll 1
   for (int part = 0; part < LowLatencyState::kParts; ++part) {
-    const std::uint64_t consumed = state.consumed[part];
-    if (state.told[part] == consumed) continue;
+    if ((news >> part & 1) == 0) continue;
+    const std::uint64_t consumed = __shfl_sync(0xffffffff, noted, part);
     scrub(args, part, consumed);
     __syncwarp();
+#pragma unroll 1
     for (int i = lane_id(); i < comm.num_ranks; i += 32) {
       protocol::EpochFlag* own = args.layout.consumed + part * comm.num_ranks + comm.rank;
       // release: pairs with the acquire in may_begin() of that rank.
@@ -262,6 +328,7 @@ __device__ inline void count(const StepArgs& args, const Ticket& ticket) {
   };
   if (threadIdx.x == 0) note(blockIdx.x);
   if (blockIdx.x != 0) return;
+#pragma unroll 1
   for (unsigned i = gridDim.x + threadIdx.x; i < LowLatencyState::kMaxBlocks; i += kThreads)
     note(i);
   if (threadIdx.x != 0) return;

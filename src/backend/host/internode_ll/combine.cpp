@@ -6,6 +6,7 @@
 #include "backend/host/internode_ll/steps.hpp"
 #include "backend/host/internode_ll/work.hpp"
 #include "backend/host/rows.hpp"
+#include "backend/host/wire.hpp"
 #include "base/error.hpp"
 #include "plan/numerics.hpp"
 
@@ -16,6 +17,7 @@ using deep_ep::internode_ll::has;
 using deep_ep::internode_ll::Phases;
 using plan::HeadEntry;
 using plan::Packet;
+using plan::WireFormat;
 
 namespace {
 
@@ -102,10 +104,10 @@ class Send {
 
   void send_home(int source) {
     const std::int64_t messages = num_messages(source);
-    const std::int64_t read_bytes = 2 * messages * params_.shape.row_bytes;  // two experts, or more
+    const std::int64_t read_bytes = 2 * messages * row_bytes();  // two experts, or more
     share(state_.context(), params_.call, {messages, read_bytes},
-          [&](int, std::int64_t begin, std::int64_t end) {
-            Scratch scratch(params_.shape.num_topk);
+          [&](int thread, std::int64_t begin, std::int64_t end) {
+            Scratch scratch(params_.shape.num_topk, state_.scratch(thread));
             for (std::int64_t j = begin; j < end; ++j) {
               protocol::schedule_point(protocol::Point::kCopy);
               const plan::MessageArea& area = exchange_.at(source).returns;
@@ -130,14 +132,20 @@ class Send {
 
   std::uint32_t copy(int source, std::int64_t message, std::byte* to) const {
     const std::int64_t row = rows_of(source).begin + message;
-    copy_row(to, params_.x + row * params_.shape.row_bytes, params_.shape.row_bytes, stores_);
+    const std::byte* x = params_.x + row * row_bytes();
+    if (params_.wire == WireFormat::kBfloat16) {
+      copy_row(to, x, row_bytes(), stores_);
+    } else {
+      encode_row(params_.wire, x, params_.hidden, to);
+    }
     return static_cast<std::uint32_t>(params_.src_info[row]);
   }
 
   struct Scratch {
-    explicit Scratch(int topk) : rows(topk), weights(topk) {}
+    Scratch(int topk, std::vector<std::byte>& row) : rows(topk), weights(topk), sum(row) {}
     std::vector<const std::byte*> rows;
     std::vector<float> weights;
+    std::vector<std::byte>& sum;  // of bfloat16, that travel in another format
   };
 
   std::uint32_t reduce(int source, std::int64_t message, Scratch& scratch, std::byte* to) const {
@@ -158,7 +166,14 @@ class Send {
     piece.num_sources = count;
     piece.weights = scratch.weights.data();
     piece.out = to;
-    sum_piece(piece, stores_);
+    if (params_.wire == WireFormat::kBfloat16) {
+      sum_piece(piece, stores_);
+      return token;
+    }
+    scratch.sum.resize(static_cast<std::size_t>(row_bytes()));
+    piece.out = scratch.sum.data();
+    sum_piece(piece, Stores::kCached);
+    encode_row(params_.wire, scratch.sum.data(), params_.hidden, to);
     return token;
   }
 
@@ -171,10 +186,12 @@ class Send {
       const std::int64_t at = entry.local_expert * rows + row;
       if (entry.index >= 0 && entry.index < range.count && row >= 0 && row < rows &&
           params_.src_info[at] == token)
-        return params_.x + at * params_.shape.row_bytes;
+        return params_.x + at * row_bytes();
     }
     throw_wrong_handle(params_, state_.rank(), source);
   }
+
+  std::int64_t row_bytes() const { return 2 * params_.hidden; }  // of x
 
   State& state_;
   const CombineParams& params_;
@@ -202,7 +219,7 @@ class Receive {
     wait_rows();
     const std::int64_t tokens = routing_.num_tokens;
     share(state_.context(), params_.call,
-          {tokens, 2 * tokens * params_.shape.row_bytes},  // two ranks, or more
+          {tokens, 4 * tokens * params_.hidden},  // two ranks, or more
           [&](int, std::int64_t begin, std::int64_t end) {
             std::vector<const std::byte*> rows(state_.num_ranks());
             for (std::int64_t token = begin; token < end; ++token) sum_token(token, rows);
@@ -264,11 +281,14 @@ class Receive {
         throw_wrong_handle(params_, state_.rank(), state_.rank());
       rows[count++] = returns_.plain_row(rank, messages[rank]);
     }
+    std::byte* out = params_.combined_x + token * 2 * params_.hidden;
+    if (params_.wire != WireFormat::kBfloat16)
+      return sum_wire_rows({params_.wire, params_.hidden, rows.data(), count, out});
     SumPiece piece;
     piece.count = params_.hidden;
     piece.sources = rows.data();
     piece.num_sources = count;
-    piece.out = params_.combined_x + token * params_.shape.row_bytes;
+    piece.out = out;
     sum_piece(piece, Stores::kCached);
   }
 

@@ -1,0 +1,216 @@
+"""Tables and plots of the documentation, made from the JSON files in bench/results.
+
+plots.py writes docs/plots/*.svg, and in docs/*.md what stands between <!-- table NAME --> and
+<!-- end -->; plots.py --check says what would change, and fails if anything would.
+"""
+
+import argparse
+import difflib
+import json
+import re
+import sys
+from pathlib import Path
+
+from chart import line_chart
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "bench/results"
+INTRANODE = "2026-11-24_h100_r1.json"
+LOW_LATENCY = "2026-11-24_h100_low_latency_graph_r1.json"
+PLANS = {"uniform": "plan_uniform.json", "4 nodes a token": "plan_limited.json"}
+
+
+def results_of(name):
+    return json.loads((RESULTS / name).read_text())["results"]
+
+
+class Rows:
+    """Results by the values of some of their fields."""
+
+    def __init__(self, name, *fields):
+        self._rows = {tuple(row[field] for field in fields): row for row in results_of(name)}
+
+    def values(self, place):
+        return sorted({key[place] for key in self._rows})
+
+    def us(self, *key):
+        return self._rows[key]["median_us"]
+
+    def row(self, *key):
+        return self._rows[key]
+
+
+def table(heads, rows):
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+# -- measured
+
+def intranode():
+    return Rows(INTRANODE, "num_sms", "dtype", "operation")
+
+
+def both(rows, sms, operation, value):
+    return " / ".join(value(rows.row(sms, dtype, operation)) for dtype in ("bf16", "fp8"))
+
+
+def intranode_table():
+    rows = intranode()
+    lines = []
+    for sms in rows.values(0):
+        cells = [both(rows, sms, operation, lambda row: f"{row['median_us']:.0f}")
+                 for operation in ("dispatch_cached", "dispatch", "pair_cached")]
+        gbps = both(rows, sms, "dispatch_cached", lambda row: f"{row['logical_gbps']:.0f}")
+        combine = f"{rows.us(sms, 'bf16', 'combine'):.0f}"
+        lines.append([sms, cells[0], gbps, cells[1], combine, cells[2]])
+    return table(["SMs", "dispatch BF16 / FP8, cached", "in GB/s, in and out each",
+                  "notify + counts on the host + dispatch", "combine BF16", "cached pair"], lines)
+
+
+def intranode_plot():
+    rows = intranode()
+    line = lambda dtype, operation: [(sms, rows.us(sms, dtype, operation))
+                                     for sms in rows.values(0)]
+    return line_chart(
+        "One H100, one rank: 4096 tokens of 7168 values, top-8", ("SMs", "us a call"),
+        {"cached dispatch, BF16": line("bf16", "dispatch_cached"),
+         "cached dispatch, FP8": line("fp8", "dispatch_cached"),
+         "dispatch, BF16": line("bf16", "dispatch"), "dispatch, FP8": line("fp8", "dispatch"),
+         "combine, BF16": line("bf16", "combine")}, log_x=False, log_y=False)
+
+
+def low_latency():
+    return Rows(LOW_LATENCY, "tokens", "operation")
+
+
+def low_latency_table():
+    rows = low_latency()
+    return table(["T", "dispatch", "combine", "pair", "pair with hooks"], [
+        [tokens] + [f"{rows.us(tokens, operation):.1f}"
+                    for operation in ("dispatch", "combine", "pair", "pair_hook")]
+        for tokens in rows.values(0)])
+
+
+def low_latency_plot():
+    rows = low_latency()
+    return line_chart(
+        "One H100, one rank: low latency, 7168 values, top-8", ("tokens", "us a call"),
+        {name: [(tokens, rows.us(tokens, operation)) for tokens in rows.values(0)]
+         for name, operation in (("dispatch", "dispatch"), ("combine", "combine"),
+                                 ("pair", "pair"), ("pair with hooks", "pair_hook"))})
+
+
+# -- predicted
+
+def plan(name):
+    return {(row["ranks"], row["operation"]): row for row in results_of(PLANS[name])}
+
+
+def ranks_of(rows):
+    return sorted({ranks for ranks, _ in rows})
+
+
+def high_throughput_table():
+    tables = [plan(name) for name in PLANS]
+    lines = []
+    for ranks in ranks_of(tables[0]):
+        cells = [ranks, tables[0][ranks, "dispatch"]["experts"]]
+        for rows in tables:
+            dispatch, combine = rows[ranks, "dispatch"], rows[ranks, "combine"]
+            cells += [f"{dispatch['nodes_per_token']:.1f}",
+                      f"{dispatch['local_bytes']['busiest'] / 1e6:.0f} / "
+                      f"{dispatch['network_bytes']['busiest'] / 1e6:.0f}",
+                      f"{dispatch['network_messages']:.0f}",
+                      f"{dispatch['total_us']:.0f} / {combine['total_us']:.0f}",
+                      dispatch["bound"]]
+        lines.append(cells)
+    heads = ["nodes a token", "dispatch: MB inside / over the network", "messages",
+             "dispatch / combine, us", "bound by"]
+    return table(["ranks", "experts", *heads, *[f"limited: {head}" for head in heads]], lines)
+
+
+def low_latency_plan_table():
+    rows = plan("uniform")
+    lines = []
+    for ranks in ranks_of(rows):
+        one, other = ([rows[ranks, f"{kind} {call}"] for call in ("dispatch", "combine")]
+                      for kind in ("low-latency", "per-expert"))
+        lines.append([
+            ranks, one[0]["experts"], f"{one[0]['ranks_per_token']:.2f}",
+            f"{one[0]['network_messages']:.0f} / {other[0]['network_messages']:.0f}",
+            " / ".join(f"{call['total_us']:.0f}" for call in one),
+            " / ".join(f"{call['total_us']:.0f}" for call in other),
+            f"{one[0]['memory_bytes'] / 1e9:.2f}"])
+    return table(["ranks", "experts", "ranks a token", "messages: a rank's / an expert's",
+                  "a message for each rank: dispatch / combine, us",
+                  "for each expert: dispatch / combine, us", "memory, GB"], lines)
+
+
+def high_throughput_plot():
+    return line_chart(
+        "Predicted: 4096 tokens, FP8 there and BF16 back", ("ranks, 8 a node", "us a call"),
+        {f"{call}, {name}": [(ranks, plan(name)[ranks, call]["total_us"])
+                             for ranks in ranks_of(plan(name))]
+         for call in ("dispatch", "combine") for name in PLANS})
+
+
+def low_latency_plan_plot():
+    rows = plan("uniform")
+    return line_chart(
+        "Predicted: low latency, 128 tokens", ("ranks, 8 a node", "us a call"),
+        {f"{call}, {name}": [(ranks, rows[ranks, f"{kind} {call}"]["total_us"])
+                             for ranks in ranks_of(rows)]
+         for call in ("dispatch", "combine")
+         for kind, name in (("low-latency", "a message a rank"), ("per-expert", "an expert"))})
+
+
+TABLES = {"h100-intranode": intranode_table, "h100-low-latency": low_latency_table,
+          "plan-high-throughput": high_throughput_table, "plan-low-latency": low_latency_plan_table}
+PLOTS = {"h100_intranode": intranode_plot, "h100_low_latency": low_latency_plot,
+         "plan_high_throughput": high_throughput_plot, "plan_low_latency": low_latency_plan_plot}
+
+
+def filled(text, used):
+    """`text` with its tables made anew."""
+    def fill(match):
+        used.add(match[1])
+        return f"<!-- table {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
+    return re.sub(r"<!-- table ([\w-]+) -->\n.*?<!-- end -->", fill, text, flags=re.S)
+
+
+def outputs():
+    """What should be in which file."""
+    used = set()
+    wanted = {ROOT / f"docs/plots/{name}.svg": make() for name, make in PLOTS.items()}
+    for page in sorted((ROOT / "docs").glob("*.md")):
+        wanted[page] = filled(page.read_text(), used)
+    if missing := set(TABLES) - used:
+        raise SystemExit(f"no page has a place for the tables {', '.join(sorted(missing))}")
+    return wanted
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing, fail if files differ")
+    check = parser.parse_args().check
+    stale = []
+    for path, text in outputs().items():
+        found = path.read_text() if path.exists() else ""
+        if found == text:
+            continue
+        stale.append(str(path.relative_to(ROOT)))
+        if check:
+            sys.stdout.writelines(difflib.unified_diff(
+                found.splitlines(True), text.splitlines(True), stale[-1], "as it should be", n=0))
+        else:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+    if stale:
+        print(("not what bench/plots/plots.py makes: " if check else "written: ")
+              + ", ".join(stale))
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,182 @@
+"""What dispatch and combine take and give beyond DeepEP's: counts ahead of the rows, outputs of the
+caller's, rows grouped by expert."""
+
+from collections import namedtuple
+
+from ._arrays import library_of
+
+
+class PreparedDispatch(namedtuple("PreparedDispatch", (
+        "handle", "num_recv_tokens", "num_recv_tokens_per_expert_list", "num_experts",
+        "expert_alignment"))):
+    """What `Buffer.prepare_dispatch` found out about a coming dispatch: of use any number of times,
+    as long as the routing is that one. Of `handle` two elements, which come with the rows, are
+    None."""
+
+    __slots__ = ()
+
+
+class RowGroups(namedtuple("RowGroups", ("group_offsets", "grouped_rows", "recv_rows", "weights"))):
+    """How received rows are grouped by local expert, G grouped rows in all, padding included.
+
+    `group_offsets` int32 [L + 1]: local expert e has the grouped rows from element e to e + 1, in
+    ascending received row, then zeros up to the alignment; rows from element L on are undefined.
+    `grouped_rows` int32 [Nr, K]: the grouped row of each entry of recv_topk_idx, -1 where that is
+    -1. `recv_rows` int32 [G]: the received row of each grouped one, -1 for padding. `weights`
+    float32 [G], None without topk_weights: the sum of the weights of its entries, 0 for padding.
+    """
+
+    __slots__ = ()
+
+
+class GroupedDispatch(namedtuple("GroupedDispatch", (
+        "recv_x", "recv_topk_idx", "recv_topk_weights", "num_recv_tokens_per_expert_list", "handle",
+        "event", "grouped_x", "groups"))):
+    """What `Buffer.dispatch_grouped` returns: what dispatch does, `grouped_x` [G, H] (a pair if x
+    is one) and `groups`, RowGroups."""
+
+    __slots__ = ()
+
+
+NO_LAYOUT = (None, None, None)
+_OUTPUTS = ("recv_x", "recv_x_scales", "recv_topk_idx", "recv_topk_weights", "grouped_x",
+            "grouped_x_scales")
+
+
+def _pair(x):
+    return x if isinstance(x, tuple) else (x, None)
+
+
+def _view(library, array, name):
+    return None if array is None else library.view(array, name)
+
+
+def views_of_payload(library, x, x_scales, topk_idx, topk_weights):
+    view = library.view
+    return (view(x, "x"), None if x_scales is None else view(x_scales, "x_scales"),
+            None if topk_idx is None else view(topk_idx, "topk_idx"),
+            None if topk_weights is None else view(topk_weights, "topk_weights"))
+
+
+def views_of_layout(library, per_rank, per_expert, in_rank):
+    return (_view(library, per_rank, "num_tokens_per_rank"),
+            _view(library, per_expert, "num_tokens_per_expert"),
+            _view(library, in_rank, "is_token_in_rank"))
+
+
+def views_of_groups(library, groups):
+    if not isinstance(groups, tuple) or len(groups) != 4:
+        what = f"a tuple of {len(groups)}" if isinstance(groups, tuple) else type(groups)
+        raise TypeError(f"groups is {what}, must be the RowGroups that dispatch_grouped returned")
+    return tuple(_view(library, one, "an element of groups") for one in groups)
+
+
+def handle_of_parts(library, parts, in_rank, extras=None):
+    """The handle of a result: of the native module's `parts`, what the caller has not."""
+    make, int32 = library.make, library.int32
+    if extras is not None and extras.prepared is not None:
+        known = extras.prepared.handle
+        return (*known[:2], make(parts[2], int32), make(parts[3], int32), *known[4:])
+    if in_rank is None:
+        in_rank = make(parts[4], library.bool)
+    return (*[make(one, int32) for one in parts[:4]], in_rank, make(parts[5], int32))
+
+
+class Extras:
+    """Arguments of a dispatch that DeepEP's has not, and what becomes of them."""
+
+    def __init__(self, num_experts, prepared, outputs, group_rows=False, groups=None):
+        if prepared is not None and not isinstance(prepared, PreparedDispatch):
+            raise TypeError(f"prepared is {type(prepared)}, must be the PreparedDispatch that "
+                            "prepare_dispatch returned")
+        self.num_experts, self.prepared = num_experts or 0, prepared
+        recv_x, recv_topk_idx, recv_topk_weights, grouped_x = outputs
+        self._outputs = (*_pair(recv_x), recv_topk_idx, recv_topk_weights, *_pair(grouped_x))
+        self._group_rows, self._groups = group_rows, groups
+
+    def views(self, library):
+        prepared, groups = self.prepared, self._groups
+        if prepared is not None:
+            prepared = (tuple(_view(library, one, "an element of prepared.handle")
+                              for one in prepared.handle), *prepared[1:])
+        if groups is not None:
+            groups = views_of_groups(library, groups)
+        outputs = tuple(_view(library, one, name) for one, name in zip(self._outputs, _OUTPUTS))
+        return self.num_experts, prepared, outputs, self._group_rows, groups
+
+    def used(self):
+        """What an asynchronous call uses of the caller's."""
+        return self._outputs, self.prepared, self._groups
+
+    def received(self, result, rows):
+        """`result` with the outputs that the caller brought in their places."""
+        recv_x, ids, weights, *rest = result
+        if isinstance(recv_x, tuple):
+            recv_x = (self._brought(0, recv_x[0], rows), self._brought(1, recv_x[1], rows))
+        else:
+            recv_x = self._brought(0, recv_x, rows)
+        return recv_x, self._brought(2, ids, rows), self._brought(3, weights, rows), *rest
+
+    def grouped(self, library, more, x, x_scales):
+        """(grouped_x or a pair, groups), if asked for."""
+        if not self._group_rows:
+            return ()
+        _, rows, grouped, scales, parts = more
+        grouped = self._brought(4, library.make(grouped, x.dtype), rows)
+        if x_scales is not None:
+            grouped = (grouped, self._brought(5, library.make(scales, x_scales.dtype), rows))
+        if parts is None:  # the given ones
+            return grouped, self._groups
+        return grouped, RowGroups(*[library.make(one, library.int32) for one in parts[:3]],
+                                  library.make(parts[3], library.float32))
+
+    def _brought(self, index, made, rows):
+        output = self._outputs[index]
+        if output is None:
+            return made
+        return output if len(output) == rows else output[:rows]
+
+
+class Rows:
+    """Methods of Buffer."""
+
+    def prepare_dispatch(self, x, num_tokens_per_rank=None, is_token_in_rank=None,
+                         num_tokens_per_expert=None, topk_idx=None, topk_weights=None,
+                         expert_alignment=1, config=None, previous_event=None, *,
+                         num_experts=None):
+        """The counts of a coming dispatch, so that the caller can make its own outputs: takes the
+        arguments of one without `handle`, moves nothing and waits for the counts. Collective.
+
+        Returns a PreparedDispatch, to be given to `dispatch` or `dispatch_grouped` as `prepared`.
+        """
+        x, x_scales = _pair(x)
+        library = library_of(x, "x")
+        parts, *counts = self.runtime.prepare_dispatch(
+            views_of_payload(library, x, x_scales, topk_idx, topk_weights),
+            views_of_layout(library, num_tokens_per_rank, num_tokens_per_expert, is_token_in_rank),
+            num_experts or 0, expert_alignment, self._config_values(config, True),
+            self._options(previous_event, False, False))
+        return PreparedDispatch(handle_of_parts(library, parts, is_token_in_rank), *counts)
+
+    def dispatch_grouped(self, x, handle=None, groups=None, num_tokens_per_rank=None,
+                         is_token_in_rank=None, num_tokens_per_expert=None, topk_idx=None,
+                         topk_weights=None, expert_alignment=1, num_worst_tokens=0, config=None,
+                         previous_event=None, async_finish=False, allocate_on_comm_stream=False, *,
+                         dispatch_wait_recv_cost_stats=None, num_experts=None, prepared=None,
+                         recv_x=None, recv_topk_idx=None, recv_topk_weights=None, grouped_x=None):
+        """A dispatch whose result has the rows once more, grouped by local expert, each group
+        padded to `expert_alignment`. Needs `topk_idx`, or `handle` and `groups` of an earlier one.
+        Collective.
+
+        `grouped_x`: an output of the caller's, as `recv_x` is of dispatch, and written directly;
+        with `num_worst_tokens` its rows say how many grouped rows there may be.
+
+        Returns a GroupedDispatch. combine takes rows that are grouped so with its `groups`.
+        """
+        extras = Extras(num_experts, prepared, (recv_x, recv_topk_idx, recv_topk_weights,
+                                                grouped_x), True, groups)
+        return GroupedDispatch(*self._dispatch(
+            x, handle, (num_tokens_per_rank, num_tokens_per_expert, is_token_in_rank),
+            (topk_idx, topk_weights), (expert_alignment, num_worst_tokens), config,
+            dispatch_wait_recv_cost_stats,
+            (previous_event, async_finish, allocate_on_comm_stream), extras))

@@ -1,0 +1,291 @@
+#pragma once
+
+#include "backend/cuda/internode_ll/announce.cuh"
+#include "backend/cuda/internode_ll/home.cuh"
+#include "backend/cuda/internode_ll/route.cuh"
+#include "backend/cuda/internode_ll/stage.cuh"
+
+// The steps of a combine, whatever its rows look like on their way home. That says `Rows`:
+//   x_bytes(args)       of a row of x, and of the result
+//   stage(args)         by all threads: this rank's row for a message, into shared memory
+//   sum_token(...)      by all threads, true in each: a token's sum
+namespace deep_ep::cuda::internode_ll {
+
+inline SharedOffsets plan_combine(const CombineArgs& args) {
+  const plan::LowLatencyShape& shape = args.shape;
+  SharedOffsets at;
+  at.take_route(shape.num_topk);
+  at.announced = at.take(std::int64_t{8} * shape.num_ranks);
+  at.messages = at.take(std::int64_t{4} * shape.num_ranks);
+  at.places = at.take(static_cast<std::int64_t>(sizeof(Addend)) * shape.num_topk);
+  at.num_places = at.take(4);
+  at.row = at.take(args.places.returns.row_groups * MessageArea::kGroupBytes);
+  return at;
+}
+
+__device__ inline bool counts_for_others() { return blockIdx.x == gridDim.x - 1; }
+
+/// Rows of a source by a rank-major handle, which may be anything.
+__device__ inline std::int32_t rows_of(const CombineArgs& args, int source) {
+  const auto count = static_cast<std::int32_t>(args.layout_range[source] & 0xffffffff);
+  return max(0, min(count, static_cast<std::int32_t>(args.shape.max_tokens)));
+}
+
+// --- weights to the ranks of the experts -----------------------------------------------
+
+/// By all threads of one block: how many weights each rank gets, and how rows come home: in packets
+/// or not, as the source wants it, or for rows that are summed already, as their sender does.
+__device__ inline bool send_call(const auto& args, const Ticket& ticket, bool good) {
+  auto* messages = shared_at<std::int32_t>(args.shared.messages);
+  if (!count_all(args, good, messages, nullptr)) return false;
+#pragma unroll 1
+  for (int rank = warp_id(); rank < args.comm.num_ranks; rank += kWarps) {
+    if (is_masked(args, rank)) continue;
+    const std::int64_t rows = args.is_rank_major() ? rows_of(args, rank) : args.num_tokens;
+    announce(args, ticket, rank, messages[rank], uses_packets(args, args.places.returns, rows));
+  }
+  return true;
+}
+
+/// By one warp: a token's weights to the ranks of its experts, sorted by expert; that of an expert
+/// with those of later entries that repeat it. `own` is the lane's first one.
+__device__ inline void send_weights(const auto& args, const Ticket& ticket, std::int64_t token,
+                                    float own, const Route& route) {
+  const int topk = args.shape.num_topk;
+  const float* weights = args.topk_weights + token * topk;
+  const MessageArea& area = args.places.messages;
+#pragma unroll 1
+  for (int base = 0; takes_from(args, base, topk); base += 32) {
+    const int k = base + lane_id();
+    const int rank = k < topk ? route.rank[k] : -1;
+    if (rank < 0 || is_masked(args, rank)) continue;
+    const std::int32_t expert = route.expert[k];
+    float weight = base == 0 ? own : weights[k];
+    int position = 0;
+#pragma unroll 4
+    for (int other = 0; other < topk; ++other) {
+      if (route.rank[other] == rank && route.expert[other] < expert) ++position;
+      if (other > k && route.expert[other] == expert) weight = plan::add(weight, weights[other]);
+    }
+    Packet* head =
+        place_at(args, ticket.packet_shift, area.head(args.comm.rank, route.message[k]), rank);
+    send_packet(head + 1 + position, static_cast<std::uint32_t>(expert - route.begin[k]),
+                static_cast<std::uint32_t>(route.index[k]), __float_as_uint(weight), ticket.tag);
+  }
+  // What comes first, and the places behind the last one.
+#pragma unroll 1
+  for (int to = 0; to < *route.num_ranks; ++to) {
+    const int rank = route.to_rank[to];
+    if (is_masked(args, rank)) continue;
+    int count = 0;
+#pragma unroll 1
+    for (int base = 0; takes_from(args, base, topk); base += 32) {
+      const int k = base + lane_id();
+      count += __popc(__ballot_sync(0xffffffff, k < topk && route.rank[k] == rank));
+    }
+    Packet* head =
+        place_at(args, ticket.packet_shift, area.head(args.comm.rank, route.to_message[to]), rank);
+#pragma unroll 1
+    for (int part = lane_id(); part <= topk; part += 32) {
+      if (part > 0 && part <= count) continue;
+      send_packet(head + part, part == 0 ? static_cast<std::uint32_t>(token) : 0xffffffffu, 0, 0,
+                  ticket.tag);
+    }
+  }
+}
+
+/// What a thread needs for a token's weights, loaded before anybody waits for it.
+struct WeightIds {
+  RouteIds ids;
+  float weight;
+
+  __device__ WeightIds(const CombineArgs& args, std::int64_t token)
+      : ids(args, token),
+        weight(threadIdx.x < static_cast<unsigned>(args.shape.num_topk) &&
+                       token < args.num_tokens && args.topk_weights != nullptr
+                   ? args.topk_weights[token * args.shape.num_topk + threadIdx.x]
+                   : 0.0f) {}
+};
+
+__device__ inline bool send_all_weights(const auto& args, const Ticket& ticket, bool good,
+                                        const WeightIds& first, const Route& route) {
+  WeightIds loaded = first;
+#pragma unroll 1
+  for (std::int64_t token = first_token(); token < args.num_tokens;) {
+    __syncthreads();  // the last route has been read
+    if (!find_route(args, token, loaded.ids, good, route)) return false;
+    if (warp_id() == 0) send_weights(args, ticket, token, loaded.weight, route);
+    token += gridDim.x;
+    if (token < args.num_tokens) loaded = WeightIds(args, token);
+  }
+  return good;
+}
+
+// --- rows home -------------------------------------------------------------------------
+
+/// By all threads, true in each: the row for one message.
+template <class Rows>
+__device__ bool serve(const auto& args, const Ticket& ticket, int source, std::int64_t message,
+                      bool packeted) {
+  bool good = true;
+  Claim claim;
+  if (args.is_rank_major()) {
+    if (threadIdx.x == 0) {
+      const std::int64_t row = source * args.shape.max_tokens + message;
+      shared_at<Addend>(args.shared.places)[0] = {
+          reinterpret_cast<const uint4*>(args.x + row * Rows::x_bytes(args)), 1.0f};
+    }
+  } else if (warp_id() == 0) {
+    good = take_weights(args, ticket, source, message, Rows::x_bytes(args), claim);
+  }
+  if (__syncthreads_and(good) == 0) return false;
+  Rows::stage(args);
+  if (__syncthreads_and(holds(args, source, claim)) == 0) return false;
+  send_home(args, ticket, source, message, packeted);
+  return true;
+}
+
+/// Blocks take turns at the messages of all sources, those without weights of their own first.
+template <class Rows>
+__device__ bool send_all_home(const auto& args, const Ticket& ticket) {
+  const Announced announced(args.shared, args.comm.num_ranks);
+  const unsigned blocks = gridDim.x;
+  const auto tokens = static_cast<unsigned>(args.is_rank_major() ? 0 : args.num_tokens);
+  unsigned turn = (blockIdx.x + blocks - (tokens + 1) % blocks) % blocks;
+#pragma unroll 1
+  for (int source = 0; source < args.comm.num_ranks; ++source) {
+    const auto messages = static_cast<unsigned>(args.is_rank_major() ? rows_of(args, source)
+                                                                     : announced.messages[source]);
+    const bool packeted = args.is_rank_major() ? uses_packets(args, args.places.returns, messages)
+                                               : announced.packeted[source] != 0;
+#pragma unroll 1
+    for (; turn < messages; turn += blocks) {
+      // All threads alike, whatever another block masks meanwhile; and the last message's rows have
+      // been read.
+      if (__syncthreads_or(is_masked(args, source)) != 0) continue;
+      if (!serve<Rows>(args, ticket, source, turn, packeted)) return false;
+    }
+    turn -= messages;
+  }
+  return true;
+}
+
+template <class Rows>
+__device__ bool send(const auto& args, const Ticket& ticket, bool good, const WeightIds& first,
+                     const Route& route) {
+  if (counts_for_others() && !send_call(args, ticket, good)) return false;
+  if (!args.is_rank_major()) {
+    good = send_all_weights(args, ticket, good, first, route);
+    const Announced announced(args.shared, args.comm.num_ranks);
+    // The first warp sends weights.
+#pragma unroll 1
+    for (int i = (threadIdx.x + kThreads - 32) % kThreads; i < args.comm.num_ranks; i += kThreads)
+      good = take_announced(args, ticket, i, announced) && good;
+    if (keeps_books()) good = all_agree(args, ticket) && good;
+  }
+  if (__syncthreads_and(good) == 0) return false;
+  return send_all_home<Rows>(args, ticket);
+}
+
+// --- sums ------------------------------------------------------------------------------
+
+/// By all threads, true in each: plain rows of a token are here. Sets to_rank to -1 for ranks that
+/// are absent.
+__device__ inline bool await_rows(const auto& args, const Ticket& ticket, const Route& route) {
+  const Announced announced(args.shared, args.comm.num_ranks);
+  bool good = true;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < *route.num_ranks; i += kThreads) {
+    const int rank = route.to_rank[i];
+    if (announced.packeted[rank] != 0) continue;
+    Packet packet;
+    const Packet* head =
+        place_here(ticket.packet_shift, args.places.returns.head(rank, route.to_message[i]));
+    const Arrival arrival = await_packet(args, rank, head, ticket.tag, packet);
+    good = good && arrival != Arrival::kFailed;
+    if (arrival == Arrival::kAbsent) route.to_rank[i] = -1;
+    // acquire: pairs with the fence in send_home() of that rank.
+    fence_acq_rel_sys();
+  }
+  return __syncthreads_and(good) != 0;
+}
+
+/// The plain row that came from the i-th rank of the route.
+__device__ inline const std::byte* plain_home(const auto& args, const Ticket& ticket,
+                                              const Route& route, int i) {
+  const MessageArea& area = args.places.returns;
+  return place_here(ticket.plain_shift, area.plain_row(route.to_rank[i], route.to_message[i]));
+}
+
+template <class Rows>
+__device__ bool receive(const auto& args, const Ticket& ticket, bool good, const Route& route) {
+  __syncthreads();
+  // Which ranks' rows are in packets: in expert-major as this rank chose for its own.
+  const Announced announced(args.shared, args.comm.num_ranks);
+  const bool packeted = uses_packets(args, args.places.returns, args.num_tokens);
+#pragma unroll 1
+  for (int i = threadIdx.x; i < args.comm.num_ranks; i += kThreads) {
+    if (args.is_rank_major()) {
+      good = take_announced(args, ticket, i, announced) && good;
+    } else {
+      announced.packeted[i] = packeted ? 1 : 0;
+    }
+  }
+  if (args.is_rank_major() && keeps_books()) good = all_agree(args, ticket) && good;
+  // A block that has sent the weights of one token knows its route.
+  const bool known = args.sends && !args.is_rank_major() && args.num_tokens <= gridDim.x;
+#pragma unroll 1
+  for (std::int64_t token = first_token(); token < args.num_tokens; token += gridDim.x) {
+    if (known) {
+      if (__syncthreads_and(good) == 0) return false;
+    } else {
+      const RouteIds ids(args, token);
+      if (!find_route(args, token, ids, good, route)) return false;
+    }
+    if (!Rows::sum_token(args, ticket, token, route)) return false;
+  }
+  return __syncthreads_and(good) != 0;
+}
+
+/// Rows of a call that failed.
+template <class Rows>
+__device__ __noinline__ void fill_nan(const auto& args) {
+  const std::int64_t units = Rows::x_bytes(args) / 16;
+  constexpr std::uint32_t kNan = 0x7fff7fff;
+#pragma unroll 1
+  for (std::int64_t token = first_token(); token < args.num_tokens; token += gridDim.x) {
+    auto* out = reinterpret_cast<uint4*>(args.combined_x + token * Rows::x_bytes(args));
+#pragma unroll 1
+    for (std::int64_t i = threadIdx.x; i < units; i += kThreads) out[i] = {kNan, kNan, kNan, kNan};
+  }
+}
+
+/// A kernel: sends, receives, or both.
+template <class Rows>
+__device__ void run_combine(const auto& args) {
+  // All that the first token needs is on its way before anything is waited for.
+  const WeightIds first(args,
+                        args.sends && !args.is_rank_major() ? first_token() : args.num_tokens);
+  const Route route(args.shared);
+  const Ticket ticket = take_ticket(args);
+  if (keeps_books() && warp_id() == 0) tell_consumed(args);
+  bool good = warp_id() != kWarps - 1 || may_begin(args, ticket);
+  if (args.sends) good = send<Rows>(args, ticket, good, first, route);
+  // Without sending the threads of the block have not agreed yet.
+  if (args.receives && (good || !args.sends)) good = receive<Rows>(args, ticket, good, route);
+  if (args.receives && !good) fill_nan<Rows>(args);
+  end_step(args, ticket, good);
+}
+
+/// Launches an instantiation of one of the kernels.
+template <auto kKernel, Form kForm>
+cudaError_t launch_combine_kernel(const CombineArgs& given, int num_sms, cudaStream_t stream) {
+  const cudaError_t status = allow_shared<kKernel>(kMaxSharedBytes);
+  if (status != cudaSuccess) return status;
+  if (given.shared.used > kMaxSharedBytes) return cudaErrorInvalidValue;
+  const Formed<CombineArgs, kForm> args{given};
+  kKernel<<<num_blocks(args, num_sms), kThreads, args.shared.used, stream>>>(args);
+  return cudaGetLastError();
+}
+
+}  // namespace deep_ep::cuda::internode_ll
