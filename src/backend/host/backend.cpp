@@ -135,7 +135,7 @@ class HostBackend final : public Backend {
   Tensor heap() const override {
     std::shared_ptr<fabric::Mapping> mapping = context_.fabric().own_segment(0);
     const std::int64_t begin =
-        words_bytes(options_, host::Context::control_bytes(options_.num_ranks));
+        words_bytes(options_, host::Context::control_bytes(options_.topology));
     return {TensorView(mapping->base() + begin, DType::kUint8, {mapping->bytes() - begin}),
             mapping};
   }
