@@ -70,7 +70,7 @@ struct DispatchArgs {
   std::int64_t num_worst_tokens = 0;
   Config config{};
   /// Optional int64 [R], on the Buffer's device: += the longest wait for each source, in ns (host)
-  /// or SM cycles (CUDA).
+  /// or SM cycles (CUDA, where the wait for counts before the rows is not part of it).
   TensorView dispatch_wait_recv_cost_stats{};
   CallOptions options{};
 

@@ -34,7 +34,8 @@ BUDGETS = {
 class Kernel:
     def __init__(self, mode, name, report):
         self.name = name  # demangled, parameter types included
-        plain = name.replace("(anonymous namespace)", "x")
+        # Values of enumerations are written with their type in front, as a cast.
+        plain = re.sub(r"\([\w:]+\)(?=\d)", "", name.replace("(anonymous namespace)", "x"))
         self.short = re.search(r"(\w+)(<[^()]*>)?\(", plain).group(1)
         self.key = f"{mode}/{self.short}"
         numbers = {

@@ -240,17 +240,17 @@ def _deepxtrace(group):
     size, rank = group.size(), group.rank()
     buffer = deep_ep.Buffer(group, 1 << 20)
     one = make_inputs(size, experts=2 * size)[rank]
-    arguments = routing.dispatch_arguments(buffer, one)
+    handle = buffer.dispatch(**routing.dispatch_arguments(buffer, one))[4]
     waits = torch.full((2, size), 1000, dtype=torch.int64, device=routing.DEVICE)
     seen = waits.clone()
     for _ in range(3):
         torch.distributed.barrier(group)
         if rank == 1:
             time.sleep(0.05)  # so rank 0 waits for it
-        got = buffer.dispatch(**arguments, dispatch_wait_recv_cost_stats=waits[0])
+        recv_x = buffer.dispatch(one.x, handle=handle, dispatch_wait_recv_cost_stats=waits[0])[0]
         if rank == 1:
             time.sleep(0.05)
-        buffer.combine(got[0], got[4], combine_wait_recv_cost_stats=waits[1])
+        buffer.combine(recv_x, handle, combine_wait_recv_cost_stats=waits[1])
         assert (waits >= seen).all()
         if rank == 0:
             assert (waits[:, 1] > seen[:, 1]).all()
