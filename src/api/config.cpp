@@ -59,8 +59,7 @@ std::int64_t Config::get_rdma_buffer_size_hint(std::int64_t hidden_bytes,
   } catch (const Error&) {  // a Buffer says so
   }
   ranks_per_node = std::min(ranks_per_node, plan::kMaxRanksPerNode);
-  const int nodes = std::min(
-      (std::clamp(num_ranks, 1, 1 << 20) + ranks_per_node - 1) / ranks_per_node, plan::kMaxNodes);
+  const int nodes = (std::clamp(num_ranks, 1, 1 << 20) + ranks_per_node - 1) / ranks_per_node;
   if (nodes == 1) return 0;
   // 128 experts a token and 128 scales a row at most, as DeepEP takes them.
   const plan::RecordFormat record(
