@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <fstream>
 #include <thread>
@@ -35,13 +34,6 @@ struct Settings {
   std::string json;
 };
 
-void live_on(const Namespaces& nodes, int node) {
-  nodes.enter(node);
-  // Before any thread was started.
-  setenv("UCX_TLS", "tcp", 1);                        // NOLINT(concurrency-mt-unsafe)
-  setenv("UCX_NET_DEVICES", Namespaces::kDevice, 1);  // NOLINT(concurrency-mt-unsafe)
-}
-
 /// A number that a forked rank leaves in a pipe.
 class Result {
  public:
@@ -68,7 +60,7 @@ class Result {
 double in_two_nodes(const Namespaces& nodes, const std::function<void(Bootstrap&, Result&)>& body) {
   Result result;
   const auto exits = run_forked(2, [&](const std::shared_ptr<Bootstrap>& bootstrap) {
-    live_on(nodes, bootstrap->rank());
+    net::live_on(nodes, bootstrap->rank());
     body(*bootstrap, result);
     return 0;
   });

@@ -1,6 +1,6 @@
 #include <fmt/format.h>
 
-#include "contract/program.hpp"
+#include "contract/corner_list.hpp"
 
 namespace deep_ep::test {
 namespace {
@@ -8,31 +8,6 @@ namespace {
 using verify::Case;
 using verify::Routing;
 using verify::Scales;
-
-/// Collects programs under their names; those that need more ranks than there are are left out.
-class List {
- public:
-  explicit List(const Limits& limits) : limits_(limits) {}
-
-  void add(std::string name, std::vector<Case> cases, void (*change)(Program&) = nullptr) {
-    Program program;
-    program.name = "corner/" + std::move(name);
-    program.ranks = cases.front().ranks;
-    if (program.ranks > limits_.max_ranks) return;
-    for (Case& c : cases) {
-      fit(c, limits_.bytes);
-      program.steps.push_back({0, std::move(c)});
-    }
-    if (change != nullptr) change(program);
-    programs_.push_back(std::move(program));
-  }
-
-  std::vector<Program> take() { return std::move(programs_); }
-
- private:
-  Limits limits_;
-  std::vector<Program> programs_;
-};
 
 Case small(int ranks) {
   Case c;
@@ -50,7 +25,7 @@ Case large(int ranks) {
   return c;
 }
 
-void add_shapes(List& list) {
+void add_shapes(CornerList& list) {
   for (int ranks = 1; ranks <= 8; ++ranks) list.add(fmt::format("ranks_{}", ranks), {small(ranks)});
 
   Case c = large(4);
@@ -81,7 +56,7 @@ void add_shapes(List& list) {
   list.add("topk_is_all_experts", {c});
 }
 
-void add_routings(List& list) {
+void add_routings(CornerList& list) {
   Case c = large(8);
   c.routing = Routing::kToRankZero;
   list.add("all_tokens_to_one_rank", {c});
@@ -113,7 +88,7 @@ void add_routings(List& list) {
   list.add("more_topk_than_local_experts", {c});
 }
 
-void add_reuse(List& list) {
+void add_reuse(CornerList& list) {
   Case c = small(4);
   c.cached_repeats = 50;
   list.add("handle_reused_50_times", {c});
@@ -139,7 +114,7 @@ void add_reuse(List& list) {
   list.add("handle_used_with_fewer_sms", {c});
 }
 
-void add_groups(List& list) {
+void add_groups(CornerList& list) {
   using verify::Groups;
   using verify::Outputs;
   Case c = large(4);
@@ -187,7 +162,7 @@ void add_groups(List& list) {
   list.add("grouped_async_chain", {c});
 }
 
-void add_outputs(List& list) {
+void add_outputs(CornerList& list) {
   using verify::Outputs;
   for (const auto& [outputs, name] :
        {std::pair{Outputs::kLibrary, "library"}, std::pair{Outputs::kPrivate, "private"},
@@ -243,7 +218,7 @@ std::vector<Case> alternating(int ranks) {
   return cases;
 }
 
-void add_orders(List& list) {
+void add_orders(CornerList& list) {
   for (int ranks : {2, 4, 8}) {
     list.add(fmt::format("alternating_shapes_{}", ranks), alternating(ranks));
     list.add(fmt::format("two_buffers_in_turn_{}", ranks), alternating(ranks),
@@ -275,7 +250,7 @@ void add_orders(List& list) {
 }  // namespace
 
 std::vector<Program> corner_programs(const Limits& limits) {
-  List list(limits);
+  CornerList list(limits);
   add_shapes(list);
   add_routings(list);
   add_reuse(list);

@@ -1,6 +1,6 @@
 #include <fmt/format.h>
 
-#include "contract/program.hpp"
+#include "contract/corner_list.hpp"
 
 // The corners of several nodes, which ranks of this machine pose as.
 namespace deep_ep::test {
@@ -9,30 +9,6 @@ namespace {
 using verify::Case;
 using verify::Routing;
 using verify::Scales;
-
-class List {
- public:
-  explicit List(const Limits& limits) : limits_(limits) {}
-
-  void add(std::string name, std::vector<Case> cases, void (*change)(Program&) = nullptr) {
-    Program program;
-    program.name = "corner/" + std::move(name);
-    program.ranks = cases.front().ranks;
-    program.ranks_per_node = cases.front().ranks_per_node;
-    if (program.ranks > limits_.max_ranks) return;
-    for (Case& c : cases) {
-      fit(c, limits_.bytes);
-      program.steps.push_back({0, std::move(c)});
-    }
-    if (change != nullptr) change(program);
-    programs_.push_back(std::move(program));
-  }
-  std::vector<Program> take() { return std::move(programs_); }
-
- private:
-  Limits limits_;
-  std::vector<Program> programs_;
-};
 
 Case small(int nodes, int ranks_per_node) {
   Case c;
@@ -51,7 +27,7 @@ Case large(int nodes, int ranks_per_node) {
   return c;
 }
 
-void add_shapes(List& list) {
+void add_shapes(CornerList& list) {
   for (const auto& [nodes, ranks_per_node] :
        {std::pair{2, 1}, {2, 2}, {4, 1}, {2, 4}, {4, 2}, {3, 2}, {8, 1}})
     list.add(fmt::format("nodes_{}_of_{}", nodes, ranks_per_node), {small(nodes, ranks_per_node)});
@@ -82,7 +58,7 @@ void add_shapes(List& list) {
   list.add("topk_is_all_experts", {c});
 }
 
-void add_routings(List& list) {
+void add_routings(CornerList& list) {
   Case c = large(4, 2);
   c.routing = Routing::kToRankZero;
   list.add("all_tokens_to_one_rank", {c});
@@ -108,7 +84,7 @@ void add_routings(List& list) {
   list.add("very_ragged", {c});
 }
 
-void add_reuse(List& list) {
+void add_reuse(CornerList& list) {
   Case c = small(2, 2);
   c.cached_repeats = 50;
   list.add("handle_reused_50_times", {c});
@@ -162,7 +138,7 @@ std::vector<Case> alternating(int nodes, int ranks_per_node) {
   return cases;
 }
 
-void add_orders(List& list) {
+void add_orders(CornerList& list) {
   for (const auto& [nodes, ranks_per_node] : {std::pair{2, 1}, {2, 2}, {4, 2}}) {
     const std::string name = fmt::format("{}_of_{}", nodes, ranks_per_node);
     list.add("alternating_shapes_" + name, alternating(nodes, ranks_per_node));
@@ -195,7 +171,7 @@ void add_orders(List& list) {
 }  // namespace
 
 std::vector<Program> internode_corner_programs(const Limits& limits) {
-  List list(limits);
+  CornerList list(limits);
   add_shapes(list);
   add_routings(list);
   add_reuse(list);

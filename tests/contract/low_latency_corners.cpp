@@ -1,6 +1,6 @@
 #include <fmt/format.h>
 
-#include "contract/program.hpp"
+#include "contract/corner_list.hpp"
 
 namespace deep_ep::test {
 namespace {
@@ -10,35 +10,6 @@ using verify::LowLatencyCase;
 using verify::LowLatencyPayload;
 using verify::Routing;
 
-/// Collects programs under their names; those that need more ranks than there are are left out.
-class List {
- public:
-  explicit List(const Limits& limits) : limits_(limits) {}
-
-  void add(std::string name, std::vector<LowLatencyCase> cases, std::int64_t first_ticket = 0) {
-    Program program;
-    program.name = "corner/" + std::move(name);
-    program.ranks = cases.front().ranks;
-    program.first_ticket = first_ticket;
-    if (program.ranks > limits_.max_ranks) return;
-    for (LowLatencyCase& c : cases) {
-      fit(c, limits_.bytes);
-      // Masks need a Buffer that allows them.
-      program.own_buffers = program.own_buffers || c.masked != LowLatencyCase::kNobody;
-      Step step;
-      step.low_latency = std::move(c);
-      program.steps.push_back(std::move(step));
-    }
-    programs_.push_back(std::move(program));
-  }
-
-  std::vector<Program> take() { return std::move(programs_); }
-
- private:
-  Limits limits_;
-  std::vector<Program> programs_;
-};
-
 LowLatencyCase small(int ranks) {
   LowLatencyCase c;
   c.ranks = ranks;
@@ -47,7 +18,7 @@ LowLatencyCase small(int ranks) {
   return c;
 }
 
-void add_shapes(List& list) {
+void add_shapes(CornerList& list) {
   for (int ranks = 1; ranks <= 8; ++ranks) {
     list.add(fmt::format("ranks_{}", ranks), {small(ranks)});
     LowLatencyCase c = small(ranks);
@@ -97,7 +68,7 @@ void add_shapes(List& list) {
 }
 
 /// Rows that come home in other formats, next to calls of the others.
-void add_wires(List& list) {
+void add_wires(CornerList& list) {
   for (const plan::WireFormat wire : {plan::WireFormat::kLogFmt, plan::WireFormat::kFp8}) {
     const auto add = [&](const std::string& name, LowLatencyCase c) {
       for (const bool rank_major : {false, true}) {
@@ -146,7 +117,7 @@ void add_wires(List& list) {
   }
 }
 
-void add_routings(List& list) {
+void add_routings(CornerList& list) {
   for (const bool rank_major : {false, true}) {
     const char* suffix = rank_major ? "_rank_major" : "";
     const auto add = [&](const char* name, LowLatencyCase c) {
@@ -184,7 +155,7 @@ void add_routings(List& list) {
   }
 }
 
-void add_reuse(List& list) {
+void add_reuse(CornerList& list) {
   for (const Hooks hooks : {Hooks::kEach, Hooks::kTwoInOrder, Hooks::kTwoReversed,
                             Hooks::kTwoByRank, Hooks::kCrossed}) {
     for (const bool rank_major : {false, true}) {
@@ -249,7 +220,7 @@ std::vector<LowLatencyCase> alternating(int ranks) {
   return cases;
 }
 
-void add_orders(List& list) {
+void add_orders(CornerList& list) {
   for (int ranks : {2, 4, 8})
     list.add(fmt::format("alternating_shapes_{}", ranks), alternating(ranks));
   LowLatencyCase growing = small(4);
@@ -264,7 +235,7 @@ void add_orders(List& list) {
 }
 
 /// Calls on both sides of every place where a ticket, or what is made of it, wraps.
-void add_wraps(List& list) {
+void add_wraps(CornerList& list) {
   constexpr std::int64_t kTag = (std::int64_t{1} << 31) - 1;  // tags repeat from here on
   const std::pair<const char*, std::int64_t> wraps[] = {
       {"16_bits", std::int64_t{1} << 16}, {"scrubbing", std::int64_t{1} << 17},
@@ -284,7 +255,7 @@ void add_wraps(List& list) {
   }
 }
 
-void add_masks(List& list) {
+void add_masks(CornerList& list) {
   for (const bool rank_major : {false, true}) {
     for (const int masked : {0, 2}) {
       LowLatencyCase c = small(4);
@@ -301,7 +272,7 @@ void add_masks(List& list) {
 }  // namespace
 
 std::vector<Program> low_latency_corner_programs(const Limits& limits) {
-  List list(limits);
+  CornerList list(limits);
   add_shapes(list);
   add_wires(list);
   add_routings(list);

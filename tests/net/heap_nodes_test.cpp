@@ -15,21 +15,11 @@ namespace {
 using Clock = std::chrono::steady_clock;
 using net::Namespaces;
 
-#define NEEDS_NAMESPACES() \
-  if (const std::string why = net::why_no_namespaces(); !why.empty()) GTEST_SKIP() << why
-
-/// Moves this rank to its node, where UCX has nothing but TCP over the node's device.
-void live_on(const Namespaces& nodes, int node) {
-  nodes.enter(node);
-  setenv("UCX_TLS", "tcp", 1);
-  setenv("UCX_NET_DEVICES", Namespaces::kDevice, 1);
-}
-
 TEST(SymmetricHeapNodes, BytesCrossTheNetworkBetweenTwoNodesOfTwoRanks) {
   NEEDS_NAMESPACES();
   const Namespaces nodes(2);
   in_ranks(4, [&](Bootstrap& bootstrap) {
-    live_on(nodes, bootstrap.rank() / 2);
+    net::live_on(nodes, bootstrap.rank() / 2);
     exchange(bootstrap);
   });
 }
@@ -40,7 +30,7 @@ TEST(SymmetricHeapNodes, DevicesCountAtLeastThePayload) {
   constexpr std::int64_t kBytes = 8 << 20;
   const auto before = nodes.traffic(0);
   in_ranks(2, [&](Bootstrap& bootstrap) {
-    live_on(nodes, bootstrap.rank());
+    net::live_on(nodes, bootstrap.rank());
     const std::vector<char> source(kBytes, 'x');
     const auto heap = make_heap(bootstrap, kBytes + 8);
     if (bootstrap.rank() == 0) {
@@ -71,7 +61,7 @@ void miss_silent_peers_soon() {
 void expect_noticed(const std::function<void(const Namespaces&)>& part) {
   const Namespaces nodes(2);
   in_ranks(2, [&](Bootstrap& bootstrap) {
-    live_on(nodes, bootstrap.rank());
+    net::live_on(nodes, bootstrap.rank());
     miss_silent_peers_soon();
     auto heap = make_heap(bootstrap, 4096);
     // TCP counts keep-alives while nothing else is under way, such as UCX's own first messages.
@@ -104,7 +94,7 @@ TEST(SymmetricHeapNodes, FlushAndDestructionEndThoughTheCableIsPulled) {
   NEEDS_NAMESPACES();
   const Namespaces nodes(2);
   in_ranks(2, [&](Bootstrap& bootstrap) {
-    live_on(nodes, bootstrap.rank());
+    net::live_on(nodes, bootstrap.rank());
     constexpr std::int64_t kBytes = 32 << 20;  // more than sockets hold
     const std::vector<char> source(kBytes, 'x');
     auto heap = make_heap(bootstrap, kBytes);
@@ -125,7 +115,7 @@ TEST(SymmetricHeapNodes, RanksThatCannotReachEachOtherAllFailInTime) {
   const Namespaces nodes(2);
   nodes.set_silent(1, true);
   in_ranks(2, [&](Bootstrap& bootstrap) {
-    live_on(nodes, bootstrap.rank());
+    net::live_on(nodes, bootstrap.rank());
     const auto begin = Clock::now();
     try {
       make_symmetric_heap(bootstrap, {.bytes = 4096, .timeout = milliseconds(1000)});

@@ -17,16 +17,6 @@ namespace {
 
 using net::Namespaces;
 
-#define NEEDS_NAMESPACES() \
-  if (const std::string why = net::why_no_namespaces(); !why.empty()) GTEST_SKIP() << why
-
-/// Moves this rank to its node, where UCX has nothing but TCP over the node's device.
-void live_on(const Namespaces& nodes, int node) {
-  nodes.enter(node);
-  setenv("UCX_TLS", "tcp", 1);
-  setenv("UCX_NET_DEVICES", Namespaces::kDevice, 1);
-}
-
 verify::Case case_of(const Buffer& buffer, std::int64_t tokens, std::int64_t hidden) {
   verify::Case c;
   c.ranks = buffer.num_ranks();
@@ -48,7 +38,7 @@ TEST(InternodeNodes, BuffersFindTheNodesAndExchangeOverTheirNetwork) {
   NEEDS_NAMESPACES();
   const Namespaces nodes(3);
   in_ranks(6, [&](Bootstrap& own) {
-    live_on(nodes, own.rank() / 2);
+    net::live_on(nodes, own.rank() / 2);
     const std::shared_ptr<Bootstrap> bootstrap(std::shared_ptr<void>(), &own);
     Buffer buffer(bootstrap, {.timeout = std::chrono::seconds(20)});
     EXPECT_EQ(buffer.num_nodes(), 3);
@@ -70,7 +60,7 @@ TEST(InternodeNodes, RanksOfOneNamespaceCanPoseAsMoreNodes) {
   const Namespaces nodes(2);
   setenv("DEEP_EP_RANKS_PER_NODE", "1", 1);
   in_ranks(4, [&](Bootstrap& own) {
-    live_on(nodes, own.rank() / 2);
+    net::live_on(nodes, own.rank() / 2);
     const std::shared_ptr<Bootstrap> bootstrap(std::shared_ptr<void>(), &own);
     Buffer buffer(bootstrap, {.timeout = std::chrono::seconds(20)});
     EXPECT_EQ(buffer.num_nodes(), 4);
@@ -86,7 +76,7 @@ TEST(InternodeNodes, NothingCrossesTwice) {
   NEEDS_NAMESPACES();
   const Namespaces nodes(2);
   in_ranks(2, [&](Bootstrap& own) {
-    live_on(nodes, own.rank());
+    net::live_on(nodes, own.rank());
     const std::shared_ptr<Bootstrap> bootstrap(std::shared_ptr<void>(), &own);
     Buffer buffer(bootstrap, {.timeout = std::chrono::seconds(20)});
     constexpr std::int64_t kTokens = 512;
@@ -122,7 +112,7 @@ TEST(InternodeNodes, AKilledRankIsNamedOnTheOtherNode) {
   NEEDS_NAMESPACES();
   const Namespaces nodes(2);
   const auto exits = exits_of_ranks(4, [&](Bootstrap& own) {
-    live_on(nodes, own.rank() / 2);
+    net::live_on(nodes, own.rank() / 2);
     const std::shared_ptr<Bootstrap> bootstrap(std::shared_ptr<void>(), &own);
     Buffer buffer(bootstrap, {.timeout = std::chrono::seconds(20)});
     buffer.barrier();

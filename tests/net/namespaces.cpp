@@ -7,6 +7,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <cstdlib>
 #include <fstream>
 #include <sstream>
 
@@ -135,6 +136,13 @@ Namespaces::Traffic Namespaces::traffic(int node) const {
     return {columns[0], columns[8]};
   }
   throw Error(ErrorCode::kSystem, fmt::format("no {} in /proc/thread-self/net/dev", kDevice));
+}
+
+void live_on(const Namespaces& nodes, int node) {
+  nodes.enter(node);
+  // Before any thread was started.
+  setenv("UCX_TLS", "tcp", 1);                        // NOLINT(concurrency-mt-unsafe)
+  setenv("UCX_NET_DEVICES", Namespaces::kDevice, 1);  // NOLINT(concurrency-mt-unsafe)
 }
 
 }  // namespace deep_ep::net

@@ -49,4 +49,11 @@ class Namespaces {
   std::vector<fabric::Fd> nodes_;
 };
 
+/// Moves this rank to its node, where UCX has nothing but TCP over the node's device.
+void live_on(const Namespaces& nodes, int node);
+
 }  // namespace deep_ep::net
+
+/// At the beginning of a test: skips it, and says why, where there can be no Namespaces.
+#define NEEDS_NAMESPACES() \
+  if (const std::string why = deep_ep::net::why_no_namespaces(); !why.empty()) GTEST_SKIP() << why
