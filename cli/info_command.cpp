@@ -16,6 +16,7 @@
 #include "deep_ep/version.hpp"
 #include "fabric/memory.hpp"
 #include "fabric/process_memory.hpp"
+#include "fabric/symmetric_heap_factory.hpp"
 #include "machine.hpp"
 
 namespace deep_ep::cli {
@@ -77,11 +78,16 @@ std::vector<Part> backends() {
           {"cuda", gpus, describe_devices(DeviceType::kCuda).front()}};
 }
 
+Part probe_ucx() {
+  const std::string why = fabric::why_no_symmetric_heap();
+  return {"UCX", why.empty(), why.empty() ? "between nodes of the host backend" : why};
+}
+
 std::vector<Part> transports() {
   return {probe_shared_memory(),
           probe_process_memory(),
-          {"NVSHMEM", false, "this build has no internode mode"},
-          {"UCX", false, "this build has no internode mode"}};
+          {"NVSHMEM", false, "this version has no internode mode for GPUs"},
+          probe_ucx()};
 }
 
 nlohmann::ordered_json to_json(const std::vector<Part>& parts) {

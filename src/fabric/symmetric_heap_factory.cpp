@@ -49,6 +49,15 @@ MakeHeap loaded() {
 
 }  // namespace
 
+std::string why_no_symmetric_heap() {
+  try {
+    (void)loaded();
+    return {};
+  } catch (const Error& error) {
+    return error.what();
+  }
+}
+
 std::unique_ptr<SymmetricHeap> make_symmetric_heap(Bootstrap& bootstrap,
                                                    const SymmetricHeapOptions& options) {
   MakeHeap make = nullptr;

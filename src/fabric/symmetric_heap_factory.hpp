@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <string>
 
 #include "deep_ep/bootstrap.hpp"
 #include "fabric/symmetric_heap.hpp"
@@ -25,5 +26,8 @@ struct SymmetricHeapOptions {
 /// before. UCX reads its own variables (UCX_TLS, UCX_NET_DEVICES, ...).
 std::unique_ptr<SymmetricHeap> make_symmetric_heap(Bootstrap& bootstrap,
                                                    const SymmetricHeapOptions& options);
+
+/// Why this machine cannot make one; empty if it can. Loads UCX.
+std::string why_no_symmetric_heap();
 
 }  // namespace deep_ep::fabric
