@@ -251,7 +251,8 @@ TEST(LowLatencyUsage, RowsComeHomeInOneFormatThatFitsThem) {
     return texts_of(1, [&](Buffer& buffer, const Input& input) {
       LowLatencyDispatchArgs args = input.dispatch();
       args.x = {input.x.data(), DType::kBfloat16, {kTokens, hidden}};
-      LowLatencyCombineArgs combine = input.combine(buffer.low_latency_dispatch(args));
+      const LowLatencyDispatchResult dispatched = buffer.low_latency_dispatch(args);
+      LowLatencyCombineArgs combine = input.combine(dispatched);
       combine.use_logfmt = use_logfmt;
       combine.use_fp8 = use_fp8;
       return error_of([&] { buffer.low_latency_combine(combine); });
@@ -270,7 +271,8 @@ TEST(LowLatencyUsage, RanksWhoseRowsComeHomeInOtherFormatsAreToldSo) {
   GTEST_SKIP() << "ranks that disagree write over each other's messages, which nobody reads then";
 #endif
   const auto texts = texts_of(2, [](Buffer& buffer, const Input& input) {
-    LowLatencyCombineArgs args = input.combine(buffer.low_latency_dispatch(input.dispatch()));
+    const LowLatencyDispatchResult dispatched = buffer.low_latency_dispatch(input.dispatch());
+    LowLatencyCombineArgs args = input.combine(dispatched);
     args.use_logfmt = buffer.rank() == 1;
     return error_of([&] { buffer.low_latency_combine(args); });
   });
