@@ -13,12 +13,18 @@
 namespace deep_ep::test {
 namespace {
 
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+constexpr bool kSanitized = true;
+#else
+constexpr bool kSanitized = false;
+#endif
+
 class ProgramList final : public ProgramSource {
  public:
   ProgramList(const std::string& mode, std::uint64_t seed, bool full)
       : programs_(corners(mode, limits(full))) {
-    // Buffers over a network take a while to make.
-    const int rounds = full ? 16 : mode == "internode" ? 1 : 3;
+    // Sanitizers take their time, and so do Buffers over a network.
+    const int rounds = full ? 16 : kSanitized || mode == "internode" ? 1 : 3;
     for (int round = 0; round < rounds; ++round) {
       for (Program& program :
            covering(mode, seed + static_cast<std::uint64_t>(round), limits(full)))
