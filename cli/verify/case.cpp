@@ -16,30 +16,12 @@
 namespace deep_ep::verify {
 namespace {
 
-Tensor clone(const Tensor& tensor) { return tensor.to(tensor.device, own_stream()); }
-
-IntranodeHandle clone(const IntranodeHandle& handle) {
-  return {clone(handle.rank_prefix_matrix),         clone(handle.channel_prefix_matrix),
-          clone(handle.recv_channel_prefix_matrix), clone(handle.recv_src_idx),
-          clone(handle.is_token_in_rank),           clone(handle.send_head)};
-}
+Tensor clone_tensor(const Tensor& tensor) { return tensor.to(tensor.device, own_stream()); }
 
 RowGroups clone(const RowGroups& groups) {
-  return {clone(groups.group_offsets), clone(groups.grouped_rows), clone(groups.recv_rows),
-          groups.weights.defined() ? clone(groups.weights) : Tensor()};
-}
-
-InternodeHandle clone(const InternodeHandle& handle) {
-  return {clone(handle.is_token_in_rank),
-          clone(handle.rdma_channel_prefix_matrix),
-          clone(handle.gbl_channel_prefix_matrix),
-          clone(handle.recv_rdma_channel_prefix_matrix),
-          clone(handle.recv_rdma_rank_prefix_sum),
-          clone(handle.recv_gbl_channel_prefix_matrix),
-          clone(handle.recv_gbl_rank_prefix_sum),
-          clone(handle.recv_src_meta),
-          clone(handle.send_rdma_head),
-          clone(handle.send_nvl_head)};
+  return {clone_tensor(groups.group_offsets), clone_tensor(groups.grouped_rows),
+          clone_tensor(groups.recv_rows),
+          groups.weights.defined() ? clone_tensor(groups.weights) : Tensor()};
 }
 
 /// The calls of one case, in order, with the check of each one's outputs. Without async a call is
@@ -86,14 +68,14 @@ class Run {
     return tensor;
   }
   IntranodeHandle passed(IntranodeHandle handle) const {
-    if (case_.clone_handle) handle = clone(handle);
+    if (case_.clone_handle) handle = each_tensor(handle, clone_tensor);
     for (Tensor* tensor : {&handle.recv_src_idx, &handle.is_token_in_rank, &handle.send_head})
       *tensor = passed(*tensor);
     return handle;
   }
 
   InternodeHandle passed(InternodeHandle handle) const {
-    if (case_.clone_handle) handle = clone(handle);
+    if (case_.clone_handle) handle = each_tensor(handle, clone_tensor);
     for (Tensor* tensor : {&handle.recv_src_meta, &handle.is_token_in_rank, &handle.send_rdma_head,
                            &handle.send_nvl_head})
       *tensor = passed(*tensor);

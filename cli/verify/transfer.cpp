@@ -16,22 +16,11 @@ Tensor on_device(const Tensor& tensor, Device device) {
 Tensor on_host(const Tensor& tensor) { return on_device(tensor, {}); }
 
 IntranodeHandle on_host(const IntranodeHandle& handle) {
-  return {on_host(handle.rank_prefix_matrix),         on_host(handle.channel_prefix_matrix),
-          on_host(handle.recv_channel_prefix_matrix), on_host(handle.recv_src_idx),
-          on_host(handle.is_token_in_rank),           on_host(handle.send_head)};
+  return each_tensor(handle, [](const Tensor& tensor) { return on_host(tensor); });
 }
 
 InternodeHandle on_host(const InternodeHandle& handle) {
-  return {on_host(handle.is_token_in_rank),
-          on_host(handle.rdma_channel_prefix_matrix),
-          on_host(handle.gbl_channel_prefix_matrix),
-          on_host(handle.recv_rdma_channel_prefix_matrix),
-          on_host(handle.recv_rdma_rank_prefix_sum),
-          on_host(handle.recv_gbl_channel_prefix_matrix),
-          on_host(handle.recv_gbl_rank_prefix_sum),
-          on_host(handle.recv_src_meta),
-          on_host(handle.send_rdma_head),
-          on_host(handle.send_nvl_head)};
+  return each_tensor(handle, [](const Tensor& tensor) { return on_host(tensor); });
 }
 
 DispatchLayout on_host(DispatchLayout layout) {

@@ -39,6 +39,17 @@ class CornerList {
     finish(std::move(program));
   }
 
+  /// `c` with more and more tokens on new Buffers, and with few again.
+  void add_growth(verify::Case c) {
+    c.hidden = 4096;
+    std::vector<verify::Case> cases;
+    for (std::int64_t tokens : {1, 8, 64, 512, 4096, 3}) {
+      c.tokens = {tokens};
+      cases.push_back(c);
+    }
+    add("memory_grows", cases, [](Program& program) { program.own_buffers = true; });
+  }
+
   std::vector<Program> take() { return std::move(programs_); }
 
  private:

@@ -237,14 +237,7 @@ void add_orders(CornerList& list) {
     for (std::size_t i = 0; i < program.steps.size(); ++i)
       program.steps[i].buffer = static_cast<int>(i % 4);
   });
-  Case growing = small(4);
-  std::vector<Case> cases;
-  for (std::int64_t tokens : {1, 8, 64, 512, 4096, 3}) {
-    growing.tokens = {tokens};
-    growing.hidden = 4096;
-    cases.push_back(growing);
-  }
-  list.add("memory_grows", cases, [](Program& program) { program.own_buffers = true; });
+  list.add_growth(small(4));
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
 """Inputs that every rank can make of every rank, and what dispatch must give for them: loops over a
-global view, written from the interface's description."""
+global view, written from the interface's description; and graphs of calls."""
 
 import torch
 
@@ -44,6 +44,20 @@ def layout_of(one, size):
                 in_rank[token, expert // local] = True
                 per_expert[expert] += 1
     return in_rank.sum(0).int().to(DEVICE), per_expert.to(DEVICE), in_rank.to(DEVICE)
+
+
+def captured(group, step):
+    """A graph of step(), and what it returned."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.distributed.barrier(group)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()
+    return graph, result
 
 
 class Expected:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import deep_ep
-from routing import dispatch_arguments, layout_of, make_inputs, same
+from routing import captured, dispatch_arguments, layout_of, make_inputs, same
 
 pytestmark = pytest.mark.gpu
 
@@ -130,20 +130,6 @@ def test_asynchronous_calls_keep_what_they_use(gpu_ranks):
     gpu_ranks.run(2, _dropped_in_flight)
 
 
-def _captured(group, step):
-    """A graph of step(), and what it returned."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.distributed.barrier(group)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = step()
-    return graph, result
-
-
 def _graph(group):
     """dispatch with num_worst_tokens and combine in a graph, replayed over changing inputs, while
     eager calls go on."""
@@ -161,7 +147,7 @@ def _graph(group):
                               num_worst_tokens=64 * size)
         return got[1], buffer.combine(got[0], got[4], got[2])
 
-    graph, (ids, (combined, weights, _)) = _captured(group, step)
+    graph, (ids, (combined, weights, _)) = captured(group, step)
     gc.collect()
     kept = []
     for seed in range(2, 12):
@@ -198,7 +184,7 @@ def _grouped_graph(group):
         got = buffer.dispatch_grouped(**static, num_experts=one.experts, num_worst_tokens=64 * size)
         return buffer.combine(got.grouped_x, got.handle, groups=got.groups)[0]
 
-    graph, combined = _captured(group, step)
+    graph, combined = captured(group, step)
     for seed in range(2, 12):
         new = _inputs(group, seed)
         for name, tensor in static.items():

@@ -351,15 +351,7 @@ def _graph(group):
         hook()
         return combined
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.distributed.barrier(group)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        combined = step()
+    graph, combined = routing.captured(group, step)
     for seed in range(1, 30):
         new = inputs_of(group, seed, tokens=[16] * group.size())[rank]
         for name, tensor in static.items():

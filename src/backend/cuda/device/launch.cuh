@@ -25,10 +25,13 @@ cudaError_t allow_shared(int bytes) {
   return status;
 }
 
-template <auto kKernel>
+/// Each of the kernels, up to the first that fails.
+template <auto... kKernels>
 cudaError_t load() {
   cudaFuncAttributes attributes;
-  return cudaFuncGetAttributes(&attributes, kKernel);
+  cudaError_t status = cudaSuccess;
+  ((status = status == cudaSuccess ? cudaFuncGetAttributes(&attributes, kKernels) : status), ...);
+  return status;
 }
 
 }  // namespace deep_ep::cuda

@@ -141,11 +141,7 @@ cudaError_t launch_combine(const CombineArgs& given, int num_sms, cudaStream_t s
 }
 
 cudaError_t load_combine() {
-  for (const auto load_one : {load<combine<Form::kExpertMajor>>, load<combine<Form::kRankMajor>>,
-                              load<combine<Form::kAny>>}) {
-    if (const cudaError_t status = load_one(); status != cudaSuccess) return status;
-  }
-  return cudaSuccess;
+  return load<combine<Form::kExpertMajor>, combine<Form::kRankMajor>, combine<Form::kAny>>();
 }
 
 }  // namespace deep_ep::cuda::internode_ll

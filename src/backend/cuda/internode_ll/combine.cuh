@@ -23,8 +23,6 @@ inline SharedOffsets plan_combine(const CombineArgs& args) {
   return at;
 }
 
-__device__ inline bool counts_for_others() { return blockIdx.x == gridDim.x - 1; }
-
 /// Rows of a source by a rank-major handle, which may be anything.
 __device__ inline std::int32_t rows_of(const CombineArgs& args, int source) {
   const auto count = static_cast<std::int32_t>(args.layout_range[source] & 0xffffffff);

@@ -98,9 +98,6 @@ cudaError_t launch_wire_combine(const CombineArgs& given, int num_sms, cudaStrea
              : launch_combine_kernel<kFp8Kernel, Form::kAny>(args, num_sms, stream);
 }
 
-cudaError_t load_wire_combine() {
-  const cudaError_t status = load<kLogFmtKernel>();
-  return status != cudaSuccess ? status : load<kFp8Kernel>();
-}
+cudaError_t load_wire_combine() { return load<kLogFmtKernel, kFp8Kernel>(); }
 
 }  // namespace deep_ep::cuda::internode_ll

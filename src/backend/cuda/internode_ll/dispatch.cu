@@ -21,8 +21,6 @@ SharedOffsets plan_shared(const DispatchArgs& args) {
   return at;
 }
 
-__device__ bool counts_for_others() { return blockIdx.x == gridDim.x - 1; }
-
 // --- sending ---------------------------------------------------------------------------
 
 /// By all threads of one block: this rank's messages and rows for all others, counted over all its
@@ -178,12 +176,8 @@ cudaError_t launch(const DispatchArgs& args, int num_sms, cudaStream_t stream) {
 
 template <bool kQuantize>
 cudaError_t load_forms() {
-  for (const auto load_one :
-       {load<dispatch<kQuantize, Form::kExpertMajor>>, load<dispatch<kQuantize, Form::kRankMajor>>,
-        load<dispatch<kQuantize, Form::kAny>>}) {
-    if (const cudaError_t status = load_one(); status != cudaSuccess) return status;
-  }
-  return cudaSuccess;
+  return load<dispatch<kQuantize, Form::kExpertMajor>, dispatch<kQuantize, Form::kRankMajor>,
+              dispatch<kQuantize, Form::kAny>>();
 }
 
 }  // namespace

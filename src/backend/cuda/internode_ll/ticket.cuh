@@ -291,6 +291,8 @@ __device__ inline void scrub(const StepArgs& args, int part, std::uint64_t ticke
 // it at the next one's beginning, so that no kernel can tell what it is still reading. Tokens begin
 // with block 1.
 __device__ inline bool keeps_books() { return blockIdx.x == 0; }
+// The last one counts over all tokens, for the other ranks.
+__device__ inline bool counts_for_others() { return blockIdx.x == gridDim.x - 1; }
 __device__ inline std::int64_t first_token() { return (blockIdx.x + gridDim.x - 1) % gridDim.x; }
 
 /// By one warp of block 0, before anything that waits: tells the sources what earlier kernels of

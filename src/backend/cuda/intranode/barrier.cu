@@ -34,10 +34,7 @@ __global__ void fault(const __grid_constant__ FaultArgs args) {
 
 }  // namespace
 
-cudaError_t load_barrier_and_fault() {
-  const cudaError_t status = load<barrier>();
-  return status == cudaSuccess ? load<fault>() : status;
-}
+cudaError_t load_barrier_and_fault() { return load<barrier, fault>(); }
 
 cudaError_t launch_barrier(const BarrierArgs& args, cudaStream_t stream) {
   barrier<<<1, kThreads, 0, stream>>>(args);

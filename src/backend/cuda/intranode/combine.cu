@@ -347,9 +347,7 @@ cudaError_t launch(const CombineArgs& args, int num_sms, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t load_combine() {
-  cudaError_t status = load<combine<__nv_bfloat162>>();
-  if (status == cudaSuccess) status = load<combine<__half2>>();
-  return status == cudaSuccess ? load<combine<float>>() : status;
+  return load<combine<__nv_bfloat162>, combine<__half2>, combine<float>>();
 }
 
 cudaError_t launch_combine(const CombineArgs& args, SumType type, int num_sms,

@@ -245,10 +245,7 @@ constexpr int kFreeShared = 48 << 10;
 
 }  // namespace
 
-cudaError_t load_index() {
-  const cudaError_t status = load<count_rows>();
-  return status == cudaSuccess ? load<place_rows>() : status;
-}
+cudaError_t load_index() { return load<count_rows, place_rows>(); }
 
 std::int64_t group_count_bytes(const plan::GroupShape& shape) {
   return ((parts_of(shape.num_rows) + 1) * shape.num_local_experts + 1) * 4;

@@ -130,9 +130,7 @@ cudaError_t launch(const ReduceArgs& args, int num_sms, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t load_reduce() {
-  cudaError_t status = load<reduce_rows<__nv_bfloat162>>();
-  if (status == cudaSuccess) status = load<reduce_rows<__half2>>();
-  return status == cudaSuccess ? load<reduce_rows<float>>() : status;
+  return load<reduce_rows<__nv_bfloat162>, reduce_rows<__half2>, reduce_rows<float>>();
 }
 
 cudaError_t launch_reduce(const ReduceArgs& args, SumType type, int num_sms, cudaStream_t stream) {

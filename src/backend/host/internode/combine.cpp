@@ -2,9 +2,9 @@
 #include <cstring>
 
 #include "backend/host/internode/checks.hpp"
-#include "backend/host/internode/lanes.hpp"
 #include "backend/host/internode/node_sums.hpp"
 #include "backend/host/internode/steps.hpp"
+#include "backend/host/lanes.hpp"
 
 namespace deep_ep::host::internode {
 
@@ -47,7 +47,6 @@ class Lane {
       exchange_.state.rail_from(lane_, node).release();
       complete = complete && exchange_.state.rail_to(lane_, node).idle();
     }
-    if (complete) finish_stores();
     done_ = complete;
     return moved || complete;
   }
@@ -189,7 +188,8 @@ void combine(State& state, const CombineParams& params) {
   CombineExchange exchange{state, params, Pieces(params, most)};
   std::vector<Lane> lanes;
   for (int lane = 0; lane < state.num_lanes(); ++lane) lanes.emplace_back(exchange, lane);
-  run_all_lanes(lanes, state, params.call, params.wait_stats);
+  run_all_lanes(lanes, state.topology().num_ranks, state.context(), params.call)
+      .add_to(params.wait_stats);
 }
 
 }  // namespace deep_ep::host::internode

@@ -2,9 +2,9 @@
 #include <cstring>
 
 #include "backend/host/internode/checks.hpp"
-#include "backend/host/internode/lanes.hpp"
 #include "backend/host/internode/steps.hpp"
 #include "backend/host/landing.hpp"
+#include "backend/host/lanes.hpp"
 #include "backend/host/rows.hpp"
 #include "base/error.hpp"
 #include "plan/internode.hpp"
@@ -75,7 +75,6 @@ class Lane {
       complete = complete && outgoing_[node].token == token_end_ && incoming_[node] == 0 &&
                  exchange_.state.rail_to(lane_, node).idle();
     }
-    if (complete) finish_stores();
     done_ = complete;
     return moved || complete;
   }
@@ -368,7 +367,8 @@ void dispatch(State& state, const DispatchParams& params) {
   exchange.stores = choose_stores(rows * params.format.x_bytes);
   std::vector<Lane> lanes;
   for (int lane = 0; lane < state.num_lanes(); ++lane) lanes.emplace_back(exchange, lane);
-  run_all_lanes(lanes, state, params.call, params.wait_stats);
+  run_all_lanes(lanes, state.topology().num_ranks, state.context(), params.call)
+      .add_to(params.wait_stats);
 
   landing.publish_landed();
   landing.fill_unused_rows(rows);

@@ -4,9 +4,9 @@
 #include <cstring>
 #include <vector>
 
-#include "backend/host/internode/lanes.hpp"
 #include "backend/host/internode/state.hpp"
 #include "backend/host/intranode/pieces.hpp"
+#include "backend/host/lanes.hpp"
 #include "backend/host/rows.hpp"
 #include "plan/internode.hpp"
 

@@ -1,10 +1,10 @@
 #include <algorithm>
-#include <chrono>
 #include <memory>
 #include <vector>
 
 #include "backend/host/intranode/pieces.hpp"
 #include "backend/host/intranode/steps.hpp"
+#include "backend/host/lanes.hpp"
 #include "backend/host/rows.hpp"
 #include "plan/layout.hpp"
 
@@ -13,9 +13,6 @@ namespace deep_ep::host::intranode {
 using deep_ep::intranode::CombineParams;
 
 namespace {
-
-// Rows that one side handles before the other side's turn: keeps what is in flight in the caches.
-constexpr int kTokensPerStep = 8;
 
 constexpr std::int64_t align64(std::int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
@@ -47,7 +44,7 @@ class Lane {
       moved |= send_to(source);
       sent_ = sent_ && outgoing_[source].state == Outgoing::kSent;
     }
-    for (int i = 0; i < kTokensPerStep && token_ < token_end_ && sum_token(); ++i) moved = true;
+    for (int i = 0; i < kRowsPerStep && token_ < token_end_ && sum_token(); ++i) moved = true;
     return_credits();
     return moved;
   }
@@ -128,7 +125,7 @@ class Lane {
     protocol::RingSender& ring = context_.ring_to(lane_, source);
     const std::int64_t window = params_.window_rows * (pieces_.weights_bytes + pieces_.x_bytes);
     bool moved = false;
-    for (int rows = 0; rows < kTokensPerStep && out.row < out.row_end;) {
+    for (int rows = 0; rows < kRowsPerStep && out.row < out.row_end;) {
       const Pieces::Piece piece = pieces_.piece(out.piece);
       if (!within(ring, window) || !write(ring, out.row, piece)) break;
       moved = true;
@@ -238,59 +235,6 @@ class Lane {
   std::vector<int> ranks_;
 };
 
-/// The longest time that the lanes of one thread stood still for each rank.
-class WaitTimes {
- public:
-  explicit WaitTimes(int num_ranks) : longest_(num_ranks, 0) {}
-
-  void add(const std::vector<int>& ranks, std::int64_t ns) {
-    for (const int rank : ranks) longest_[rank] = std::max(longest_[rank], ns);
-  }
-  const std::vector<std::int64_t>& longest() const { return longest_; }
-
- private:
-  std::vector<std::int64_t> longest_;
-};
-
-/// Works on every `stride`-th lane until all are done.
-void run_lanes(std::vector<Lane>& lanes, int first, int stride, Context& context,
-               const CombineParams& params, WaitTimes& times) {
-  const int count = static_cast<int>(lanes.size());
-  const auto step_all = [&] {
-    bool moved = false;
-    bool done = true;
-    for (int i = first; i < count; i += stride) {
-      if (lanes[i].done()) continue;
-      moved |= lanes[i].step();
-      done = done && lanes[i].done();
-    }
-    return moved || done;
-  };
-  const auto all_done = [&] {
-    for (int i = first; i < count; i += stride) {
-      if (!lanes[i].done()) return false;
-    }
-    return true;
-  };
-  const auto missing = [&] {
-    std::vector<Missing> list;
-    for (int i = first; i < count; i += stride) {
-      if (lanes[i].done()) continue;
-      for (const Missing& one : lanes[i].missing()) list.push_back(one);
-    }
-    return list;
-  };
-  while (!all_done()) {
-    if (step_all()) continue;
-    std::vector<int> awaited;
-    for (const Missing& one : missing()) awaited.push_back(one.rank);
-    const auto start = std::chrono::steady_clock::now();
-    context.wait(params.call, "rows or room for rows", step_all, missing);
-    times.add(awaited, (std::chrono::steady_clock::now() - start) / std::chrono::nanoseconds(1));
-  }
-  finish_stores();
-}
-
 }  // namespace
 
 void combine_ring(Context& context, const CombineParams& params) {
@@ -299,25 +243,9 @@ void combine_ring(Context& context, const CombineParams& params) {
   std::vector<Lane> lanes;
   for (int i = 0; i < context.num_lanes(); ++i) lanes.emplace_back(context, params, pieces, i);
 
-  const int threads =
-      std::min({context.pool().size(), params.call.num_threads, context.num_lanes()});
-  std::vector<WaitTimes> times(threads, WaitTimes(context.num_ranks()));
-  context.pool().run(threads, [&](int thread) {
-    try {
-      run_lanes(lanes, thread, threads, context, params, times[thread]);
-    } catch (const Error& error) {
-      // The other threads of this rank wait for rows that may never come.
-      context.raise_fault(error);
-      throw;
-    }
-  });
+  const WaitTimes times = run_all_lanes(lanes, context.num_ranks(), context, params.call);
   context.wait_posted(params.call);
-  if (params.wait_stats == nullptr) return;
-  for (int i = 0; i < context.num_ranks(); ++i) {
-    std::int64_t longest = 0;
-    for (const WaitTimes& one : times) longest = std::max(longest, one.longest()[i]);
-    params.wait_stats[i] += longest;
-  }
+  times.add_to(params.wait_stats);
 }
 
 }  // namespace deep_ep::host::intranode
