@@ -25,3 +25,15 @@ low_latency low_latency_quantised --payload fp8 --tokens $tokens --max-tokens 51
 low_latency low_latency_given_fp8 --payload scaled-fp8 --format rank-major --tokens $tokens \
   --max-tokens 512
 low_latency low_latency_wires --payload bf16 --wire bf16,logfmt,fp8 --tokens 1,16,128,512
+
+if [[ ! -d python ]] || ! python3 -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then
+  printf 'Python: SKIPPED, the package was not built or python3 has no torch with CUDA\n'
+  exit
+fi
+bench beside --tokens 128,4096 --dtype bf16,fp8 --num-sms 16
+for tokens in 1 128; do
+  low_latency low_latency_beside_$tokens --payload fp8 --tokens $tokens --max-tokens $tokens
+done
+PYTHONPATH=$PWD/python python3 -m torch.distributed.run --nproc-per-node "$ranks" python_calls.py \
+  --beside "$folder"/{beside,low_latency_beside_1,low_latency_beside_128}_r"$ranks".json \
+  --json "$folder/python_calls_r$ranks.json"

@@ -123,7 +123,7 @@ class Point {
   std::vector<Operation> operations();
   BenchRow measure(const Operation& operation);
   BenchRow measure_chained(const Operation& pair);
-  double time_of(const Operation& operation, int chain);
+  void time(const Operation& operation, int chain, BenchRow& row);
   void finish(BenchRow& row, const Operation& operation);
 
   Buffer& buffer_;
@@ -238,13 +238,15 @@ void Point::finish(BenchRow& row, const Operation& operation) {
   }
 }
 
-/// Microseconds a call, of `chain` calls that follow each other without a barrier.
-double Point::time_of(const Operation& operation, int chain) {
+/// Adds microseconds a call, of `chain` calls that follow each other without a barrier.
+void Point::time(const Operation& operation, int chain, BenchRow& row) {
   buffer_.barrier();
   const auto start = Clock::now();
   for (int n = 0; n < chain; ++n) operation.call();
+  if (buffer_.device().type == DeviceType::kCuda)
+    row.host_us.push_back(microseconds(Clock::now() - start) / chain);
   last_.host_wait();
-  return microseconds(Clock::now() - start) / chain;
+  row.times_us.push_back(microseconds(Clock::now() - start) / chain);
 }
 
 BenchRow Point::measure(const Operation& operation) {
@@ -252,7 +254,7 @@ BenchRow Point::measure(const Operation& operation) {
   for (int i = 0; i < settings_.warmup; ++i) operation.call();
   for (int i = 0; i < settings_.iterations; ++i) {
     if (settings_.check && i + 1 == settings_.iterations) load(round_ + 1);
-    row.times_us.push_back(time_of(operation, settings_.chain));
+    time(operation, settings_.chain, row);
   }
   finish(row, operation);
   return row;
@@ -264,9 +266,8 @@ BenchRow Point::measure_chained(const Operation& pair) {
   constexpr int kChain = 50;
   BenchRow row{"pair_cached_chained"};
   for (int i = 0; i < settings_.iterations + 1; ++i) {
-    const double time = time_of(pair, kChain);
-    // The first chain warms up.
-    if (i > 0) row.times_us.push_back(time);
+    if (i == 1) row.times_us.clear(), row.host_us.clear();  // the first chain warms up
+    time(pair, kChain, row);
   }
   finish(row, pair);
   return row;

@@ -157,15 +157,22 @@ class LowLatencyPoint {
     }
   }
 
-  /// Of a call.
-  double time_of(const What& what, CapturedCalls* graph) {
+  /// Adds the time of a call.
+  void time(const What& what, CapturedCalls* graph, BenchRow& row) {
     buffer_.barrier();
-    if (graph != nullptr) return graph->time_us() / settings_.chain;
+    if (graph != nullptr) {
+      row.times_us.push_back(graph->time_us() / settings_.chain);
+      return;
+    }
     const auto start = Clock::now();
+    const auto add = [&](std::vector<double>& times) {
+      const std::chrono::duration<double, std::micro> time = Clock::now() - start;
+      times.push_back(time.count() / settings_.chain);
+    };
     run_chain(what);
+    if (buffer_.device().type == DeviceType::kCuda) add(row.host_us);
     wait();
-    return std::chrono::duration<double, std::micro>(Clock::now() - start).count() /
-           settings_.chain;
+    add(row.times_us);
   }
 
   BenchRow measure(std::string name, const What& what) {
@@ -179,8 +186,8 @@ class LowLatencyPoint {
     for (int i = -settings_.warmup; i < settings_.iterations; ++i) {
       // New rows in the last iteration: results that an earlier call left behind would be wrong.
       if (settings_.check && i + 1 == settings_.iterations) load_next(what);
-      const double time = time_of(what, graph.get());
-      if (i >= 0) row.times_us.push_back(time);
+      if (i == 0) row.times_us.clear(), row.host_us.clear();  // those before warm up
+      time(what, graph.get(), row);
     }
     buffer_.check();
     count_bytes(row, what);

@@ -12,8 +12,9 @@ namespace deep_ep::cli {
 struct BenchRow {
   std::string operation;
   std::vector<double> times_us{};
-  double logical_bytes = 0;  ///< received payload (x, scales), mean of the ranks
-  double wire_bytes = 0;     ///< without the rows that a rank sends to itself
+  std::vector<double> host_us{};  ///< on GPUs: until the calls were queued
+  double logical_bytes = 0;       ///< received payload (x, scales), mean of the ranks
+  double wire_bytes = 0;          ///< without the rows that a rank sends to itself
   std::int64_t checked_elements = 0;
   std::int64_t wrong_elements = 0;
   std::string first_mismatch{};

@@ -57,6 +57,7 @@ void add_times(const BenchRow& row, nlohmann::ordered_json& json) {
   json["p99_us"] = times.p99;
   json["min_us"] = times.min;
   json["max_us"] = times.max;
+  if (!row.host_us.empty()) json["host_us"] = summarize(row.host_us).median;
   json["logical_bytes_per_rank"] = row.logical_bytes;
   json["wire_bytes_per_rank"] = row.wire_bytes;
 }

@@ -4,6 +4,7 @@ import sys
 from functools import cache
 
 from . import _C
+from ._arrays import compiled_calls
 
 
 def comm_stream_of(native, device):
@@ -56,6 +57,8 @@ class CudaMemory:
         self._begin = getattr(native, "_cuda_beginAllocateCurrentThreadToPool", None)
         self._ends = (native._cuda_endAllocateToPool, native._cuda_releasePool)
         self._pool_id = self._pool.id
+        self._empty_strided = getattr(compiled_calls(self.torch), "_empty_strided_cuda", None)
+        self._current_device = native._cuda_getDevice
         self.comm_stream = None
 
     def set_comm_stream(self, native):
@@ -86,17 +89,23 @@ class CudaMemory:
 
     def _empty(self, num_bytes, mapped):
         torch = self.torch
+        num_bytes = (num_bytes + 15) // 16 * 16  # of whole elements, whatever they are
         if not mapped:
-            return torch.empty(num_bytes, dtype=torch.uint8, device=self._place)
+            return self._bytes(num_bytes)
         if self._begin is None or self.is_capturing():  # in which case the graph keeps the pool
             with torch.cuda.use_mem_pool(self._pool, self._place):
-                return torch.empty(num_bytes, dtype=torch.uint8, device=self._place)
+                return self._bytes(num_bytes)
         self._begin(self.device, self._pool_id)
         try:
-            return torch.empty(num_bytes, dtype=torch.uint8, device=self._place)
+            return self._bytes(num_bytes)
         finally:
             for end in self._ends:
                 end(self.device, self._pool_id)
+
+    def _bytes(self, count):
+        if self._empty_strided is not None and self._current_device() == self.device:
+            return self._empty_strided((count,), (1,), self.torch.uint8)
+        return self.torch.empty(count, dtype=self.torch.uint8, device=self._place)
 
     def hold(self, used, results):
         """The communication stream uses the tensors of an asynchronous call: tells torch, which

@@ -112,9 +112,8 @@ nb::object result_of(const Tensor& tensor) {
   if (const auto* held = std::get_deleter<ObjectOwner>(tensor.owner())) {
     const std::int64_t offset =
         static_cast<std::byte*>(tensor.data) - static_cast<std::byte*>(tensor.owner().get());
-    const nb::object strides =
-        tensor.is_contiguous() ? nb::none() : nb::object(tuple_of(tensor, tensor.strides));
-    return nb::make_tuple(nb::borrow(held->object.get()), offset, shape_of(tensor), strides);
+    return nb::make_tuple(nb::borrow(held->object.get()), offset, shape_of(tensor),
+                          tuple_of(tensor, tensor.strides));
   }
   return nb::cast(Array{tensor});
 }

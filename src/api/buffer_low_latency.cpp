@@ -147,13 +147,14 @@ LowLatencyDispatchResult Buffer::Impl::low_latency_dispatch(const LowLatencyDisp
         {&views.recv_topk_weights, &result.recv_topk_weights},
         {&views.src_info, &result.handle.src_info},
         {&views.layout_range, &result.handle.layout_range}};
-    std::vector<TensorView> missing{ticket_view(options_.device)};
+    std::vector<TensorView> missing;
+    if (args.return_recv_hook) missing.push_back(ticket_view(options_.device));
     for (const auto& [view, tensor] : outputs) {
       if (view->defined() && view->data == nullptr) missing.push_back(*view);
     }
     const std::vector<Tensor> made = allocate_private(std::move(missing), args.options);
-    job->ticket = made[0];
-    std::size_t next = 1;
+    std::size_t next = 0;
+    if (args.return_recv_hook) job->ticket = made[next++];
     for (const auto& [view, tensor] : outputs) {
       if (view->defined()) *tensor = view->data == nullptr ? made[next++] : Tensor(*view);
     }
@@ -192,7 +193,8 @@ LowLatencyCombineResult Buffer::Impl::low_latency_combine(const LowLatencyCombin
     job->number = log_.begin(kOperation, calls.sent, shape.record);
 
     LowLatencyCombineResult& result = job->result;
-    std::vector<TensorView> missing{ticket_view(options_.device)};
+    std::vector<TensorView> missing;
+    if (args.return_recv_hook) missing.push_back(ticket_view(options_.device));
     if (!args.out.defined()) {
       missing.emplace_back(
           nullptr, DType::kBfloat16,
@@ -200,8 +202,8 @@ LowLatencyCombineResult Buffer::Impl::low_latency_combine(const LowLatencyCombin
           options_.device);
     }
     const std::vector<Tensor> made = allocate_private(std::move(missing), args.options);
-    job->ticket = made[0];
-    result.combined_x = args.out.defined() ? Tensor(args.out) : made[1];
+    if (args.return_recv_hook) job->ticket = made.front();
+    result.combined_x = args.out.defined() ? Tensor(args.out) : made.back();
 
     params.shape = shape.shape;
     params.rank_major = args.handle.format == LowLatencyFormat::kRankMajor;

@@ -25,12 +25,14 @@ std::vector<Tensor> Buffer::Impl::ask_allocator(std::vector<TensorView>& views,
 
 std::vector<Tensor> Buffer::Impl::allocate(std::vector<TensorView> views,
                                            const CallOptions& options) {
+  if (views.empty()) return {};
   std::vector<Tensor> given = ask_allocator(views, options);
   return given.empty() ? backend_->allocate(std::move(views), options.stream) : given;
 }
 
 std::vector<Tensor> Buffer::Impl::allocate_private(std::vector<TensorView> views,
                                                    const CallOptions& options) {
+  if (views.empty()) return {};
   std::vector<Tensor> given = ask_allocator(views, options);
   return given.empty() ? backend_->allocate_private(std::move(views), options.stream) : given;
 }

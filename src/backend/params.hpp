@@ -235,7 +235,8 @@ struct Step {
   plan::LowLatencyShape shape;
   bool rank_major = false;
   TensorView topk_idx;  // [N, K]
-  // A word of the call's own, which sending writes and receiving reads: which ticket it has.
+  // A word of the call's own, which sending writes and receiving reads: which ticket it has. Null:
+  // one step does both.
   std::uint64_t* ticket = nullptr;
   std::int64_t* wait_stats = nullptr;  // += [R], or null
 };

@@ -40,6 +40,13 @@ bool has_masked(const Program& program) {
   });
 }
 
+/// Low-latency calls take all SMs of a GPU, so those of several Buffers come in one order.
+bool may_be_concurrent(const Program& program, Device device) {
+  return device.type == DeviceType::kHost ||
+         std::none_of(program.steps.begin(), program.steps.end(),
+                      [](const Step& step) { return step.low_latency.has_value(); });
+}
+
 std::int64_t needed_rdma_bytes(const Program& program, int buffer) {
   std::int64_t bytes = 0;
   for (const Step& step : program.steps)
@@ -122,7 +129,7 @@ std::string Runner::run_steps(Worker& worker, const Program& program, Buffers& b
   for (auto& [number, pointer] : used) pointer = &buffer(worker, buffers, program, number);
 
   std::string wrong;
-  if (program.concurrent) {
+  if (program.concurrent && may_be_concurrent(program, target_.device)) {
     wrong = run_concurrently(program, used);
   } else {
     for (std::size_t i = 0; i < program.steps.size(); ++i)

@@ -7,9 +7,11 @@ import sys
 import threading
 import weakref
 
+import pytest
 import torch
 
 import deep_ep
+from deep_ep._arrays import TorchLibrary
 from deep_ep._groups import bootstrap_of
 from routing import Expected, dispatch_arguments, layout_of, make_inputs
 
@@ -190,3 +192,21 @@ print("end")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_results_in_a_block_are_tensors_of_their_own(compiled):
+    """As on GPUs, where torch allocates a block for the results of a call: with and without what
+    torch has for compiled code."""
+    library = TorchLibrary(torch)
+    assert library._reinterpret is not None
+    if not compiled:
+        library._reinterpret = None
+    block = torch.arange(96, dtype=torch.uint8)
+    whole = library.make((block, 0, (2, 48), (48, 1)), torch.uint8)
+    columns = library.make((block, 16, (3, 2), (1, 3)), torch.int32)
+    assert torch.equal(whole, block.view(2, 48))
+    assert torch.equal(columns, block[16:40].view(torch.int32).view(2, 3).t())
+    for tensor in (whole, columns):
+        assert not tensor._is_view()
+        assert tensor.untyped_storage().data_ptr() == block.untyped_storage().data_ptr()

@@ -112,6 +112,10 @@ class CudaBackend final : public Backend {
     if (part != Part::kEnd) wait_before(options, caller, comm);
     work();
     if (part == Part::kBegin) return EventHandle();
+    if (!options.async_finish && caller == comm) {
+      return EventHandle(std::make_shared<StreamEnd>(comm, context_.events(), context_.device(),
+                                                     context_.faults()));
+    }
     auto after = context_.events()->take();
     check(cudaEventRecord(after.get(), comm), "cudaEventRecord");
     if (!options.async_finish && caller != comm)

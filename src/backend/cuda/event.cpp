@@ -39,6 +39,16 @@ void CudaEvent::host_wait() {
   if (std::optional<Error> error = faults_->error("a queued call")) throw Error(*error);
 }
 
+CudaEvent& StreamEnd::recorded() {
+  std::call_once(once_, [this] {
+    const DeviceGuard guard(device_);
+    std::shared_ptr<CUevent_st> event = events_->take();
+    check(cudaEventRecord(event.get(), stream_), "cudaEventRecord");
+    event_.emplace(std::move(event), device_, faults_);
+  });
+  return *event_;
+}
+
 bool CudaEvent::query() {
   const cudaError_t status = cudaEventQuery(event_.get());
   if (status == cudaErrorNotReady) return false;

@@ -4,6 +4,7 @@
 
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <vector>
 
 #include "backend/cuda/faults.hpp"
@@ -43,6 +44,30 @@ class CudaEvent final : public EventState {
   std::shared_ptr<CUevent_st> event_;
   int device_;
   std::shared_ptr<Faults> faults_;
+};
+
+/// The end that `stream` has when somebody asks, for calls whose event hardly anybody does:
+/// recording one takes longer than all else that the host does beside the launch. `stream` is never
+/// destroyed.
+class StreamEnd final : public EventState {
+ public:
+  StreamEnd(cudaStream_t stream, std::shared_ptr<EventPool> events, int device,
+            std::shared_ptr<Faults> faults)
+      : stream_(stream), events_(std::move(events)), device_(device), faults_(std::move(faults)) {}
+
+  void stream_wait(Stream stream) override { recorded().stream_wait(stream); }
+  void host_wait() override { recorded().host_wait(); }
+  bool query() override { return recorded().query(); }
+
+ private:
+  CudaEvent& recorded();
+
+  cudaStream_t stream_;
+  std::shared_ptr<EventPool> events_;
+  int device_;
+  std::shared_ptr<Faults> faults_;
+  std::once_flag once_;
+  std::optional<CudaEvent> event_;
 };
 
 }  // namespace deep_ep::cuda

@@ -73,13 +73,14 @@ __device__ inline std::byte* segment_base(const Comm& comm, int rank, int segmen
   return reinterpret_cast<std::byte*>(base);
 }
 
-/// By one thread: waits until `rank` has published its place and its segments are mapped here.
-/// Returns the base of the block, or null if the wait failed or the ranks disagree.
+/// By one thread: waits until `rank` has published its place and its segments are mapped here, and
+/// notes how long. Returns the base of the block, or null if the wait failed or the ranks disagree.
 __device__ inline std::byte* wait_place(const Comm& comm, std::uint64_t epoch,
                                         const protocol::CallRecord& record, int rank) {
   const DeviceControl own = comm.control(comm.rank);
   const protocol::InboxPlace& place = own.place(epoch, rank, comm.num_ranks);
   std::byte* base = nullptr;
+  const long long begin = clock64();
   const bool ready = wait_for(
       comm, rank, Wait::kPlace, epoch,
       [&] {
@@ -92,6 +93,7 @@ __device__ inline std::byte* wait_place(const Comm& comm, std::uint64_t epoch,
                (place.x_segment < 0 || segment_base(comm, rank, place.x_segment) != nullptr);
       },
       [&] { return place.ready.seen(); });
+  note_wait(comm, rank, begin);
   if (!ready || !agrees(comm, record, own.block.mailbox_of(epoch).record[rank], rank))
     return nullptr;
   return base + place.offset;

@@ -198,6 +198,11 @@ __device__ inline void end_kernel(const Comm& comm) {
   mirror_fault(comm);
 }
 
+/// A wait for `rank` since clock64() was `begin`, for the statistics.
+__device__ __noinline__ inline void note_wait(const Comm& comm, int rank, long long begin) {
+  atomicMax(&comm.local->waited[rank], static_cast<unsigned long long>(clock64() - begin));
+}
+
 /// Adds the kernel's longest waits to `stats` [R], if there are any; by the last block.
 __device__ inline void flush_waits(const Comm& comm, std::int64_t* stats) {
   for (int i = threadIdx.x; i < comm.num_ranks; i += blockDim.x) {

@@ -143,12 +143,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSm)
   // Without sending the threads of the block have not agreed yet.
   if (args.receives && (good || !args.sends)) good = receive(args, ticket, good);
   end_step(args, ticket, good);
-  if (good || !args.receives) return;
-  // Nothing has come, as far as anybody may rely on it; see write_counts().
-  fence_sc_gpu();
-  const int groups = args.is_rank_major() ? args.comm.num_ranks : args.local_experts;
-#pragma unroll 1
-  for (int i = threadIdx.x; i < groups; i += kThreads) args.recv_count[i] = 0;
+  // Last, so that nothing waits for the look.
+  if (args.receives && (!good || keeps_books())) void_counts(args, good);
 }
 
 template <bool kQuantize, Form kForm>

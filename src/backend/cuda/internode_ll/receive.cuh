@@ -29,12 +29,11 @@ __device__ inline bool take_counts(const auto& args, const Ticket& ticket, int s
   return arrival != Arrival::kFailed;
 }
 
-/// By all threads of one block: what the result says of the counts; nothing, if there is a fault.
+/// By all threads of one block: what the result says of the counts. See void_counts().
 __device__ __noinline__ void write_counts(const auto& args) {
   const auto* counts = shared_at<std::int32_t>(args.shared.counts);
   const Announced announced(args.shared, args.comm.num_ranks);
   const int ranks = args.comm.num_ranks;
-  const int groups = args.is_rank_major() ? ranks : args.local_experts;
 #pragma unroll 1
   for (int expert = threadIdx.x; expert < args.local_experts; expert += kThreads) {
     std::int32_t begin = 0;
@@ -57,13 +56,16 @@ __device__ __noinline__ void write_counts(const auto& args) {
     args.layout_range[source] =
         source * args.shape.max_tokens << 32 | static_cast<std::uint32_t>(rows);
   }
-  __syncthreads();
-  // A block that finds a fault writes zeros behind its report, here they are written behind a look
-  // at it: whoever comes last, zeros stay.
-  if (threadIdx.x == 0) fence_sc_gpu();
-  if (__syncthreads_or(protocol::load_relaxed(&args.fault->state) !=
-                       protocol::FaultRecord::kNone) == 0)
-    return;
+}
+
+/// By all threads of a block that has written counts, or has failed (not `good`): a call that
+/// failed anywhere on this rank has no rows. A block that failed writes zeros behind its report;
+/// the one that wrote counts looks for a report behind them, and then a thread writes zeros where
+/// it wrote counts: whoever comes last, zeros stay.
+__device__ inline void void_counts(const auto& args, bool good) {
+  fence_sc_gpu();
+  if (good && protocol::load_relaxed(&args.fault->state) == protocol::FaultRecord::kNone) return;
+  const int groups = args.is_rank_major() ? args.comm.num_ranks : args.local_experts;
 #pragma unroll 1
   for (int i = threadIdx.x; i < groups; i += kThreads) args.recv_count[i] = 0;
 }

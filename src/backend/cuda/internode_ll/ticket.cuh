@@ -21,11 +21,12 @@ constexpr int kWarps = kThreads / 32;
 // Registers allow so many; all of a kernel must run at once, since they wait for other ranks.
 constexpr int kBlocksAnSm = 2;
 
-/// Blocks of a kernel: all that fit, unless there can never be that many messages.
+/// Blocks of a kernel: all that fit, unless there can never be that much to do side by side: a
+/// token each, a message each, the books, and the counts.
 inline unsigned num_blocks(const StepArgs& args, int num_sms) {
   constexpr unsigned kSystemBytes = 1024;
   const int here = std::min<int>(kBlocksAnSm, kMaxSharedBytes / (args.shared.used + kSystemBytes));
-  const std::int64_t most = args.shape.max_tokens * args.comm.num_ranks + 1;
+  const std::int64_t most = args.shape.max_tokens * (args.comm.num_ranks + 1) + 2;
   return static_cast<unsigned>(std::min<std::int64_t>(
       {std::int64_t{num_sms} * std::max(here, 1), most, LowLatencyState::kMaxBlocks}));
 }
@@ -160,10 +161,6 @@ __device__ __noinline__ inline Arrival go_on(const StepArgs& args, int rank, Wai
   return Arrival::kFailed;
 }
 
-__device__ __noinline__ inline void note_wait(const StepArgs& args, int rank, long long begin) {
-  atomicMax(&args.comm.local->waited[rank], static_cast<unsigned long long>(clock64() - begin));
-}
-
 /// Waits until ready(), for what `rank` does.
 template <class Ready>
 __device__ __forceinline__ Arrival await(const StepArgs& args, int rank, Wait what,
@@ -178,7 +175,7 @@ __device__ __forceinline__ Arrival await(const StepArgs& args, int rank, Wait wh
     if (turn % kTurns == 0) arrival = go_on(args, rank, what, expected, waiting);
     if (arrival != Arrival::kHere) break;
   }
-  if (args.wait_stats != nullptr) note_wait(args, rank, begin);
+  if (args.wait_stats != nullptr) note_wait(args.comm, rank, begin);
   return arrival;
 }
 

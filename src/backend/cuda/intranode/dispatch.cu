@@ -322,7 +322,7 @@ __device__ bool exchange_landed(const Comm& comm, std::uint64_t epoch) {
                comm, i, Wait::kRows, epoch, [&] { return landed.reached(epoch); },
                [&] { return landed.seen(); }) &&
            good;
-    comm.local->waited[i] = static_cast<unsigned long long>(clock64() - begin);
+    note_wait(comm, i, begin);
   }
   return __syncthreads_and(good) != 0;
 }

@@ -41,13 +41,18 @@ Exchange::~Exchange() {
 }
 
 void Exchange::begin_send() {
-  *step_.ticket = state_.take_ticket(kind_);
-  find_ticket();
+  ticket_ = state_.take_ticket(kind_);
+  if (step_.ticket != nullptr) *step_.ticket = ticket_;
+  find_places();
   state_.wait_consumed(step_.call, kind_, ticket_);
 }
 
 void Exchange::find_ticket() {
   ticket_ = *step_.ticket;
+  find_places();
+}
+
+void Exchange::find_places() {
   for (int i = 0; i < state_.num_ranks(); ++i)
     places_.push_back(state_.places(i, kind_, ticket_, step_.shape));
 }

@@ -45,6 +45,7 @@ class Exchange {
   void finish() { state_.publish_consumed(kind_, ticket_); }
 
  private:
+  void find_places();
   bool call_is_here(int source) const;
   void check_agreement(int source);
 
