@@ -181,6 +181,7 @@ std::string play(Worker& worker, const std::string& job) {
     BufferOptions options;
     options.timeout = std::chrono::milliseconds(plan.timeout_ms);
     options.num_rdma_bytes = Exchange::rdma_bytes(worker.num_ranks());
+    options.low_latency_mode = true;
     const std::unique_ptr<Buffer> made = make_buffer(worker, options, plan.ranks_per_node);
     Buffer& buffer = *made;
     kept.take(buffer);
@@ -355,20 +356,22 @@ INSTANTIATE_TEST_SUITE_P(
 
 #if defined(DEEP_EP_HAS_UCX)
 constexpr Kind between_nodes(const char* name, Op op, int ranks_per_node) {
-  return {name, op, "auto", kInboxBytes, 3, ranks_per_node};
+  return {name, op, "auto", kInboxBytes, op == Op::kLowLatency ? 67 : 3, ranks_per_node};
 }
 
 // Ranks of this machine pose as nodes: of two, where the victim's neighbour tells the other node,
 // and of one, where the network must.
-INSTANTIATE_TEST_SUITE_P(CallsBetweenNodes, FaultInEveryCall,
-                         testing::Values(between_nodes("barrier", Op::kBarrier, 2),
-                                         between_nodes("dispatch", Op::kDispatch, 2),
-                                         between_nodes("cached_dispatch", Op::kCachedDispatch, 2),
-                                         between_nodes("combine", Op::kCombine, 2),
-                                         between_nodes("dispatch_of_single_ranks", Op::kDispatch,
-                                                       1),
-                                         between_nodes("combine_of_single_ranks", Op::kCombine, 1)),
-                         name_of);
+INSTANTIATE_TEST_SUITE_P(
+    CallsBetweenNodes, FaultInEveryCall,
+    testing::Values(between_nodes("barrier", Op::kBarrier, 2),
+                    between_nodes("dispatch", Op::kDispatch, 2),
+                    between_nodes("cached_dispatch", Op::kCachedDispatch, 2),
+                    between_nodes("combine", Op::kCombine, 2),
+                    between_nodes("dispatch_of_single_ranks", Op::kDispatch, 1),
+                    between_nodes("combine_of_single_ranks", Op::kCombine, 1),
+                    between_nodes("low_latency", Op::kLowLatency, 2),
+                    between_nodes("low_latency_of_single_ranks", Op::kLowLatency, 1)),
+    name_of);
 #endif
 
 }  // namespace
