@@ -282,6 +282,7 @@ struct Kind {
   std::int64_t inbox_bytes = kInboxBytes;
   int publications_step = 1;  ///< packets of one message look the same to the others
   int ranks_per_node = 0;
+  int rows_step = 7;  ///< all points between two publications look the same to the others
 };
 
 class FaultInEveryCall : public Fault, public testing::WithParamInterface<Kind> {
@@ -310,9 +311,8 @@ TEST_P(FaultInEveryCall, ARankKilledAtAnyTurnOfAWaitIsNamed) {
 }
 
 TEST_P(FaultInEveryCall, ARankKilledBetweenAnyTwoRowsIsNamed) {
-  // Of the 160 rows, since all points between two publications look the same to the others.
   const bool full = std::getenv("DEEP_EP_TEST_FULL") != nullptr;
-  run_at_points(plan_at(protocol::Point::kCopy), full ? 1 : 7, 1000);
+  run_at_points(plan_at(protocol::Point::kCopy), full ? 1 : GetParam().rows_step, 1000);
 }
 
 TEST_P(FaultInEveryCall, ARankKilledAtAnyTimeIsNamed) {
@@ -359,6 +359,11 @@ constexpr Kind between_nodes(const char* name, Op op, int ranks_per_node) {
   return {name, op, "auto", kInboxBytes, op == Op::kLowLatency ? 67 : 3, ranks_per_node};
 }
 
+// What goes to another node is told by one word, behind all packets and rows.
+constexpr Kind low_latency_between_nodes(const char* name, int ranks_per_node) {
+  return {name, Op::kLowLatency, "auto", kInboxBytes, 201, ranks_per_node, 29};
+}
+
 // Ranks of this machine pose as nodes: of two, where the victim's neighbour tells the other node,
 // and of one, where the network must.
 INSTANTIATE_TEST_SUITE_P(
@@ -369,8 +374,8 @@ INSTANTIATE_TEST_SUITE_P(
                     between_nodes("combine", Op::kCombine, 2),
                     between_nodes("dispatch_of_single_ranks", Op::kDispatch, 1),
                     between_nodes("combine_of_single_ranks", Op::kCombine, 1),
-                    between_nodes("low_latency", Op::kLowLatency, 2),
-                    between_nodes("low_latency_of_single_ranks", Op::kLowLatency, 1)),
+                    low_latency_between_nodes("low_latency", 2),
+                    low_latency_between_nodes("low_latency_of_single_ranks", 1)),
     name_of);
 #endif
 
