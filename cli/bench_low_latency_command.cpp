@@ -24,6 +24,7 @@ using verify::LowLatencyCase;
 
 struct Options {
   int ranks = 0;
+  NodeOptions nodes{};
   std::string backend = "host";
   std::vector<std::int64_t> tokens{1, 16, 128};
   std::int64_t max_tokens = 0;
@@ -48,6 +49,7 @@ std::vector<LowLatencyCase> list_cases(const Options& options, int ranks) {
         for (const std::int64_t tokens : options.tokens) {
           LowLatencyCase c = options.c;
           c.ranks = ranks;
+          c.ranks_per_node = options.nodes.node_size();
           c.tokens = {tokens};
           c.max_tokens = std::max<std::int64_t>(options.max_tokens, 0);
           c.payload = verify::low_latency_payload_from(payload);
@@ -120,10 +122,15 @@ nlohmann::ordered_json row_json(const LowLatencyCase& c, BenchMode mode, const B
 nlohmann::ordered_json report_json(const Buffer& buffer, const Options& options) {
   nlohmann::ordered_json json;
   json["command"] = "bench low-latency";
-  json["args"] = {{"ranks", buffer.num_ranks()},          {"backend", options.backend},
-                  {"routing", options.routing},           {"seed", options.c.seed},
-                  {"iters", options.settings.iterations}, {"warmup", options.settings.warmup},
-                  {"chain", options.settings.chain},      {"check", options.settings.check},
+  json["args"] = {{"ranks", buffer.num_ranks()},
+                  {"nodes", buffer.num_nodes()},
+                  {"backend", options.backend},
+                  {"routing", options.routing},
+                  {"seed", options.c.seed},
+                  {"iters", options.settings.iterations},
+                  {"warmup", options.settings.warmup},
+                  {"chain", options.settings.chain},
+                  {"check", options.settings.check},
                   {"num_threads", options.num_threads}};
   json["environment"] = environment_json();
   if (options.backend == "cuda") json["gpus"] = describe_devices(DeviceType::kCuda);
@@ -138,6 +145,7 @@ int run_sweep(const std::shared_ptr<Bootstrap>& bootstrap, const Options& option
   BufferOptions buffer_options;
   buffer_options.device = device_from(options.backend, bootstrap->rank());
   buffer_options.num_threads = options.num_threads;
+  buffer_options.low_latency_mode = true;
   for (const LowLatencyCase& c : cases)
     buffer_options.num_rdma_bytes = std::max(buffer_options.num_rdma_bytes, c.buffer_bytes());
   Buffer buffer(bootstrap, buffer_options);
@@ -208,11 +216,12 @@ void add_bench_low_latency(CLI::App& bench, int& status) {
   options->c.experts = 256;
   command->option_defaults()->always_capture_default();
   command->add_option("--ranks", options->ranks, "Ranks, one process each")->default_str("4");
+  options->nodes.add_to(*command);
   command->add_option("--backend", options->backend, kBackends);
   add_options(*command, *options);
   command->footer("Lists make a sweep, which runs on one Buffer.");
   command->callback([options, &status] {
-    const int ranks = count_ranks(options->ranks, 4);
+    const int ranks = options->nodes.count_ranks(options->ranks, 4);
     const LowLatencyBenchSettings& settings = options->settings;
     require(settings.iterations >= 1 && settings.warmup >= 0 && settings.chain >= 1,
             "--iters {} and --chain {} must be at least 1, --warmup {} at least 0",

@@ -21,6 +21,7 @@ using verify::Routing;
 
 struct Options {
   int ranks = 0;
+  NodeOptions nodes{};
   std::string backend = "host";
   LowLatencyCase c{};
   std::string payload = "fp8";
@@ -35,6 +36,7 @@ LowLatencyCase given_case(const Options& options, int ranks) {
   LowLatencyCase c = options.c;
   c.name = "the given shape";
   c.ranks = ranks;
+  c.ranks_per_node = options.nodes.node_size();
   c.payload = verify::low_latency_payload_from(options.payload);
   c.wire = verify::wire_from(options.wire);
   c.hooks = verify::hooks_from(options.hooks);
@@ -44,7 +46,7 @@ LowLatencyCase given_case(const Options& options, int ranks) {
 }
 
 /// Every payload, both formats, all wires and orders of hooks; neighbours differ in shape.
-std::vector<LowLatencyCase> covering_cases(int ranks, std::uint64_t seed) {
+std::vector<LowLatencyCase> covering_cases(const Options& options, int ranks) {
   const Hooks hooks[] = {Hooks::kNone,        Hooks::kEach,      Hooks::kTwoInOrder,
                          Hooks::kTwoReversed, Hooks::kTwoByRank, Hooks::kCrossed};
   const Routing routings[] = {Routing::kUniform, Routing::kDuplicates, Routing::kHoles,
@@ -55,6 +57,7 @@ std::vector<LowLatencyCase> covering_cases(int ranks, std::uint64_t seed) {
       const std::size_t i = cases.size();
       LowLatencyCase c;
       c.ranks = ranks;
+      c.ranks_per_node = options.nodes.node_size();
       c.experts = 8 * ranks;
       c.payload = static_cast<LowLatencyPayload>(payload);
       c.rank_major = rank_major;
@@ -71,7 +74,7 @@ std::vector<LowLatencyCase> covering_cases(int ranks, std::uint64_t seed) {
       c.stats = true;
       c.dispatches = 4;
       c.combines = 5;
-      c.seed = seed + i;
+      c.seed = options.c.seed + i;
       c.name = fmt::format("{}, {}, home in {}, hooks {}", verify::to_string(c.payload),
                            rank_major ? "rank-major" : "expert-major", verify::to_string(c.wire),
                            verify::to_string(c.hooks));
@@ -85,6 +88,7 @@ int run_cases(const std::shared_ptr<Bootstrap>& bootstrap, const std::vector<Low
               const Options& options) {
   BufferOptions buffer_options;
   buffer_options.device = device_from(options.backend, bootstrap->rank());
+  buffer_options.low_latency_mode = true;
   for (const LowLatencyCase& c : cases)
     buffer_options.num_rdma_bytes = std::max(buffer_options.num_rdma_bytes, c.buffer_bytes());
   Buffer buffer(bootstrap, buffer_options);
@@ -129,16 +133,17 @@ void add_verify_low_latency(CLI::App& verify, int& status) {
       "low-latency", "The same for low latency, without a shape for a covering set");
   const auto options = std::make_shared<Options>();
   command->add_option("--ranks", options->ranks, "Ranks, one process each")->default_str("4");
+  options->nodes.add_to(*command);
   command->add_option("--backend", options->backend, kBackends)->default_str("host");
   command->add_option("--seed", options->c.seed, "Of routing and payload");
   command->add_flag("-v,--verbose", options->verbose, "Print each case's numbers");
   CLI::App* shape = command->add_option_group("shape");
   add_shape_options(*shape, *options);
   command->callback([shape, options, &status] {
-    const int ranks = count_ranks(options->ranks, 4);
+    const int ranks = options->nodes.count_ranks(options->ranks, 4);
     const std::vector<LowLatencyCase> cases =
         shape->count_all() > 0 ? std::vector<LowLatencyCase>{given_case(*options, ranks)}
-                               : covering_cases(ranks, options->c.seed);
+                               : covering_cases(*options, ranks);
     for (const LowLatencyCase& c : cases) verify::validate(c);
     status = run_ranks(ranks, [&](std::shared_ptr<Bootstrap> bootstrap) {
       return run_cases(bootstrap, cases, *options);

@@ -151,8 +151,11 @@ class Predictor {
 
   double low_latency_memory(bool dispatch) const {
     const std::int64_t most = payload_.max_tokens > 0 ? payload_.max_tokens : gate_.tokens;
-    const double buffers = static_cast<double>(Buffer::get_low_latency_rdma_size_hint(
-        static_cast<int>(most), payload_.hidden, topology_.ranks(), gate_.experts, gate_.topk));
+    // What comes, and between nodes a mirror of what goes.
+    const double buffers =
+        (topology_.nodes > 1 ? 2 : 1) *
+        static_cast<double>(Buffer::get_low_latency_rdma_size_hint(
+            static_cast<int>(most), payload_.hidden, topology_.ranks(), gate_.experts, gate_.topk));
     const double rows =
         dispatch ? static_cast<double>(most) * gate_.experts : static_cast<double>(gate_.tokens);
     const double row = dispatch ? static_cast<double>(format_.x_bytes + format_.scale_bytes)

@@ -61,9 +61,10 @@ std::int64_t LowLatencyCase::buffer_bytes() const {
 std::string LowLatencyCase::describe() const {
   const auto flag = [](bool on, const char* text) { return on ? text : ""; };
   return fmt::format(
-      "low latency: ranks={} tokens={} max={} hidden={} payload={} topk={} experts={} routing={} "
+      "low latency: ranks={}{} tokens={} max={} hidden={} payload={} topk={} experts={} routing={} "
       "seed={} {} {} wire={} dispatches={} combines={} hooks={}{}{}{}{}{}{}{}",
-      ranks, fmt::join(tokens, ","), capacity(), hidden, to_string(payload), topk, experts,
+      ranks, ranks_per_node > 0 ? fmt::format(" ranks_per_node={}", ranks_per_node) : "",
+      fmt::join(tokens, ","), capacity(), hidden, to_string(payload), topk, experts,
       to_string(routing), seed, to_string(topk_dtype), rank_major ? "rank-major" : "expert-major",
       to_string(wire), dispatches, combines, to_string(hooks), flag(!weights, " no-weights"),
       flag(async, " async"), flag(zero_copy, " zero-copy"), flag(own_outputs, " own-outputs"),
@@ -73,6 +74,8 @@ std::string LowLatencyCase::describe() const {
 
 void validate(const LowLatencyCase& c) {
   require(c.ranks >= 1, "ranks = {} must be at least 1", c.ranks);
+  require(c.ranks_per_node == 0 || c.ranks % c.ranks_per_node == 0,
+          "ranks_per_node = {} must divide the {} ranks", c.ranks_per_node, c.ranks);
   require(c.tokens.size() == 1 || c.tokens.size() == static_cast<std::size_t>(c.ranks),
           "tokens has {} entries; allowed: 1 or one for each of the {} ranks", c.tokens.size(),
           c.ranks);

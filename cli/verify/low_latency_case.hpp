@@ -51,6 +51,7 @@ struct LowLatencyCase {
 
   std::string name{};
   int ranks = 1;
+  int ranks_per_node = 0;                ///< of the Buffer; 0: all ranks are of one node
   std::vector<std::int64_t> tokens{16};  ///< N of each rank; one entry: the same on all
   std::int64_t max_tokens = 0;           ///< M; 0: the most tokens of any rank, at least 1
   std::int64_t hidden = 256;

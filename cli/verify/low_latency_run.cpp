@@ -277,6 +277,10 @@ CaseResult run_case(Buffer& buffer, const LowLatencyCase& c) {
   validate(c);
   require(c.ranks == buffer.num_ranks(), "the case is for {} ranks, the Buffer has {}", c.ranks,
           buffer.num_ranks());
+  const int ranks_per_node = c.ranks_per_node == 0 ? c.ranks : c.ranks_per_node;
+  require(ranks_per_node == buffer.num_ranks_per_node(),
+          "the case is for nodes of {} ranks, the Buffer's have {}", ranks_per_node,
+          buffer.num_ranks_per_node());
   LowLatencyRun run(buffer, c);
   try {
     return run.go();

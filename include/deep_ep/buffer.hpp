@@ -26,6 +26,8 @@ struct BufferOptions {
       0;  ///< starting size of this rank's mapped memory, see Config; raised if it is too small
   std::int64_t num_rdma_bytes =
       0;  ///< starting size of the memory for low latency and for other nodes
+  /// With several nodes: whether there is memory for low latency, twice num_rdma_bytes beside what
+  /// other calls take; the same on all ranks. One node has it anyway.
   bool low_latency_mode = false;
   int num_qps_per_rank = 24;
   bool allow_nvlink_for_low_latency_mode = true;
@@ -225,16 +227,17 @@ class DEEP_EP_API Buffer {
   /// The paths that dispatch and combine take while all ranks are of one node.
   DispatchResult intranode_dispatch(const DispatchArgs& args);
   CombineResult intranode_combine(const CombineArgs& args);
-  /// And with several nodes, on hosts: groups of rows and prepare_dispatch are of one node only, as
-  /// low latency is. With num_worst_tokens that number bounds M too (see InternodeHandle).
+  /// And with several nodes, on hosts: groups of rows and prepare_dispatch are of one node only.
+  /// With num_worst_tokens that number bounds M too (see InternodeHandle).
   DispatchResult internode_dispatch(const DispatchArgs& args);
   CombineResult internode_combine(const CombineArgs& args);
 
   /// Low latency: small batches through buffers of a fixed size, num_rdma_bytes, without counts on
-  /// the host; may be captured. Collective; the ranks of a call agree on all but N and
-  /// round_scale. Calls with a hook have two parts; until the second one has run the result is
-  /// live. Of each kind, dispatch and combine, two results may be live, and a call is refused with
-  /// Error(kUsage) while the call before the last is.
+  /// the host; may be captured. With several nodes, on hosts, the Buffer needs low_latency_mode.
+  /// Collective; the ranks of a call agree on all but N and round_scale. Calls with a hook have two
+  /// parts; until the second one has run the result is live. Of each kind, dispatch and combine,
+  /// two results may be live, and a call is refused with Error(kUsage) while the call before the
+  /// last is.
   /// On GPUs a call takes all SMs: calls of several Buffers of one GPU come in the same order on
   /// all ranks, since the kernel of one may have to wait for that of another to end. A masked rank
   /// that goes in the middle of its messages may leave undefined rows in results of that call.
@@ -258,7 +261,7 @@ class DEEP_EP_API Buffer {
   void low_latency_clean_mask_buffer();
   /// Bytes to pass as num_rdma_bytes for calls of this shape with up to num_topk experts a token,
   /// for values of at most two bytes (twice the hidden for float32). Never throws; a value below 1
-  /// counts as 1. Formula: docs/memory.md.
+  /// counts as 1. The same for any number of nodes. Formula: docs/memory.md.
   static std::int64_t get_low_latency_rdma_size_hint(int num_max_dispatch_tokens_per_rank,
                                                      std::int64_t hidden, int num_ranks,
                                                      int num_experts, int num_topk = 32) noexcept;

@@ -33,21 +33,18 @@ std::string Buffer::Impl::allocate_and_export() {
   validate(options_, bootstrap_->rank(), bootstrap_->size());
   options_.timeout = choose_timeout(options_.timeout);
   trace::step("allocate");
-  // While all ranks are peers the memory for low latency is ordinary mapped memory too; else it is
-  // the symmetric heap's.
-  const std::int64_t low_latency_bytes =
-      topology_.num_nodes() == 1 ? (options_.num_rdma_bytes + 127) / 128 * 128 : 0;
-  backend_ = make_backend({.device = options_.device,
-                           .heap_bytes = options_.num_nvl_bytes,
-                           .low_latency_bytes = low_latency_bytes,
-                           .enable_shrink = options_.enable_shrink,
-                           .timeout = options_.timeout,
-                           .num_threads = options_.num_threads,
-                           .rank = bootstrap_->rank(),
-                           .num_ranks = bootstrap_->size(),
-                           .topology = topology_,
-                           .ranks_on_host = ranks_on_host_,
-                           .one_process = one_process_});
+  backend_ = make_backend(
+      {.device = options_.device,
+       .heap_bytes = options_.num_nvl_bytes,
+       .low_latency_bytes = has_low_latency() ? (options_.num_rdma_bytes + 127) / 128 * 128 : 0,
+       .enable_shrink = options_.enable_shrink,
+       .timeout = options_.timeout,
+       .num_threads = options_.num_threads,
+       .rank = bootstrap_->rank(),
+       .num_ranks = bootstrap_->size(),
+       .topology = topology_,
+       .ranks_on_host = ranks_on_host_,
+       .one_process = one_process_});
   trace::step("export_handles");
   return backend_->export_handles();
 }
@@ -109,6 +106,9 @@ void Buffer::Impl::sync() {
   (void)exchange([this] { return std::to_string(options_.num_rdma_bytes); }, "num_rdma_bytes");
   (void)exchange([] { return std::to_string(env::ranks_per_node()); }, "DEEP_EP_RANKS_PER_NODE");
   find_nodes(exchange([] { return internode::get_unique_id().encode(); }));
+  if (topology_.num_nodes() > 1)
+    (void)exchange([this] { return std::to_string(options_.low_latency_mode ? 1 : 0); },
+                   "low_latency_mode");
   const std::vector<std::string> handles = exchange([this] { return allocate_and_export(); });
   trace::step("Buffer::sync");
   trace::step("open_handles");

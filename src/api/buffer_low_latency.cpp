@@ -44,6 +44,14 @@ TensorView ticket_view(Device device) { return {nullptr, DType::kInt64, {1}, dev
 
 }  // namespace
 
+void Buffer::Impl::require_low_latency(const char* operation) const {
+  if (has_low_latency()) return;
+  throw Error(ErrorCode::kUnsupported,
+              fmt::format("{}: the {} ranks are of {} nodes, between which low latency needs a "
+                          "Buffer that was made with low_latency_mode",
+                          operation, topology_.num_ranks, topology_.num_nodes()));
+}
+
 void Buffer::Impl::refuse_third(const char* operation, const LowLatencyCalls& calls) {
   if (!calls.live[(calls.sent + 1) % 2]) return;
   throw Error(ErrorCode::kUsage,
@@ -124,7 +132,7 @@ void Buffer::Impl::fill_params(LowLatencyDispatchJob& job, const LowLatencyDispa
 }
 
 LowLatencyDispatchResult Buffer::Impl::low_latency_dispatch(const LowLatencyDispatchArgs& args) {
-  require_one_node("low_latency_dispatch");
+  require_low_latency("low_latency_dispatch");
   constexpr const char* kOperation = "low_latency_dispatch";
   LowLatencyCalls& calls = low_latency_dispatches_;
   return low_latency(kOperation, calls, [&] {
@@ -173,7 +181,7 @@ LowLatencyDispatchResult Buffer::Impl::low_latency_dispatch(const LowLatencyDisp
 }
 
 LowLatencyCombineResult Buffer::Impl::low_latency_combine(const LowLatencyCombineArgs& args) {
-  require_one_node("low_latency_combine");
+  require_low_latency("low_latency_combine");
   constexpr const char* kOperation = "low_latency_combine";
   LowLatencyCalls& calls = low_latency_combines_;
   return low_latency(kOperation, calls, [&] {
@@ -266,7 +274,7 @@ Tensor Buffer::get_next_low_latency_combine_buffer(const LowLatencyHandle& handl
 void Buffer::clean_low_latency_buffer(int num_max_dispatch_tokens_per_rank, std::int64_t hidden,
                                       int num_experts) {
   trace::step("Buffer::clean_low_latency_buffer");
-  impl_->require_one_node("clean_low_latency_buffer");
+  impl_->require_low_latency("clean_low_latency_buffer");
   constexpr int kTopk = 1;
   const int ranks = num_ranks();
   require(num_max_dispatch_tokens_per_rank >= 1 && hidden >= 1 && num_experts >= ranks &&

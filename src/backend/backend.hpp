@@ -122,7 +122,8 @@ class Backend {
 struct BackendOptions {
   Device device{};
   std::int64_t heap_bytes = 0;
-  std::int64_t low_latency_bytes = 0;  // plan::LowLatencyLayout, ahead of the heap
+  // plan::LowLatencyLayout: ahead of the heap, with several nodes in the symmetric one.
+  std::int64_t low_latency_bytes = 0;
   bool enable_shrink = false;
   std::chrono::milliseconds timeout{0};  // for construction; calls bring their own
   int num_threads = 0;
@@ -136,7 +137,7 @@ struct BackendOptions {
 /// Bytes of segment 0 before what may be written between calls: the control block and the words of
 /// low latency behind it.
 inline std::int64_t words_bytes(const BackendOptions& options, std::int64_t control_bytes) {
-  if (options.low_latency_bytes == 0) return control_bytes;
+  if (options.low_latency_bytes == 0 || options.topology.num_nodes() > 1) return control_bytes;
   return control_bytes + plan::LowLatencyLayout::words_bytes(options.num_ranks);
 }
 

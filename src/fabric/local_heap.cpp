@@ -63,17 +63,17 @@ class Listed {
 
 }  // namespace
 
-LocalHeap::LocalHeap(Bootstrap& bootstrap, std::int64_t bytes, std::function<void()> on_signal)
+LocalHeap::LocalHeap(Bootstrap& bootstrap, const SymmetricHeapOptions& options)
     : rank_(bootstrap.rank()), own_(std::make_shared<LocalPiece>()) {
   std::optional<Error> trouble;
   try {
-    own_->memory = allocate_private(bytes);
+    own_->memory = options.memory ? options.memory : allocate_private(options.bytes);
   } catch (const Error& error) {
     trouble = error;
   }
   fail_together(bootstrap, trouble);
-  own_->bytes = bytes;
-  own_->on_signal = std::move(on_signal);
+  own_->bytes = options.bytes;
+  own_->on_signal = options.on_signal;
   const Listed listed(own_);
   const std::vector<std::string> names = bootstrap.all_gather(listed.name());
   {

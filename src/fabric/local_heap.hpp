@@ -1,12 +1,11 @@
 #pragma once
 
 #include <atomic>
-#include <functional>
 #include <memory>
 #include <vector>
 
 #include "deep_ep/bootstrap.hpp"
-#include "fabric/symmetric_heap.hpp"
+#include "fabric/symmetric_heap_factory.hpp"
 
 namespace deep_ep::fabric {
 
@@ -16,9 +15,9 @@ struct LocalPiece;
 /// directly. Puts are copies, signals are release stores.
 class LocalHeap final : public SymmetricHeap {
  public:
-  /// Collective. `on_signal`, if given, is called by who sets a word of this rank's heap, and by
-  /// who leaves. Throws Error(kOutOfMemory), on all ranks if on one.
-  LocalHeap(Bootstrap& bootstrap, std::int64_t bytes, std::function<void()> on_signal);
+  /// Collective. options.on_signal is called by who sets a word of this rank's heap, and by who
+  /// leaves. Throws Error(kOutOfMemory), on all ranks if on one.
+  LocalHeap(Bootstrap& bootstrap, const SymmetricHeapOptions& options);
   /// To the others this rank is lost from now on; what they write still has a place to go.
   ~LocalHeap() override;
 

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "deep_ep/bootstrap.hpp"
+#include "fabric/memory.hpp"
 #include "fabric/symmetric_heap.hpp"
 
 namespace deep_ep::fabric {
@@ -18,6 +19,9 @@ struct SymmetricHeapOptions {
   /// signals, and after a rank was found lost. On the transport's thread, or in signal() of this
   /// rank to itself. Must be quick, must not call the heap, must not throw.
   std::function<void()> on_signal;
+  /// Memory of this rank that it is made of, if given: zeroed, of at least `bytes` bytes. So ranks
+  /// of one node can map it too.
+  std::shared_ptr<Mapping> memory;
 };
 
 /// A heap in host memory whose ranks UCX connects. Collective: all ranks get theirs, or all throw,

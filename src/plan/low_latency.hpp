@@ -110,6 +110,7 @@ struct LowLatencyLayout {
   static constexpr int kParts = 4;  // two kinds, two parities
 
   protocol::EpochFlag* consumed = nullptr;  // [kParts, R]: ticket whose messages the rank has read
+  protocol::EpochFlag* arrived = nullptr;   // [kParts, R]: see arrived_from()
   std::byte* packets = nullptr;             // [kParts, packet_part_bytes]
   std::byte* plain = nullptr;               // [kParts, plain_part_bytes]
   std::int64_t packet_part_bytes = 0;
@@ -121,6 +122,7 @@ struct LowLatencyLayout {
     layout.num_ranks = num_ranks;
     Carver carver(base);
     layout.consumed = carver.take<protocol::EpochFlag>(std::int64_t{kParts} * num_ranks);
+    layout.arrived = carver.take<protocol::EpochFlag>(std::int64_t{kParts} * num_ranks);
     const std::int64_t rest = bytes > carver.used() ? align_down(bytes) - carver.used() : 0;
     // Rows take a third more in packets, and heads always need some.
     const std::int64_t most = rest / 8 > kMaxPacketBytes ? rest / 8 : kMaxPacketBytes;
@@ -140,6 +142,19 @@ struct LowLatencyLayout {
                                               int reader) const {
     return consumed[part(kind, ticket) * num_ranks + reader];
   }
+  /// How much of a ticket has come from `source`, if it is a rank of another node: it puts what it
+  /// sends and sets this word behind it, first to call_arrived(), and with a combine's sums to
+  /// returns_arrived().
+  DEEP_EP_HD protocol::EpochFlag& arrived_from(LowLatencyKind kind, std::uint64_t ticket,
+                                               int source) const {
+    return arrived[part(kind, ticket) * num_ranks + source];
+  }
+  DEEP_EP_HD static constexpr std::uint64_t call_arrived(std::uint64_t ticket) {
+    return 2 * ticket;
+  }
+  DEEP_EP_HD static constexpr std::uint64_t returns_arrived(std::uint64_t ticket) {
+    return 2 * ticket + 1;
+  }
 
   /// Places of a ticket's messages. Rows in packets get what is left of their part.
   DEEP_EP_HD LowLatencyPlaces places(LowLatencyKind kind, std::uint64_t ticket,
@@ -151,6 +166,7 @@ struct LowLatencyLayout {
   /// Of the control words.
   static std::int64_t words_bytes(int num_ranks) {
     Carver carver(nullptr);
+    carver.take<protocol::EpochFlag>(std::int64_t{kParts} * num_ranks);
     carver.take<protocol::EpochFlag>(std::int64_t{kParts} * num_ranks);
     return carver.used();
   }

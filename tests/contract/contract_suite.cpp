@@ -22,9 +22,9 @@ constexpr bool kSanitized = false;
 class ProgramList final : public ProgramSource {
  public:
   ProgramList(const std::string& mode, std::uint64_t seed, bool full)
-      : programs_(corners(mode, limits(full))) {
+      : programs_(corners(mode, full)) {
     // Sanitizers take their time, and so do Buffers over a network.
-    const int rounds = full ? 16 : kSanitized || mode == "internode" ? 1 : 3;
+    const int rounds = full ? 16 : kSanitized || mode.starts_with("internode") ? 1 : 3;
     for (int round = 0; round < rounds; ++round) {
       for (Program& program :
            covering(mode, seed + static_cast<std::uint64_t>(round), limits(full)))
@@ -35,13 +35,23 @@ class ProgramList final : public ProgramSource {
   Program at(std::int64_t i) const override { return programs_.at(static_cast<std::size_t>(i)); }
 
  private:
-  static std::vector<Program> corners(const std::string& mode, const Limits& limits) {
-    if (mode == "low-latency") return low_latency_corner_programs(limits);
-    return mode == "internode" ? internode_corner_programs(limits) : corner_programs(limits);
+  static std::vector<Program> corners(const std::string& mode, bool full) {
+    if (mode == "intranode") return corner_programs(limits(full));
+    if (mode == "internode") return internode_corner_programs(limits(full));
+    std::vector<Program> programs = low_latency_corner_programs(limits(full));
+    if (mode == "low-latency") return programs;
+    if (!full) {  // the covering array has these formats as well
+      std::erase_if(programs, [](const Program& program) {
+        return program.name.find("/home_in_") != std::string::npos;
+      });
+    }
+    return spread_over_nodes(std::move(programs));
   }
   static std::vector<Program> covering(const std::string& mode, std::uint64_t seed,
                                        const Limits& limits) {
     if (mode == "low-latency") return low_latency_covering_programs(seed, limits);
+    if (mode == "internode-low-latency")
+      return spread_over_nodes(low_latency_covering_programs(seed, limits));
     return covering_programs(seed, limits, mode == "internode");
   }
   /// 1 GiB is what the smallest machines that run the whole suite have to spare.
@@ -72,7 +82,7 @@ int main(int argc, char** argv) {
       ->check(CLI::IsMember({"host", "cuda"}))
       ->capture_default_str();
   app.add_option("--mode", mode)
-      ->check(CLI::IsMember({"intranode", "internode", "low-latency"}))
+      ->check(CLI::IsMember({"intranode", "internode", "low-latency", "internode-low-latency"}))
       ->capture_default_str();
   app.add_option("--seed", seed, "of the covering array and the inputs")->capture_default_str();
   app.add_option("--from", options.from, "first program")->capture_default_str();

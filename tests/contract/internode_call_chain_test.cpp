@@ -144,13 +144,87 @@ TEST(InternodeCallChain, CallsForOneNodeAreRefusedAndTouchNobody) {
     const DispatchArgs args = inputs.args(buffer);
     for (const auto& call : std::vector<std::function<void()>>{
              [&] { buffer.intranode_dispatch(args); }, [&] { buffer.intranode_combine({}); },
-             [&] { buffer.prepare_dispatch(args); }, [&] { buffer.low_latency_dispatch({}); },
-             [&] { buffer.low_latency_combine({}); },
-             [&] { buffer.clean_low_latency_buffer(1, 8, 2); }}) {
+             [&] { buffer.prepare_dispatch(args); }}) {
       EXPECT_THAT(refusal(call, ErrorCode::kUnsupported),
                   testing::HasSubstr("the 2 ranks are of 2 nodes of 1"));
     }
+    for (const auto& call : std::vector<std::function<void()>>{
+             [&] { buffer.low_latency_dispatch({}); }, [&] { buffer.low_latency_combine({}); },
+             [&] { buffer.clean_low_latency_buffer(1, 8, 2); }}) {
+      EXPECT_THAT(refusal(call, ErrorCode::kUnsupported),
+                  testing::HasSubstr("made with low_latency_mode"));
+    }
     buffer.dispatch(args);
+    boot->barrier();
+  });
+}
+
+/// The four tokens of Inputs, in low latency.
+struct LowLatencyInputs {
+  std::vector<std::uint16_t> x = std::vector<std::uint16_t>(4 * 8, 0x3f80);
+  std::vector<std::int64_t> topk_idx = Inputs().topk_idx;
+  std::vector<float> weights = std::vector<float>(4 * 2, 1.0F);
+
+  static BufferOptions options() {
+    return {.num_rdma_bytes = Buffer::get_low_latency_rdma_size_hint(4, 8, kRanks, kRanks, 2),
+            .low_latency_mode = true,
+            .num_threads = 1};
+  }
+  LowLatencyDispatchArgs dispatch_args() const {
+    LowLatencyDispatchArgs args;
+    args.x = {x.data(), DType::kBfloat16, {4, 8}};
+    args.topk_idx = {topk_idx.data(), DType::kInt64, {4, 2}};
+    args.num_max_dispatch_tokens_per_rank = 4;
+    args.num_experts = kRanks;
+    args.use_fp8 = false;
+    return args;
+  }
+  LowLatencyCombineArgs combine_args(const LowLatencyDispatchResult& dispatched) const {
+    LowLatencyCombineArgs args;
+    args.x = dispatched.recv_x;
+    args.topk_idx = {topk_idx.data(), DType::kInt64, {4, 2}};
+    args.topk_weights = {weights.data(), DType::kFloat32, {4, 2}};
+    args.handle = dispatched.handle;
+    return args;
+  }
+};
+
+TEST(InternodeCallChain, LowLatencyTakesItsOwnSteps) {
+  on_nodes([](int, const std::shared_ptr<Bootstrap>& boot) {
+    Buffer buffer(boot, LowLatencyInputs::options());
+    const LowLatencyInputs inputs;
+    EXPECT_THAT(
+        steps_of([&] { buffer.clean_low_latency_buffer(4, 8, kRanks); }),
+        ElementsAre("Buffer::clean_low_latency_buffer", "internode_ll::clean_low_latency_buffer"));
+    LowLatencyDispatchResult got;
+    EXPECT_THAT(steps_of([&] { got = buffer.low_latency_dispatch(inputs.dispatch_args()); }),
+                ElementsAre("Buffer::low_latency_dispatch", "internode_ll::dispatch"));
+    LowLatencyCombineArgs combine = inputs.combine_args(got);
+    combine.return_recv_hook = true;
+    LowLatencyCombineResult sums;
+    EXPECT_THAT(steps_of([&] { sums = buffer.low_latency_combine(combine); }),
+                ElementsAre("Buffer::low_latency_combine", "internode_ll::combine"));
+    EXPECT_THAT(steps_of([&] { sums.recv_hook(); }), ElementsAre("internode_ll::combine"));
+    boot->barrier();
+  });
+}
+
+TEST(InternodeCallChain, ALowLatencyRowCrossesOnceForEachRankOfAnotherNode) {
+  on_nodes([](int, const std::shared_ptr<Bootstrap>& boot) {
+    Buffer buffer(boot, LowLatencyInputs::options());
+    const LowLatencyInputs inputs;
+    const NetworkCounts before = buffer.network_counts();
+    const LowLatencyDispatchResult got = buffer.low_latency_dispatch(inputs.dispatch_args());
+    const NetworkCounts dispatched = buffer.network_counts();
+    // Two of the four tokens go to the other rank: heads, rows, counts and the call are a put each.
+    EXPECT_EQ(dispatched.rows - before.rows, 2);
+    EXPECT_EQ(dispatched.row_bytes - before.row_bytes, 2 * 16);
+    EXPECT_EQ(dispatched.puts - before.puts, 4);
+    buffer.low_latency_combine(inputs.combine_args(got));
+    const NetworkCounts combined = buffer.network_counts();
+    // Weights and the call, then sums and their heads.
+    EXPECT_EQ(combined.rows - dispatched.rows, 2);
+    EXPECT_EQ(combined.puts - dispatched.puts, 4);
     boot->barrier();
   });
 }

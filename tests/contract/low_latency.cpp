@@ -200,4 +200,18 @@ Program random_low_latency_program(std::uint64_t seed, const Limits& limits) {
   return program;
 }
 
+/// Nodes as large and as small as can be, in turn, and not all of them.
+std::vector<Program> spread_over_nodes(std::vector<Program> programs) {
+  std::erase_if(programs, [](const Program& program) { return program.ranks < 2; });
+  for (std::size_t i = 0; i < programs.size(); ++i) {
+    Program& program = programs[i];
+    std::vector<int> sizes;
+    for (int size = 1; size < program.ranks; ++size)
+      if (program.ranks % size == 0) sizes.push_back(size);
+    program.ranks_per_node = sizes[i % sizes.size()];
+    for (Step& step : program.steps) step.low_latency->ranks_per_node = program.ranks_per_node;
+  }
+  return programs;
+}
+
 }  // namespace deep_ep::test

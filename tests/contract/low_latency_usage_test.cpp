@@ -10,7 +10,8 @@
 
 #include "deep_ep/deep_ep.hpp"
 
-// What low-latency calls refuse, and how: ranks are threads of this process.
+// What low-latency calls refuse, and how: ranks are threads of this process, of one node or of
+// several.
 namespace deep_ep {
 namespace {
 
@@ -27,6 +28,7 @@ std::unique_ptr<Buffer> make_buffer(const std::shared_ptr<Bootstrap>& bootstrap,
   options.num_threads = 1;
   options.timeout = 20s;
   options.enable_shrink = enable_shrink;
+  options.low_latency_mode = true;
   options.num_rdma_bytes = Buffer::get_low_latency_rdma_size_hint(
       static_cast<int>(kTokens), 2 * kHidden, bootstrap->size(), kExpertsARank * bootstrap->size());
   return std::make_unique<Buffer>(bootstrap, options);
@@ -97,7 +99,20 @@ bool all_ones(const Tensor& rows, std::int64_t count, std::uint16_t value) {
   return true;
 }
 
-TEST(LowLatencyUsage, AThirdLiveResultIsRefusedAndTheBufferGoesOn) {
+/// Of so many ranks a node; 0: all are of one.
+class LowLatencyUsage : public testing::TestWithParam<int> {
+ protected:
+  void SetUp() override {
+    if (GetParam() > 0) setenv("DEEP_EP_RANKS_PER_NODE", std::to_string(GetParam()).c_str(), 1);
+  }
+  void TearDown() override { unsetenv("DEEP_EP_RANKS_PER_NODE"); }
+};
+INSTANTIATE_TEST_SUITE_P(Nodes, LowLatencyUsage, testing::Values(0, 1),
+                         [](const auto& ranks) -> std::string {
+                           return ranks.param == 0 ? "one" : "of_single_ranks";
+                         });
+
+TEST_P(LowLatencyUsage, AThirdLiveResultIsRefusedAndTheBufferGoesOn) {
   const auto texts = texts_of(2, [](Buffer& buffer, const Input& input) {
     LowLatencyDispatchArgs args = input.dispatch();
     args.return_recv_hook = true;
@@ -120,7 +135,7 @@ TEST(LowLatencyUsage, AThirdLiveResultIsRefusedAndTheBufferGoesOn) {
   }
 }
 
-TEST(LowLatencyUsage, AHookRunsOnceAndNotBehindDestroy) {
+TEST_P(LowLatencyUsage, AHookRunsOnceAndNotBehindDestroy) {
   const auto texts = texts_of(2, [](Buffer& buffer, const Input& input) {
     LowLatencyDispatchArgs args = input.dispatch();
     args.return_recv_hook = true;
@@ -143,7 +158,7 @@ struct Difference {
   void (*change)(LowLatencyDispatchArgs& args);
 };
 
-TEST(LowLatencyUsage, RanksThatDisagreeAreToldTheField) {
+TEST_P(LowLatencyUsage, RanksThatDisagreeAreToldTheField) {
 #if defined(__SANITIZE_THREAD__)
   GTEST_SKIP() << "ranks that disagree write over each other's messages, which nobody reads then";
 #endif
@@ -186,7 +201,7 @@ TEST(LowLatencyUsage, RanksThatDisagreeAreToldTheField) {
   }
 }
 
-TEST(LowLatencyUsage, AnExpertOutOfRangeIsNamedAndFailsAllRanks) {
+TEST_P(LowLatencyUsage, AnExpertOutOfRangeIsNamedAndFailsAllRanks) {
   const auto texts = texts_of(3, [](Buffer& buffer, const Input& input) {
     Input own = input;
     if (buffer.rank() == 2) own.ids[kTokens * 3 - 2] = 6;
@@ -198,7 +213,7 @@ TEST(LowLatencyUsage, AnExpertOutOfRangeIsNamedAndFailsAllRanks) {
   EXPECT_THAT(texts[0], HasSubstr("rank 2 reported"));
 }
 
-TEST(LowLatencyUsage, ACombineWithOtherExpertsThanItsDispatchFails) {
+TEST_P(LowLatencyUsage, ACombineWithOtherExpertsThanItsDispatchFails) {
   for (const LowLatencyFormat format :
        {LowLatencyFormat::kExpertMajor, LowLatencyFormat::kRankMajor}) {
     const auto texts = texts_of(2, [&](Buffer& buffer, const Input& input) {
@@ -215,7 +230,7 @@ TEST(LowLatencyUsage, ACombineWithOtherExpertsThanItsDispatchFails) {
   }
 }
 
-TEST(LowLatencyUsage, TooLittleMemoryIsRefusedWithWhatIsNeeded) {
+TEST_P(LowLatencyUsage, TooLittleMemoryIsRefusedWithWhatIsNeeded) {
   const auto texts = texts_of(1, [](Buffer& buffer, const Input&) {
     EXPECT_EQ(error_of([&] {
                 buffer.clean_low_latency_buffer(static_cast<int>(kTokens), kHidden, kExpertsARank);
@@ -227,7 +242,7 @@ TEST(LowLatencyUsage, TooLittleMemoryIsRefusedWithWhatIsNeeded) {
   EXPECT_THAT(texts[0], HasSubstr("num_rdma_bytes is"));
 }
 
-TEST(LowLatencyUsage, ArgumentsAreCheckedBeforeAnythingIsSent) {
+TEST_P(LowLatencyUsage, ArgumentsAreCheckedBeforeAnythingIsSent) {
   const auto refused = [](void (*change)(LowLatencyDispatchArgs&)) {
     return texts_of(1, [&](Buffer& buffer, const Input& input) {
       LowLatencyDispatchArgs args = input.dispatch();
@@ -246,7 +261,7 @@ TEST(LowLatencyUsage, ArgumentsAreCheckedBeforeAnythingIsSent) {
               HasSubstr("excludes async_finish"));
 }
 
-TEST(LowLatencyUsage, RowsComeHomeInOneFormatThatFitsThem) {
+TEST_P(LowLatencyUsage, RowsComeHomeInOneFormatThatFitsThem) {
   const auto refused = [](std::int64_t hidden, bool use_logfmt, bool use_fp8) {
     return texts_of(1, [&](Buffer& buffer, const Input& input) {
       LowLatencyDispatchArgs args = input.dispatch();
@@ -266,7 +281,7 @@ TEST(LowLatencyUsage, RowsComeHomeInOneFormatThatFitsThem) {
   EXPECT_EQ(refused(kHidden / 2, false, false), "no Error");
 }
 
-TEST(LowLatencyUsage, RanksWhoseRowsComeHomeInOtherFormatsAreToldSo) {
+TEST_P(LowLatencyUsage, RanksWhoseRowsComeHomeInOtherFormatsAreToldSo) {
 #if defined(__SANITIZE_THREAD__)
   GTEST_SKIP() << "ranks that disagree write over each other's messages, which nobody reads then";
 #endif
@@ -282,7 +297,7 @@ TEST(LowLatencyUsage, RanksWhoseRowsComeHomeInOtherFormatsAreToldSo) {
   }
 }
 
-TEST(LowLatencyUsage, MasksNeedEnableShrink) {
+TEST_P(LowLatencyUsage, MasksNeedEnableShrink) {
   const std::vector<std::string> texts = texts_of(2, [](Buffer& buffer, const Input&) {
     return error_of([&] { buffer.low_latency_update_mask_buffer(1 - buffer.rank(), true); });
   });
@@ -290,7 +305,7 @@ TEST(LowLatencyUsage, MasksNeedEnableShrink) {
 }
 
 // In step again, a rank that was left out can be let in.
-TEST(LowLatencyUsage, AMaskedRankIsLeftOutUntilItsMaskIsCleared) {
+TEST_P(LowLatencyUsage, AMaskedRankIsLeftOutUntilItsMaskIsCleared) {
   const auto bootstraps = bootstrap_threads(3);
   std::vector<std::thread> threads;
   for (int rank = 0; rank < 3; ++rank) {
@@ -321,7 +336,7 @@ TEST(LowLatencyUsage, AMaskedRankIsLeftOutUntilItsMaskIsCleared) {
   for (std::thread& thread : threads) thread.join();
 }
 
-TEST(LowLatencyUsage, FirstTicketsMustBeAlike) {
+TEST_P(LowLatencyUsage, FirstTicketsMustBeAlike) {
   setenv("DEEP_EP_FIRST_TICKET", "0", 1);
   EXPECT_THAT(error_of([] { make_buffer(bootstrap_threads(1)[0]); }),
               HasSubstr("DEEP_EP_FIRST_TICKET: '0' is not allowed"));

@@ -68,5 +68,7 @@ void fit(verify::LowLatencyCase& exchange, std::int64_t bytes);
 std::vector<Program> low_latency_covering_programs(std::uint64_t seed, const Limits& limits);
 std::vector<Program> low_latency_corner_programs(const Limits& limits);
 Program random_low_latency_program(std::uint64_t seed, const Limits& limits);
+/// Those of the programs that have two ranks or more, on several nodes.
+std::vector<Program> spread_over_nodes(std::vector<Program> programs);
 
 }  // namespace deep_ep::test

@@ -161,6 +161,7 @@ Buffer& Runner::buffer(Worker& worker, Buffers& buffers, const Program& program,
                                 ? Config{}.get_nvl_buffer_size_hint(7168 * 2, worker.num_ranks())
                                 : 0;
     options.num_rdma_bytes = rdma_bytes;
+    options.low_latency_mode = rdma_bytes > 0;
     options.enable_shrink = has_masked(program);
     // Several threads for odd ones: several lanes between nodes.
     if (program.ranks_per_node > 0) options.num_threads = number % 2 == 0 ? 1 : 3;

@@ -181,6 +181,7 @@ std::string play(Worker& worker, const std::string& job) {
     BufferOptions options;
     options.timeout = std::chrono::milliseconds(plan.timeout_ms);
     options.num_rdma_bytes = Exchange::rdma_bytes(worker.num_ranks());
+    options.low_latency_mode = true;
     const std::unique_ptr<Buffer> made = make_buffer(worker, options, plan.ranks_per_node);
     Buffer& buffer = *made;
     kept.take(buffer);
@@ -281,6 +282,7 @@ struct Kind {
   std::int64_t inbox_bytes = kInboxBytes;
   int publications_step = 1;  ///< packets of one message look the same to the others
   int ranks_per_node = 0;
+  int rows_step = 7;  ///< all points between two publications look the same to the others
 };
 
 class FaultInEveryCall : public Fault, public testing::WithParamInterface<Kind> {
@@ -309,9 +311,8 @@ TEST_P(FaultInEveryCall, ARankKilledAtAnyTurnOfAWaitIsNamed) {
 }
 
 TEST_P(FaultInEveryCall, ARankKilledBetweenAnyTwoRowsIsNamed) {
-  // Of the 160 rows, since all points between two publications look the same to the others.
   const bool full = std::getenv("DEEP_EP_TEST_FULL") != nullptr;
-  run_at_points(plan_at(protocol::Point::kCopy), full ? 1 : 7, 1000);
+  run_at_points(plan_at(protocol::Point::kCopy), full ? 1 : GetParam().rows_step, 1000);
 }
 
 TEST_P(FaultInEveryCall, ARankKilledAtAnyTimeIsNamed) {
@@ -355,20 +356,27 @@ INSTANTIATE_TEST_SUITE_P(
 
 #if defined(DEEP_EP_HAS_UCX)
 constexpr Kind between_nodes(const char* name, Op op, int ranks_per_node) {
-  return {name, op, "auto", kInboxBytes, 3, ranks_per_node};
+  return {name, op, "auto", kInboxBytes, op == Op::kLowLatency ? 67 : 3, ranks_per_node};
+}
+
+// What goes to another node is told by one word, behind all packets and rows.
+constexpr Kind low_latency_between_nodes(const char* name, int ranks_per_node) {
+  return {name, Op::kLowLatency, "auto", kInboxBytes, 201, ranks_per_node, 29};
 }
 
 // Ranks of this machine pose as nodes: of two, where the victim's neighbour tells the other node,
 // and of one, where the network must.
-INSTANTIATE_TEST_SUITE_P(CallsBetweenNodes, FaultInEveryCall,
-                         testing::Values(between_nodes("barrier", Op::kBarrier, 2),
-                                         between_nodes("dispatch", Op::kDispatch, 2),
-                                         between_nodes("cached_dispatch", Op::kCachedDispatch, 2),
-                                         between_nodes("combine", Op::kCombine, 2),
-                                         between_nodes("dispatch_of_single_ranks", Op::kDispatch,
-                                                       1),
-                                         between_nodes("combine_of_single_ranks", Op::kCombine, 1)),
-                         name_of);
+INSTANTIATE_TEST_SUITE_P(
+    CallsBetweenNodes, FaultInEveryCall,
+    testing::Values(between_nodes("barrier", Op::kBarrier, 2),
+                    between_nodes("dispatch", Op::kDispatch, 2),
+                    between_nodes("cached_dispatch", Op::kCachedDispatch, 2),
+                    between_nodes("combine", Op::kCombine, 2),
+                    between_nodes("dispatch_of_single_ranks", Op::kDispatch, 1),
+                    between_nodes("combine_of_single_ranks", Op::kCombine, 1),
+                    low_latency_between_nodes("low_latency", 2),
+                    low_latency_between_nodes("low_latency_of_single_ranks", 1)),
+    name_of);
 #endif
 
 }  // namespace

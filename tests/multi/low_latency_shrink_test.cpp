@@ -2,6 +2,8 @@
 #include <unistd.h>
 
 #include <csignal>
+#include <cstdlib>
+#include <string>
 #include <vector>
 
 #include "deep_ep/deep_ep.hpp"
@@ -58,7 +60,7 @@ void exchange(Buffer& buffer, const Input& input, int ranks_here) {
 
 void play(Bootstrap& bootstrap, const std::shared_ptr<Bootstrap>& shared, bool dies) {
   BufferOptions options;
-  options.enable_shrink = true;
+  options.enable_shrink = options.low_latency_mode = true;
   options.num_threads = 1;
   options.timeout = dies ? 20'000ms : 2000ms;
   options.num_rdma_bytes =
@@ -78,17 +80,31 @@ void play(Bootstrap& bootstrap, const std::shared_ptr<Bootstrap>& shared, bool d
   buffer.check();  // no fault
 }
 
-void play_all(bool dies) {
+/// Of so many ranks a node; 0: all are of one.
+void play_all(bool dies, int ranks_per_node) {
+  if (ranks_per_node > 0)
+    setenv("DEEP_EP_RANKS_PER_NODE", std::to_string(ranks_per_node).c_str(), 1);
   const auto exits = run_forked(kRanks, [dies](const std::shared_ptr<Bootstrap>& bootstrap) {
     play(*bootstrap, bootstrap, dies);
     return testing::Test::HasFailure() ? 1 : 0;
   });
+  unsetenv("DEEP_EP_RANKS_PER_NODE");
   for (const RankExit& exit : exits)
     EXPECT_EQ(exit.status, exit.rank == kLost && dies ? 128 + SIGKILL : 0) << "rank " << exit.rank;
 }
 
-TEST(LowLatencyShrink, TheOthersGoOnWithoutARankThatDied) { play_all(true); }
-TEST(LowLatencyShrink, TheOthersGoOnWithoutARankThatDoesNotCome) { play_all(false); }
+TEST(LowLatencyShrink, TheOthersGoOnWithoutARankThatDied) { play_all(true, 0); }
+TEST(LowLatencyShrink, TheOthersGoOnWithoutARankThatDoesNotCome) { play_all(false, 0); }
+
+#if defined(DEEP_EP_HAS_UCX)
+TEST(LowLatencyShrink, BetweenNodesTheOthersGoOnWithoutARankThatDied) {
+  play_all(true, 2);
+  play_all(true, 1);
+}
+TEST(LowLatencyShrink, BetweenNodesTheOthersGoOnWithoutARankThatDoesNotCome) {
+  play_all(false, 2);
+}
+#endif
 
 }  // namespace
 }  // namespace deep_ep

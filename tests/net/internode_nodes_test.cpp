@@ -9,6 +9,7 @@
 #include "deep_ep/deep_ep.hpp"
 #include "namespaces.hpp"
 #include "verify/case.hpp"
+#include "verify/low_latency_case.hpp"
 
 // Whole Buffers over nodes that share no memory and no loopback: a network namespace each. Nothing
 // poses: the Buffers find the nodes.
@@ -28,7 +29,8 @@ verify::Case case_of(const Buffer& buffer, std::int64_t tokens, std::int64_t hid
   return c;
 }
 
-void expect_right(Buffer& buffer, const verify::Case& c) {
+template <class Case>
+void expect_right(Buffer& buffer, const Case& c) {
   const verify::CaseResult result = verify::run_case(buffer, c);
   EXPECT_TRUE(result.passed()) << result.first_mismatch;
   EXPECT_GT(result.checked_elements, 0);
@@ -51,6 +53,76 @@ TEST(InternodeNodes, BuffersFindTheNodesAndExchangeOverTheirNetwork) {
     c.cached_repeats = c.combines = 3;
     expect_right(buffer, c);
     buffer.barrier();
+    own.barrier();
+  });
+}
+
+TEST(InternodeNodes, LowLatencyCrossesTheirNetworkToo) {
+  NEEDS_NAMESPACES();
+  const Namespaces nodes(3);
+  in_ranks(6, [&](Bootstrap& own) {
+    net::live_on(nodes, own.rank() / 2);
+    verify::LowLatencyCase c;
+    c.ranks = own.size();
+    c.ranks_per_node = 2;
+    c.experts = 8 * c.ranks;
+    c.tokens = {24};
+    c.hidden = 1024;
+    c.dispatches = 4;
+    c.combines = 5;
+    const std::shared_ptr<Bootstrap> bootstrap(std::shared_ptr<void>(), &own);
+    Buffer buffer(bootstrap, {.num_rdma_bytes = c.buffer_bytes(),
+                              .low_latency_mode = true,
+                              .timeout = std::chrono::seconds(20)});
+    EXPECT_EQ(buffer.num_nodes(), 3);
+    expect_right(buffer, c);
+    c.hooks = verify::Hooks::kCrossed;
+    c.rank_major = true;
+    expect_right(buffer, c);
+    // Beside calls of the other mode, on the same heap.
+    expect_right(buffer, case_of(buffer, 50, 512));
+    c.wire = plan::WireFormat::kLogFmt;
+    c.payload = verify::LowLatencyPayload::kBfloat16;
+    expect_right(buffer, c);
+    buffer.barrier();
+    own.barrier();
+  });
+}
+
+// A message crosses once for each rank, not for each expert.
+TEST(InternodeNodes, OfLowLatencyNothingCrossesTwice) {
+  NEEDS_NAMESPACES();
+  const Namespaces nodes(2);
+  in_ranks(2, [&](Bootstrap& own) {
+    net::live_on(nodes, own.rank());
+    const std::shared_ptr<Bootstrap> bootstrap(std::shared_ptr<void>(), &own);
+    constexpr std::int64_t kTokens = 128;
+    constexpr std::int64_t kHidden = 7168;
+    Buffer buffer(bootstrap, {.num_rdma_bytes =
+                                  Buffer::get_low_latency_rdma_size_hint(kTokens, kHidden, 2, 8, 8),
+                              .low_latency_mode = true,
+                              .timeout = std::chrono::seconds(20)});
+    const std::vector<std::uint16_t> x(kTokens * kHidden, 0x3f80);
+    std::vector<std::int64_t> ids;  // all experts: every token goes to both ranks
+    for (std::int64_t i = 0; i < kTokens * 8; ++i) ids.push_back(i % 8);
+    LowLatencyDispatchArgs args;
+    args.x = {x.data(), DType::kBfloat16, {kTokens, kHidden}};
+    args.topk_idx = {ids.data(), DType::kInt64, {kTokens, 8}};
+    args.num_max_dispatch_tokens_per_rank = kTokens;
+    args.num_experts = 8;
+    args.use_fp8 = false;
+    own.barrier();
+    const auto before = nodes.traffic(own.rank());
+    const NetworkCounts counts = buffer.network_counts();
+    buffer.low_latency_dispatch(args);
+    buffer.barrier();
+    own.barrier();
+    const std::int64_t row_bytes = buffer.network_counts().row_bytes - counts.row_bytes;
+    EXPECT_EQ(buffer.network_counts().rows - counts.rows, kTokens);
+    EXPECT_EQ(row_bytes, kTokens * kHidden * 2);
+    const std::int64_t sent = nodes.traffic(own.rank()).sent - before.sent;
+    EXPECT_GE(sent, row_bytes);
+    EXPECT_LT(sent, row_bytes + row_bytes / 10);
     own.barrier();
   });
 }

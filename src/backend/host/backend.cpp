@@ -55,8 +55,9 @@ class HostBackend final : public Backend {
       log::info("num_nvl_bytes raised from {} to {}: the control block and the inbox need that",
                 options_.heap_bytes, control);
     }
-    std::string handles = context_.export_handles(bytes + options_.low_latency_bytes);
-    const std::int64_t begin = control + options_.low_latency_bytes;
+    const std::int64_t low_latency = several_nodes() ? 0 : options_.low_latency_bytes;
+    std::string handles = context_.export_handles(bytes + low_latency);
+    const std::int64_t begin = control + low_latency;
     const std::int64_t end = context_.fabric().own_segment(0)->bytes();
     if (end > begin) heap_->add(0, begin, end);
     return handles;
@@ -64,7 +65,7 @@ class HostBackend final : public Backend {
 
   void open_handles(const std::vector<std::string>& exported) override {
     context_.open_handles(exported, options_.timeout);
-    low_latency_.open();
+    if (!several_nodes()) low_latency_.open();
   }
 
   std::string findings() override { return context_.why_no_pull(); }
@@ -116,7 +117,7 @@ class HostBackend final : public Backend {
   int num_segments() const override { return context_.fabric().num_own_segments(); }
 
   void wait_mapped(const std::vector<int>& num_segments) override {
-    const Call call{.operation = "reserve", .timeout = options_.timeout};
+    const Call call{.operation = "mapping memory", .timeout = options_.timeout};
     for (int i = 0; i < context_.num_ranks(); ++i) {
       const int rank = context_.global_rank(i);
       const int last = num_segments[rank] - 1;
@@ -213,7 +214,10 @@ class HostBackend final : public Backend {
     host::internode_ll::combine(low_latency_, params);
   }
   void alloc_symmetric(Bootstrap& bootstrap, std::int64_t bytes) override {
-    internode_.alloc(bootstrap, bytes, options_.timeout);
+    internode_.alloc(bootstrap, bytes, options_);
+    if (options_.low_latency_bytes == 0) return;
+    wait_mapped(std::vector<int>(options_.num_ranks, num_segments()));
+    low_latency_.open(internode_);
   }
   void free_symmetric() noexcept override { internode_.free(); }
   void barrier(const internode::BarrierParams& params) override {
@@ -246,6 +250,8 @@ class HostBackend final : public Backend {
   }
 
  private:
+  bool several_nodes() const { return options_.topology.num_nodes() > 1; }
+
   /// With the hash of the handle's routing in the record, for the ranks to compare.
   template <class Params>
   Params hashed(Params params) const {

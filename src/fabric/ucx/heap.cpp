@@ -18,7 +18,7 @@ constexpr std::int64_t kPieceBytes = 56 << 10;
 UcxHeap::UcxHeap(int rank, int num_ranks, const SymmetricHeapOptions& options)
     : options_(options),
       rank_(rank),
-      memory_(allocate_private(options.bytes)),
+      memory_(options.memory ? options.memory : allocate_private(options.bytes)),
       context_(make_context(num_ranks)),
       worker_(make_worker(context_.get())),
       event_fd_(event_fd(worker_.get())),

@@ -23,7 +23,7 @@ void on_heaps(int count, const std::function<void(int, LocalHeap&, std::atomic<i
     threads.emplace_back([&, rank] {
       std::atomic<int> rung = 0;
       {
-        LocalHeap heap(*bootstraps[rank], kBytes, [&rung] { ++rung; });
+        LocalHeap heap(*bootstraps[rank], {.bytes = kBytes, .on_signal = [&rung] { ++rung; }});
         body(rank, heap, rung);
         bootstraps[rank]->barrier();
       }
@@ -68,8 +68,8 @@ TEST(LocalHeap, RangesOutsideAreRefused) {
 
 TEST(LocalHeap, WhoLeavesIsLostAndNamed) {
   const auto bootstraps = bootstrap_threads(2);
-  std::thread other([&] { const LocalHeap heap(*bootstraps[1], kBytes, {}); });
-  LocalHeap heap(*bootstraps[0], kBytes, {});
+  std::thread other([&] { const LocalHeap heap(*bootstraps[1], {.bytes = kBytes}); });
+  LocalHeap heap(*bootstraps[0], {.bytes = kBytes});
   other.join();
   EXPECT_TRUE(heap.lost(1));
   EXPECT_FALSE(heap.lost(0));

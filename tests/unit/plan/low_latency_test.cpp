@@ -88,6 +88,7 @@ TEST(LowLatencyLayout, PlacesOfAllKindsAndParitiesAreApart) {
     const LowLatencyLayout layout = LowLatencyLayout::carve(fake_base(), bytes, ranks);
     std::vector<Extent> all;
     add(all, "consumed", layout.consumed, std::int64_t{LowLatencyLayout::kParts} * ranks);
+    add(all, "arrived", layout.arrived, std::int64_t{LowLatencyLayout::kParts} * ranks);
     for (const std::uint64_t ticket : {7, 8}) {
       for (const Extent& one : extents_of(layout, LowLatencyKind::kDispatch, ticket, dispatch))
         all.push_back(one);

@@ -65,8 +65,9 @@ class Lane {
     bringer_.add_missing(list);
     for (int node = 0; node < exchange_.nodes(); ++node) {
       if (node == exchange_.own_node()) continue;
-      const RailSender& to = exchange_.state.rail_to(lane_, node);
-      if (to.freed() != to.written()) list.push_back({to.peer(), to.written(), to.freed()});
+      RailSender& to = exchange_.state.rail_to(lane_, node);
+      // As it is now: who has given all credits may have left.
+      if (to.in_flight() > 0) list.push_back({to.peer(), to.written(), to.freed()});
     }
     return list;
   }

@@ -89,8 +89,9 @@ class Lane {
     }
     for (int node = 0; node < nodes(); ++node) {
       if (node == own_node()) continue;
-      const RailSender& to = exchange_.state.rail_to(lane_, node);
-      if (to.freed() != to.written() || outgoing_[node].token < token_end_)
+      RailSender& to = exchange_.state.rail_to(lane_, node);
+      // As it is now: who has given all credits may have left.
+      if (to.in_flight() > 0 || outgoing_[node].token < token_end_)
         list.push_back({to.peer(), to.written(), to.freed()});
     }
     return list;

@@ -2,23 +2,7 @@
 
 #include <cstring>
 
-#include "deep_ep/error.hpp"
-
 namespace deep_ep::host::internode {
-
-namespace {
-
-/// What a lost rank does not get need not be said here: who waits for it finds out, and names it.
-template <class Body>
-void unless_lost(const fabric::SymmetricHeap& heap, int rank, Body&& body) {
-  try {
-    body();
-  } catch (const Error&) {
-    if (!heap.lost(rank)) throw;
-  }
-}
-
-}  // namespace
 
 std::byte* RailSender::reserve(std::int64_t bytes) {
   const protocol::RingShape& shape = place_.shape;

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "deep_ep/error.hpp"
 #include "fabric/symmetric_heap.hpp"
 #include "protocol/ring.hpp"
 
@@ -16,6 +17,16 @@ namespace deep_ep::host::internode {
 // longer than the most a ring takes as one record go in pieces. What is put lies in a mirror of the
 // ring at the sender. At the end of a call rings are empty (RailSender::idle()): so another thread
 // may serve them in the next call, though the heap keeps order for each thread only.
+
+/// What a lost rank does not get need not be said here: who waits for it finds out, and names it.
+template <class Body>
+void unless_lost(const fabric::SymmetricHeap& heap, int rank, Body&& body) {
+  try {
+    body();
+  } catch (const Error&) {
+    if (!heap.lost(rank)) throw;
+  }
+}
 
 /// Where one ring lies; offsets are the heap's, the same on all ranks.
 struct RailPlace {

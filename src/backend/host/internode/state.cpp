@@ -6,6 +6,7 @@
 #include "backend/agreement.hpp"
 #include "base/error.hpp"
 #include "base/log.hpp"
+#include "fabric/agree.hpp"
 #include "fabric/local_heap.hpp"
 #include "fabric/symmetric_heap_factory.hpp"
 
@@ -19,7 +20,7 @@ State::State(Context& context, const BackendOptions& options)
   shape_.ranks_per_node = options.topology.ranks_per_node;
 }
 
-void State::alloc(Bootstrap& bootstrap, std::int64_t bytes, std::chrono::milliseconds timeout) {
+void State::alloc(Bootstrap& bootstrap, std::int64_t bytes, const BackendOptions& options) {
   // A lane has rings inside the node for each node's tokens.
   const int most_lanes = context_.num_lanes() / topology().num_nodes();
   protocol::RailShape least = shape_;
@@ -30,14 +31,22 @@ void State::alloc(Bootstrap& bootstrap, std::int64_t bytes, std::chrono::millise
               bytes, least_bytes, topology().num_nodes(), topology().ranks_per_node);
   }
   shape_ = protocol::RailBlock::fit(shape_, most_lanes, std::max(bytes, least_bytes));
-  const std::int64_t needed = protocol::RailBlock::bytes(shape_);
-  const auto rouse = [doorbell = context_.own().doorbell] { doorbell->ring(); };
+  fabric::SymmetricHeapOptions heap_options{
+      .bytes = protocol::RailBlock::bytes(shape_) + 2 * options.low_latency_bytes,
+      .timeout = options.timeout,
+      .on_signal = [doorbell = context_.own().doorbell] { doorbell->ring(); }};
+  if (options.low_latency_bytes > 0) {
+    heap_options.memory = make_mapped_memory(bootstrap, heap_options.bytes);
+    if (rank() == 0) {
+      log::info("low latency between {} nodes takes 2 x {} bytes more: what comes, and a mirror",
+                topology().num_nodes(), options.low_latency_bytes);
+    }
+  }
   std::unique_ptr<fabric::SymmetricHeap> heap;
   if (one_process_) {
-    heap = std::make_unique<fabric::LocalHeap>(bootstrap, needed, rouse);
+    heap = std::make_unique<fabric::LocalHeap>(bootstrap, heap_options);
   } else {
-    heap = fabric::make_symmetric_heap(bootstrap,
-                                       {.bytes = needed, .timeout = timeout, .on_signal = rouse});
+    heap = fabric::make_symmetric_heap(bootstrap, heap_options);
   }
   Carver carver(heap->base());
   block_ = protocol::RailBlock::carve(carver, shape_);
@@ -46,6 +55,18 @@ void State::alloc(Bootstrap& bootstrap, std::int64_t bytes, std::chrono::millise
   context_.set_network(this);
   log::debug("rank {}: {} lanes of {} bytes to each of {} other nodes", rank(), num_lanes(),
              shape_.ring_bytes, num_peers());
+}
+
+std::shared_ptr<fabric::Mapping> State::make_mapped_memory(Bootstrap& bootstrap,
+                                                           std::int64_t bytes) {
+  std::optional<Error> trouble;
+  try {
+    segment_ = context_.fabric().add_segment(bytes);
+  } catch (const Error& error) {
+    trouble = error;
+  }
+  fabric::fail_together(bootstrap, trouble);
+  return context_.fabric().own_segment(segment_);
 }
 
 void State::free() noexcept {
@@ -119,28 +140,30 @@ void State::post_rails(const Call& call, const Announcement& own) {
                   reinterpret_cast<std::int32_t*>(&message + 1));
     }
     const int slot = peer_index(this->node(), node);
-    try {
-      heap_->put(peer, offset(mailbox.messages + slot * shape_.message_bytes()), out,
-                 static_cast<std::int64_t>(sizeof message) + 4 * experts_per_node);
-      heap_->signal(peer, offset(&mailbox.posted[slot]), call.epoch);
-    } catch (const Error&) {
-      if (!heap_->lost(peer)) throw;  // else the wait for its message names it
-    }
+    put(peer, mailbox.messages + slot * shape_.message_bytes(), out,
+        static_cast<std::int64_t>(sizeof message) + 4 * experts_per_node);
+    signal(peer, &mailbox.posted[slot], call.epoch);
   }
 }
 
-bool State::flush(const Call& call, int peer) {
-  try {
-    if (heap_->flush(peer, call.timeout)) return true;
-  } catch (const Error&) {
-    if (!heap_->lost(peer)) throw;
-    return false;
-  }
+void State::put(int rank, const void* at, const void* source, std::int64_t bytes) {
+  unless_lost(*heap_, rank, [&] { heap_->put(rank, offset(at), source, bytes); });
+}
+
+void State::signal(int rank, const void* word, std::uint64_t value) {
+  unless_lost(*heap_, rank, [&] { heap_->signal(rank, offset(word), value); });
+}
+
+bool State::flush(const Call& call, int rank) {
+  bool flushed = false;
+  unless_lost(*heap_, rank, [&] { flushed = heap_->flush(rank, call.timeout); });
+  if (flushed) return true;
+  if (heap_->lost(rank)) return false;
   throw Error(ErrorCode::kTimeout,
               fmt::format("{} (call {}) on rank {}: what the call before the last sent to rank {} "
                           "has not left within {} ms",
-                          call.operation, call.epoch, rank(), peer, call.timeout.count()),
-              {peer});
+                          call.operation, call.epoch, this->rank(), rank, call.timeout.count()),
+              {rank});
 }
 
 void State::wait_rails(const Call& call) {

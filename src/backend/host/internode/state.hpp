@@ -28,8 +28,9 @@ class State final : public Network {
  public:
   State(Context& context, const BackendOptions& options);
 
-  /// Collective: makes the symmetric heap, of at least `bytes` bytes.
-  void alloc(Bootstrap& bootstrap, std::int64_t bytes, std::chrono::milliseconds timeout);
+  /// Collective: makes the symmetric heap, with at least `bytes` bytes for rails and, if asked for,
+  /// a part for low latency; then the ranks of a node map each other's.
+  void alloc(Bootstrap& bootstrap, std::int64_t bytes, const BackendOptions& options);
   /// The others find this rank gone.
   void free() noexcept;
   bool open() const { return heap_ != nullptr; }
@@ -41,6 +42,18 @@ class State final : public Network {
   int num_lanes() const { return shape_.num_lanes; }
   fabric::SymmetricHeap& heap() { return *heap_; }
   const fabric::SymmetricHeap& heap() const { return *heap_; }
+  /// Low latency's part of the heap of a rank of this node, once that is mapped here.
+  std::byte* low_latency_part(int local) {
+    return context_.fabric().base(local, segment_) + protocol::RailBlock::bytes(shape_);
+  }
+
+  // To a rank of another node; `at` is a place in this rank's heap, for the same place in the other
+  // one's. A lost rank gets nothing, and need not be named here: who waits for it does that.
+  void put(int rank, const void* at, const void* source, std::int64_t bytes);
+  /// release: pairs with an acquire of the word there; see fabric::SymmetricHeap.
+  void signal(int rank, const void* word, std::uint64_t value);
+  /// What was put to `rank` may be written again; false if it is lost. Throws Error(kTimeout).
+  bool flush(const Call& call, int rank);
 
   RailSender& rail_to(int lane, int node) { return senders_[lane * num_peers() + peer_of(node)]; }
   RailReceiver& rail_from(int lane, int node) {
@@ -95,9 +108,8 @@ class State final : public Network {
   std::int64_t offset(const void* part) const {
     return static_cast<const std::byte*>(part) - heap_->base();
   }
+  std::shared_ptr<fabric::Mapping> make_mapped_memory(Bootstrap& bootstrap, std::int64_t bytes);
   void make_rings();
-  /// What was put to the peer may be written again; false if it is lost.
-  bool flush(const Call& call, int peer);
   void post_rails(const Call& call, const Announcement& own);
   void wait_rails(const Call& call);
   const protocol::RailMessage& message_from(const Call& call, int node) const;
@@ -113,6 +125,7 @@ class State final : public Network {
   Context& context_;
   std::unique_ptr<fabric::SymmetricHeap> heap_;
   bool one_process_;
+  int segment_ = -1;  // that is the heap's memory; -1: nobody else maps that
   protocol::RailShape shape_;
   protocol::RailBlock block_{};
   std::vector<RailSender> senders_;                      // [lanes, peers]

@@ -9,6 +9,7 @@
 namespace deep_ep::host::internode_ll {
 
 using plan::LowLatencyKind;
+using plan::LowLatencyLayout;
 
 namespace {
 
@@ -60,19 +61,62 @@ void Exchange::find_places() {
 void Exchange::publish_call(int rank, std::int32_t num_messages) {
   std::uint32_t words[kNumWords] = {};
   write_record(step_.call.record, words);
-  plan::Packet* packets = places_[rank].call(state_.rank());
+  plan::Packet* packets = to(rank).call();
   const auto protocol = static_cast<std::uint32_t>(plan::LowLatencyProtocol::kFlagged);
   put(packets[0], tag(),
       ThreeWords{{static_cast<std::uint32_t>(num_messages), protocol,
                   static_cast<std::uint32_t>(step_.call.record.num_tokens)}});
   for (int i = 0; i + 1 < plan::kCallPackets; ++i)
     put(packets[i + 1], tag(), ThreeWords{{words[3 * i], words[3 * i + 1], words[3 * i + 2]}});
-  state_.context().ring_doorbell(rank);
+  if (state_.remote(rank)) {
+    put_part(rank, own().call(state_.rank()), packets, plan::kCallPackets);
+    state_.signal_arrived(rank, kind_, ticket_, LowLatencyLayout::call_arrived(ticket_));
+  }
+  state_.ring_doorbell(rank);
 }
 
 bool Exchange::call_is_here(int source) const {
-  // acquire: the packet that publish_call() of the source writes last.
-  return has_tag(places_[state_.rank()].call(source)[plan::kCallPackets - 1], tag());
+  // acquire: pairs with publish_call() of the source: its signal, or the packet that it writes
+  // last.
+  if (state_.remote(source))
+    return state_.has_arrived(source, kind_, ticket_, LowLatencyLayout::call_arrived(ticket_));
+  return has_tag(own().call(source)[plan::kCallPackets - 1], tag());
+}
+
+void Exchange::put_messages(int rank, std::int64_t num_messages) {
+  if (!state_.remote(rank)) return;
+  put_area(rank, &plan::LowLatencyPlaces::messages, num_messages);
+  put_part(rank, own().count(state_.rank()), to(rank).counts(), own().count_packets);
+}
+
+void Exchange::publish_returns(int rank, std::int64_t num_returns) {
+  // Without sums there is no word: nobody would wait for it, and it could come late.
+  if (state_.remote(rank) && num_returns > 0) {
+    put_area(rank, &plan::LowLatencyPlaces::returns, num_returns);
+    state_.signal_arrived(rank, kind_, ticket_, LowLatencyLayout::returns_arrived(ticket_));
+  }
+  state_.ring_doorbell(rank);
+}
+
+std::int32_t Exchange::count_returns(int rank, std::int32_t known, std::int32_t expected) const {
+  // acquire: pairs with publish_returns() of the rank, or with the packet behind each of its sums.
+  if (state_.remote(rank) &&
+      !state_.has_arrived(rank, kind_, ticket_, LowLatencyLayout::returns_arrived(ticket_)))
+    return known;
+  while (known < expected && has_tag(*own().returns.head(rank, known), tag())) ++known;
+  return known;
+}
+
+void Exchange::put_area(int rank, plan::MessageArea plan::LowLatencyPlaces::*area,
+                        std::int64_t num_messages) {
+  const plan::MessageArea& here = own().*area;
+  const plan::MessageArea& mirror = places_[rank].*area;
+  const int self = state_.rank();
+  put_part(rank, here.head(self, 0), mirror.head(rank, 0), num_messages * here.head_packets);
+  if (here.plain == nullptr) return;  // a combine's weights: heads only
+  put_part(rank, here.plain_row(self, 0), mirror.plain_row(rank, 0),
+           num_messages * here.plain_bytes);
+  state_.count_rows(num_messages, num_messages * here.plain_bytes);
 }
 
 void Exchange::wait_calls() {
@@ -103,7 +147,7 @@ void Exchange::wait_calls() {
 
 // I9: before anything else of the source is used.
 void Exchange::check_agreement(int source) {
-  const plan::Packet* packets = places_[state_.rank()].call(source);
+  const plan::Packet* packets = own().call(source);
   std::uint32_t words[kNumWords];
   for (int i = 0; i + 1 < plan::kCallPackets; ++i) {
     const auto three = read<ThreeWords>(packets[i + 1]);

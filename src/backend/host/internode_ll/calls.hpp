@@ -15,8 +15,28 @@ struct SourceCall {
   std::int32_t num_messages = 0;
 };
 
+/// Where what one rank is sent is written: there, or, for a rank of another node, in the mirror.
+struct Outbox {
+  const plan::LowLatencyPlaces& places;
+  int index;
+
+  plan::Packet* call() const { return places.call(index); }
+  plan::Packet* counts() const { return places.count(index); }
+  plan::Packet* head(std::int64_t message) const { return places.messages.head(index, message); }
+  std::byte* row(std::int64_t message) const { return places.messages.plain_row(index, message); }
+  plan::Packet* return_head(std::int64_t message) const {
+    return places.returns.head(index, message);
+  }
+  std::byte* return_row(std::int64_t message) const {
+    return places.returns.plain_row(index, message);
+  }
+};
+
 /// One step of a call: its ticket, its places, and the packets that go ahead of its messages, which
 /// a source writes last, so that on hosts they stand for all that it sends.
+///
+/// Ranks of other nodes get the same as those of this one: what was written to the mirror is put to
+/// the same places there, then a word tells them. One thread does both, the step's.
 class Exchange {
  public:
   Exchange(State& state, plan::LowLatencyKind kind, const deep_ep::internode_ll::Step& step);
@@ -29,15 +49,22 @@ class Exchange {
   /// Of a step that only receives.
   void find_ticket();
   std::uint32_t tag() const { return plan::packet_tag(kind_, ticket_); }
-  const plan::LowLatencyPlaces& at(int rank) const { return places_[rank]; }
+  Outbox to(int rank) const { return {places_[rank], state_.index_at(rank)}; }
+  /// Of this rank, by source.
+  const plan::LowLatencyPlaces& own() const { return places_[state_.rank()]; }
 
-  /// release: all that this thread, and those that it has joined, wrote to `rank` before.
+  /// Messages that were written ahead of the call, and their counts: nothing where they are
+  /// already.
+  void put_messages(int rank, std::int64_t num_messages);
+  /// release: all that this thread, and those that it has joined, wrote or put to `rank` before.
   void publish_call(int rank, std::int32_t num_messages);
+  /// Behind the call. Inside the node each sum's head has told it, and this wakes the rank.
+  void publish_returns(int rank, std::int64_t num_returns);
   /// Waits for the calls of all ranks, and compares them with this rank's. An acquire of each.
   void wait_calls();
   const SourceCall& call_of(int source) const { return calls_[source]; }
-  /// Of a rank that was masked behind its call.
-  void leave_out(int source) { calls_[source] = {}; }
+  /// How many of the `expected` sums of `rank` are here, where `known` are. An acquire of each.
+  std::int32_t count_returns(int rank, std::int32_t known, std::int32_t expected) const;
 
   /// Waited for `rank` until now, beginning with the last start_waiting().
   void start_waiting() { waiting_since_ = std::chrono::steady_clock::now(); }
@@ -47,6 +74,13 @@ class Exchange {
  private:
   void find_places();
   bool call_is_here(int source) const;
+  /// What lies in the mirror, to a remote rank's place of the same name.
+  void put_area(int rank, plan::MessageArea plan::LowLatencyPlaces::*area,
+                std::int64_t num_messages);
+  template <class T>
+  void put_part(int rank, const T* place, const T* mirror, std::int64_t count) {
+    if (count > 0) state_.put(rank, place, mirror, count * static_cast<std::int64_t>(sizeof(T)));
+  }
   void check_agreement(int source);
 
   State& state_;

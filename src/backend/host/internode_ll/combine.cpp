@@ -45,32 +45,32 @@ class Send {
 
   void run() {
     exchange_.begin_send();
-    if (!params_.rank_major) send_weights();
-    for (int i = 0; i < state_.num_ranks(); ++i) {
-      const int rank = state_.context().peer_in_turn(i);
-      if (!state_.masked(rank)) exchange_.publish_call(rank, routing_.num_messages[rank]);
+    if (!params_.rank_major) write_weights();
+    for (const int rank : state_.order_of_sending()) {
+      if (state_.masked(rank)) continue;
+      if (!params_.rank_major) exchange_.put_messages(rank, routing_.num_messages[rank]);
+      exchange_.publish_call(rank, routing_.num_messages[rank]);
     }
     if (!params_.rank_major) exchange_.wait_calls();
     std::int64_t rows = 0;
     for (int i = 0; i < state_.num_ranks(); ++i) rows += num_messages(i);
     stores_ = choose_stores(rows * params_.shape.row_bytes);
-    for (int i = 0; i < state_.num_ranks(); ++i) {
-      const int source = state_.context().peer_in_turn(i);
+    for (const int source : state_.order_of_sending()) {
       if (state_.masked(source)) continue;
-      send_home(source);
-      state_.context().ring_doorbell(source);
+      write_sums(source);
+      exchange_.publish_returns(source, num_messages(source));
     }
   }
 
  private:
-  void send_weights() {
+  void write_weights() {
     std::vector<HeadEntry> entries;
     for (std::int64_t token = 0; token < routing_.num_tokens; ++token) {
       for (int rank = 0; rank < state_.num_ranks(); ++rank) {
         const std::int32_t message = routing_.message_of[token * state_.num_ranks() + rank];
         if (message < 0 || state_.masked(rank)) continue;
         find_entries(token, rank, entries);
-        Packet* head = exchange_.at(rank).messages.head(state_.rank(), message);
+        Packet* head = exchange_.to(rank).head(message);
         put(head[0], exchange_.tag(),
             ThreeWords{{static_cast<std::uint32_t>(token),
                         static_cast<std::uint32_t>(entries.size()), 0}});
@@ -102,7 +102,10 @@ class Send {
     return params_.rank_major ? rows_of(source).count : exchange_.call_of(source).num_messages;
   }
 
-  void send_home(int source) {
+  void write_sums(int source) {
+    const Outbox to = exchange_.to(source);
+    // What is put from the mirror is read again at once.
+    const Stores stores = state_.remote(source) ? Stores::kCached : stores_;
     const std::int64_t messages = num_messages(source);
     const std::int64_t read_bytes = 2 * messages * row_bytes();  // two experts, or more
     share(state_.context(), params_.call, {messages, read_bytes},
@@ -110,12 +113,10 @@ class Send {
             Scratch scratch(params_.shape.num_topk, state_.scratch(thread));
             for (std::int64_t j = begin; j < end; ++j) {
               protocol::schedule_point(protocol::Point::kCopy);
-              const plan::MessageArea& area = exchange_.at(source).returns;
-              std::byte* to = area.plain_row(state_.rank(), j);
-              const std::uint32_t token =
-                  params_.rank_major ? copy(source, j, to) : reduce(source, j, scratch, to);
+              const Row row{source, j, to.return_row(j), stores};
+              const std::uint32_t token = params_.rank_major ? copy(row) : reduce(row, scratch);
               finish_stores();
-              put(*area.head(state_.rank(), j), exchange_.tag(), ThreeWords{{token, 0, 0}});
+              put(*to.return_head(j), exchange_.tag(), ThreeWords{{token, 0, 0}});
             }
           });
   }
@@ -130,15 +131,23 @@ class Send {
     return range;
   }
 
-  std::uint32_t copy(int source, std::int64_t message, std::byte* to) const {
-    const std::int64_t row = rows_of(source).begin + message;
-    const std::byte* x = params_.x + row * row_bytes();
+  /// What one message of a source brings home, and to where.
+  struct Row {
+    int source;
+    std::int64_t message;
+    std::byte* to;
+    Stores stores;
+  };
+
+  std::uint32_t copy(const Row& row) const {
+    const std::int64_t at = rows_of(row.source).begin + row.message;
+    const std::byte* x = params_.x + at * row_bytes();
     if (params_.wire == WireFormat::kBfloat16) {
-      copy_row(to, x, row_bytes(), stores_);
+      copy_row(row.to, x, row_bytes(), row.stores);
     } else {
-      encode_row(params_.wire, x, params_.hidden, to);
+      encode_row(params_.wire, x, params_.hidden, row.to);
     }
-    return static_cast<std::uint32_t>(params_.src_info[row]);
+    return static_cast<std::uint32_t>(params_.src_info[at]);
   }
 
   struct Scratch {
@@ -148,16 +157,16 @@ class Send {
     std::vector<std::byte>& sum;  // of bfloat16, that travel in another format
   };
 
-  std::uint32_t reduce(int source, std::int64_t message, Scratch& scratch, std::byte* to) const {
-    const Packet* head = exchange_.at(state_.rank()).messages.head(source, message);
+  std::uint32_t reduce(const Row& row, Scratch& scratch) const {
+    const Packet* head = exchange_.own().messages.head(row.source, row.message);
     const auto first = read<ThreeWords>(head[0]);
     const std::uint32_t token = first.words[0];
     const auto count = static_cast<int>(first.words[1]);
     if (count < 1 || count > params_.shape.num_topk)
-      throw_wrong_handle(params_, state_.rank(), source);
+      throw_wrong_handle(params_, state_.rank(), row.source);
     for (int i = 0; i < count; ++i) {
       const auto entry = read<HeadEntry>(head[1 + i]);
-      scratch.rows[i] = find_row(source, static_cast<std::int32_t>(token), entry);
+      scratch.rows[i] = find_row(row.source, static_cast<std::int32_t>(token), entry);
       scratch.weights[i] = entry.weight;
     }
     SumPiece piece;
@@ -165,15 +174,15 @@ class Send {
     piece.sources = scratch.rows.data();
     piece.num_sources = count;
     piece.weights = scratch.weights.data();
-    piece.out = to;
+    piece.out = row.to;
     if (params_.wire == WireFormat::kBfloat16) {
-      sum_piece(piece, stores_);
+      sum_piece(piece, row.stores);
       return token;
     }
     scratch.sum.resize(static_cast<std::size_t>(row_bytes()));
     piece.out = scratch.sum.data();
     sum_piece(piece, Stores::kCached);
-    encode_row(params_.wire, scratch.sum.data(), params_.hidden, to);
+    encode_row(params_.wire, scratch.sum.data(), params_.hidden, row.to);
     return token;
   }
 
@@ -207,7 +216,7 @@ class Receive {
       : state_(state),
         params_(params),
         exchange_(exchange),
-        returns_(exchange.at(state.rank()).returns),
+        returns_(exchange.own().returns),
         routing_(state.routing),
         num_here_(state.num_ranks(), 0) {}
 
@@ -246,10 +255,8 @@ class Receive {
       bool all = true;
       for (int rank = 0; rank < state_.num_ranks(); ++rank) {
         if (complete(rank)) continue;
-        // acquire: the packet behind each row that send_home() of the rank writes.
-        while (num_here_[rank] < routing_.num_messages[rank] &&
-               has_tag(*returns_.head(rank, num_here_[rank]), exchange_.tag()))
-          ++num_here_[rank];
+        num_here_[rank] =
+            exchange_.count_returns(rank, num_here_[rank], routing_.num_messages[rank]);
         if (complete(rank)) {
           exchange_.arrived(rank);
         } else {

@@ -29,10 +29,10 @@ class Send {
     routing_.build(params_.shape, params_.topk_idx);
     exchange_.begin_send();
     send_rows();
-    for (int i = 0; i < state_.num_ranks(); ++i) {
-      const int rank = state_.context().peer_in_turn(i);
+    for (const int rank : state_.order_of_sending()) {
       if (state_.masked(rank)) continue;
-      publish_counts(rank);
+      write_counts(rank);
+      exchange_.put_messages(rank, routing_.num_messages[rank]);
       exchange_.publish_call(rank, routing_.num_messages[rank]);
     }
   }
@@ -52,12 +52,11 @@ class Send {
                   std::vector<std::byte*>& targets) {
     const std::int32_t* messages = routing_.message_of.data() + token * state_.num_ranks();
     int count = 0;
-    for (int i = 0; i < state_.num_ranks(); ++i) {
-      const int rank = state_.context().peer_in_turn(i);
+    for (const int rank : state_.order_of_sending()) {
       if (messages[rank] < 0 || state_.masked(rank)) continue;
-      const plan::MessageArea& area = exchange_.at(rank).messages;
-      targets[count++] = area.plain_row(state_.rank(), messages[rank]);
-      write_head(token, rank, area.head(state_.rank(), messages[rank]));
+      const Outbox to = exchange_.to(rank);
+      targets[count++] = to.row(messages[rank]);
+      write_head(token, rank, to.head(messages[rank]));
     }
     if (count == 0) return;
     protocol::schedule_point(protocol::Point::kCopy);
@@ -101,15 +100,15 @@ class Send {
     }
   }
 
-  void publish_counts(int rank) {
-    const plan::LowLatencyPlaces& places = exchange_.at(rank);
+  void write_counts(int rank) {
+    const Outbox to = exchange_.to(rank);
     const int experts = params_.shape.num_local_experts();
     const std::int32_t* counts =
         routing_.expert_counts.data() + static_cast<std::int64_t>(rank) * experts;
-    for (int i = 0; i < places.count_packets; ++i) {
+    for (int i = 0; i < to.places.count_packets; ++i) {
       ThreeWords words{};
       std::memcpy(words.words, counts + 3 * i, std::min(3, experts - 3 * i) * sizeof *counts);
-      put(places.count(state_.rank())[i], exchange_.tag(), words);
+      put(to.counts()[i], exchange_.tag(), words);
     }
   }
 
@@ -122,7 +121,7 @@ class Send {
 class Receive {
  public:
   Receive(State& state, const DispatchParams& params, Exchange& exchange)
-      : state_(state), params_(params), exchange_(exchange), own_(exchange.at(state.rank())) {}
+      : state_(state), params_(params), exchange_(exchange), own_(exchange.own()) {}
 
   void run() {
     exchange_.wait_calls();

@@ -14,17 +14,26 @@ State::State(Context& context, const BackendOptions& options)
     : context_(context),
       bytes_(options.low_latency_bytes),
       enable_shrink_(options.enable_shrink),
+      layouts_(options.num_ranks),
       first_ticket_(env::first_ticket()),
       tickets_{first_ticket_, first_ticket_},
       masked_(options.num_ranks),
-      scratch_(context.pool().size()) {}
+      scratch_(context.pool().size()) {
+  for (int i = 0; i < num_ranks(); ++i) order_of_sending_.push_back((rank() + 1 + i) % num_ranks());
+  std::stable_partition(order_of_sending_.begin(), order_of_sending_.end(),
+                        [this](int rank) { return remote(rank); });
+}
 
 void State::open() {
   const std::int64_t begin = Context::control_bytes(context_.topology());
-  for (int i = 0; i < num_ranks(); ++i) {
-    layouts_.push_back(
-        plan::LowLatencyLayout::carve(context_.fabric().base(i, 0) + begin, bytes_, num_ranks()));
-  }
+  for (int i = 0; i < num_ranks(); ++i) carve(i, context_.fabric().base(i, 0) + begin);
+}
+
+void State::open(internode::State& network) {
+  network_ = &network;
+  std::byte* const mirror = network.low_latency_part(context_.rank()) + bytes_;
+  for (int i = 0; i < num_ranks(); ++i)
+    carve(i, remote(i) ? mirror : network.low_latency_part(context_.topology().index_of(i)));
 }
 
 void State::wait_consumed(const Call& call, LowLatencyKind kind, std::uint64_t ticket) {
@@ -32,7 +41,7 @@ void State::wait_consumed(const Call& call, LowLatencyKind kind, std::uint64_t t
   const std::uint64_t before = ticket - 2;
   const auto consumed = [&](int rank) {
     // acquire: pairs with publish_consumed() of the reader.
-    return masked(rank) || layouts_[this->rank()].consumed_by(kind, ticket, rank).reached(before);
+    return masked(rank) || own().consumed_by(kind, ticket, rank).reached(before);
   };
   wait(
       call, "the call before the last to be received",
@@ -45,19 +54,35 @@ void State::wait_consumed(const Call& call, LowLatencyKind kind, std::uint64_t t
         std::vector<Missing> missing;
         for (int i = 0; i < num_ranks(); ++i)
           if (!consumed(i))
-            missing.push_back(
-                {i, before, layouts_[this->rank()].consumed_by(kind, ticket, i).seen()});
+            missing.push_back({i, before, own().consumed_by(kind, ticket, i).seen()});
         return missing;
       });
+  if (network_ != nullptr) reclaim_mirror(call);
+}
+
+// I21: whoever has read a ticket has got its bytes; this waits until the transport knows, too.
+void State::reclaim_mirror(const Call& call) {
+  for (int i = 0; i < num_ranks(); ++i) {
+    if (!remote(i) || masked(i)) continue;
+    try {
+      (void)network_->flush(call, i);
+    } catch (const Error& error) {
+      if (!mask_missing(error, {{i, 1, 0}})) throw;
+    }
+  }
 }
 
 // Also at masked ranks: they may be let in again.
 void State::publish_consumed(LowLatencyKind kind, std::uint64_t ticket) {
   scrub(kind, ticket);
-  for (int i = 0; i < num_ranks(); ++i) {
-    const int to = context_.peer_in_turn(i);
+  for (const int to : order_of_sending_) {
+    if (remote(to)) {
+      // release: pairs with wait_consumed() there.
+      network_->signal(to, &own().consumed_by(kind, ticket, rank()).value, ticket);
+      continue;
+    }
     layouts_[to].consumed_by(kind, ticket, rank()).publish(ticket);
-    context_.ring_doorbell(to);
+    ring_doorbell(to);
   }
 }
 
@@ -65,13 +90,12 @@ void State::publish_consumed(LowLatencyKind kind, std::uint64_t ticket) {
 // again has been cleared, a stripe at each call.
 void State::scrub(LowLatencyKind kind, std::uint64_t ticket) {
   constexpr std::int64_t kCallsOfAParity = std::int64_t{1} << 16;
-  const plan::LowLatencyLayout& own = layouts_[rank()];
   const std::int64_t packets =
-      own.packet_part_bytes / static_cast<std::int64_t>(sizeof(plan::Packet));
+      own().packet_part_bytes / static_cast<std::int64_t>(sizeof(plan::Packet));
   const std::int64_t stripe = (packets + kCallsOfAParity - 1) / kCallsOfAParity;
   const std::int64_t begin = static_cast<std::int64_t>(ticket / 2 % kCallsOfAParity) * stripe;
   auto* packet = reinterpret_cast<plan::Packet*>(
-      own.packets + plan::LowLatencyLayout::part(kind, ticket) * own.packet_part_bytes);
+      own().packets + plan::LowLatencyLayout::part(kind, ticket) * own().packet_part_bytes);
   for (std::int64_t i = begin; i < std::min(begin + stripe, packets); ++i)
     protocol::store_relaxed(&packet[i].tag, std::uint32_t{0});
 }
