@@ -26,7 +26,8 @@ low_latency low_latency_given_fp8 --payload scaled-fp8 --format rank-major --tok
   --max-tokens 512
 low_latency low_latency_wires --payload bf16 --wire bf16,logfmt,fp8 --tokens 1,16,128,512
 
-if [[ ! -d python ]] || ! python3 -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then
+has_torch() { python3 -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; }
+if [[ ! -d python ]] || ! has_torch; then
   printf 'Python: SKIPPED, the package was not built or python3 has no torch with CUDA\n'
   exit
 fi
