@@ -37,6 +37,7 @@ class TorchLibrary:
         self.torch = torch
         self.is_tensor = torch.Tensor
         self.int32, self.int64, self.bool = torch.int32, torch.int64, torch.bool
+        self.uint8 = torch.uint8
         self.float32, self.bfloat16 = torch.float32, torch.bfloat16
         self.float8 = torch.float8_e4m3fn
         if _C.has_exchange(torch.Tensor):
@@ -81,6 +82,7 @@ class NumpyLibrary:
         self.numpy = numpy
         self.is_tensor = numpy.ndarray
         self.int32, self.int64, self.bool = numpy.int32, numpy.int64, numpy.bool_
+        self.uint8 = numpy.uint8
         self.float32 = numpy.float32
 
     @property

@@ -4,6 +4,7 @@ caller's, rows grouped by expert."""
 from collections import namedtuple
 
 from ._arrays import library_of
+from ._handles import handle_of_parts
 
 
 class PreparedDispatch(namedtuple("PreparedDispatch", (
@@ -69,17 +70,6 @@ def views_of_groups(library, groups):
         what = f"a tuple of {len(groups)}" if isinstance(groups, tuple) else type(groups)
         raise TypeError(f"groups is {what}, must be the RowGroups that dispatch_grouped returned")
     return tuple(_view(library, one, "an element of groups") for one in groups)
-
-
-def handle_of_parts(library, parts, in_rank, extras=None):
-    """The handle of a result: of the native module's `parts`, what the caller has not."""
-    make, int32 = library.make, library.int32
-    if extras is not None and extras.prepared is not None:
-        known = extras.prepared.handle
-        return (*known[:2], make(parts[2], int32), make(parts[3], int32), *known[4:])
-    if in_rank is None:
-        in_rank = make(parts[4], library.bool)
-    return (*[make(one, int32) for one in parts[:4]], in_rank, make(parts[5], int32))
 
 
 class Extras:
