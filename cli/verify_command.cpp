@@ -84,10 +84,8 @@ int run_cases(std::shared_ptr<Bootstrap> bootstrap, const std::vector<Case>& cas
 int verify_cases(const Options& options, int ranks) {
   std::vector<Case> cases = options.has_shape() ? std::vector<Case>{shape_case(options, ranks)}
                                                 : verify::covering_set(ranks, options.seed);
-  if (options.nodes > 1) {
-    std::erase_if(cases, [&](const Case& c) { return !verify::can_span_nodes(c); });
+  if (options.nodes > 1)
     for (Case& c : cases) c.ranks_per_node = options.ranks_per_node;
-  }
   for (const Case& c : cases) verify::validate(c);
   return run_ranks(ranks, [&](std::shared_ptr<Bootstrap> bootstrap) {
     return run_cases(std::move(bootstrap), cases, options);
@@ -119,6 +117,9 @@ void add_shape_options(CLI::App& command, Options& options) {
                      "uniform, zipf, grouped, all-to-all, to-rank-zero, to-self, none, holes or "
                      "duplicates");
   command.add_flag("--async", options.async, "Calls return at once and are chained by events");
+  command.add_flag("--prepare", options.prepare,
+                   "Counts first, then a dispatch to memory of the caller's");
+  command.add_flag("--grouped", options.grouped, "Rows grouped by expert, there and back");
   command.add_option("--seed", options.seed, "Of routing and payload");
   command.add_flag("-v,--verbose", options.verbose, "Print each case's numbers");
 }
@@ -131,7 +132,7 @@ void add_verify_internode(CLI::App& verify, int& status) {
   command->add_option("--ranks-per-node", options->ranks_per_node, "Ranks of each, a process each")
       ->default_val(2);
   add_shape_options(*command, *options);
-  command->footer("Without a shape (tokens to async) a covering set of cases runs.");
+  command->footer("Without a shape (tokens to grouped) a covering set of cases runs.");
   command->callback([options, &status] { status = verify_internode_command(*options); });
 }
 
@@ -143,9 +144,6 @@ void add_verify(CLI::App& app, int& status) {
   const auto options = std::make_shared<Options>();
   command->add_option("--ranks", options->ranks, "Ranks, one process each")->default_str("4");
   add_shape_options(*command, *options);
-  command->add_flag("--prepare", options->prepare,
-                    "Counts first, then a dispatch to memory of the caller's");
-  command->add_flag("--grouped", options->grouped, "Rows grouped by expert, there and back");
   command->footer("Without a shape (tokens to grouped) a covering set of cases runs.");
   add_verify_internode(*command, status);
   add_verify_low_latency(*command, status);

@@ -59,11 +59,12 @@ class EventOverlap:
     def __exit__(self, *_: object) -> None: ...
 
 class PreparedDispatch(NamedTuple):
-    handle: tuple[Array, Array, None, None, Array, Array]
+    handle: tuple[Array | None, ...]
     num_recv_tokens: int
     num_recv_tokens_per_expert_list: list[int]
     num_experts: int
     expert_alignment: int
+    num_rdma_recv_tokens: int
 
 class RowGroups(NamedTuple):
     group_offsets: Array

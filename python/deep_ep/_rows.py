@@ -9,10 +9,11 @@ from ._handles import handle_of_parts
 
 class PreparedDispatch(namedtuple("PreparedDispatch", (
         "handle", "num_recv_tokens", "num_recv_tokens_per_expert_list", "num_experts",
-        "expert_alignment"))):
+        "expert_alignment", "num_rdma_recv_tokens"))):
     """What `Buffer.prepare_dispatch` found out about a coming dispatch: of use any number of times,
-    as long as the routing is that one. Of `handle` two elements, which come with the rows, are
-    None."""
+    as long as the routing is that one. Of `handle` two elements (with several nodes four), which
+    come with the rows, are None. `num_rdma_recv_tokens`: tokens that this rank passes on inside its
+    node, 0 if there is one."""
 
     __slots__ = ()
 

@@ -43,14 +43,16 @@ void set_handle(const nb::tuple& parts, OneNode& handle, SeveralNodes& internode
   }
 }
 
-/// `parts`: (handle, received rows, list of rows for each expert, num_experts, expert_alignment).
+/// `parts`: (handle, received rows, list of rows for each expert, num_experts, expert_alignment,
+/// tokens to pass on).
 PreparedDispatch prepared_of(const nb::tuple& parts) {
   PreparedDispatch prepared;
-  prepared.handle = intranode_handle_of(nb::cast<nb::tuple>(parts[0]));
+  set_handle(nb::cast<nb::tuple>(parts[0]), prepared.handle, prepared.internode_handle);
   prepared.num_recv_tokens = nb::cast<std::int64_t>(parts[1]);
   prepared.num_recv_tokens_per_expert_list = nb::cast<std::vector<std::int32_t>>(parts[2]);
   prepared.num_experts = nb::cast<int>(parts[3]);
   prepared.expert_alignment = nb::cast<int>(parts[4]);
+  prepared.num_rdma_recv_tokens = nb::cast<std::int64_t>(parts[5]);
   return prepared;
 }
 
@@ -181,9 +183,10 @@ nb::tuple prepare_dispatch(OwnedBuffer& self, const nb::tuple& payload, const nb
     const NoGil no_gil;
     prepared = self.get().prepare_dispatch(args);
   }
-  return nb::make_tuple(result_of_handle(prepared.handle, {}), prepared.num_recv_tokens,
+  return nb::make_tuple(result_of_handle(prepared.handle, prepared.internode_handle),
+                        prepared.num_recv_tokens,
                         nb::cast(prepared.num_recv_tokens_per_expert_list), prepared.num_experts,
-                        prepared.expert_alignment);
+                        prepared.expert_alignment, prepared.num_rdma_recv_tokens);
 }
 
 /// `payload`: (x, topk_weights, bias or None, bias or None).

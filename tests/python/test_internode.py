@@ -15,6 +15,7 @@ import test_callers
 import test_errors
 import test_intranode
 import test_nn
+import test_rows
 from ranks import _free_port
 from routing import (Expected, dispatch_arguments, layout_of, make_inputs, num_rows_of, over_nodes,
                      rows_by_source, same)
@@ -128,6 +129,19 @@ def test_every_form_of_a_call_gives_the_same(node_ranks, size, ranks_per_node):
                                   test_callers._cloned_handles, test_callers._threads])
 def test_calls_do_what_they_do_on_one_node(node_ranks, what):
     node_ranks.run(2, over_nodes, 1, what)
+
+
+@pytest.mark.parametrize("what, arguments", [
+    (test_rows._prepared, [[9, 0, 0, 30]]), (test_rows._grouped, [{}]),
+    (test_rows._into_an_earlier_result, []), (test_rows._fp8_outputs, []),
+    (test_rows._own_layout, [])], ids=lambda value: getattr(value, "__name__", ""))
+def test_counts_come_ahead_and_rows_are_grouped_as_on_one_node(node_ranks, what, arguments):
+    node_ranks.run(4, over_nodes, 2, what, *arguments)
+
+
+def test_duplicates_are_grouped_once(node_ranks):
+    node_ranks.run(2, over_nodes, 1, test_rows._grouped, {"topk": 7, "drop": 0.0})
+    assert "capacity" in node_ranks.run(2, over_nodes, 1, test_rows._grouped_fp8)
 
 
 def _paths_by_name(group):
