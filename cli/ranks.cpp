@@ -7,7 +7,6 @@
 #include <atomic>
 #include <csignal>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <string>
 
@@ -77,13 +76,6 @@ int count_ranks(int asked, int preset) {
   }
   require(asked >= 0, "--ranks {} must be at least 1", asked);
   return asked == 0 ? preset : asked;
-}
-
-void pose_as_nodes(int ranks_per_node) {
-  if (env::launch()) return;
-  // Before any rank is forked or thread started.
-  setenv("DEEP_EP_RANKS_PER_NODE",  // NOLINT(concurrency-mt-unsafe)
-         std::to_string(ranks_per_node).c_str(), 1);
 }
 
 int run_ranks(int ranks, const std::function<int(std::shared_ptr<Bootstrap>)>& body) {

@@ -12,9 +12,6 @@ namespace deep_ep::cli {
 /// two contradict each other; 0 means not asked.
 int count_ranks(int asked, int preset);
 
-/// Makes the ranks of this machine pose as nodes of so many, unless a launcher started them.
-void pose_as_nodes(int ranks_per_node);
-
 /// Runs `body` on every rank: in this process with a launcher, else in forked ones. An exception is
 /// reported once for all ranks, and ranks that died by a signal are named. Returns the exit status.
 int run_ranks(int ranks, const std::function<int(std::shared_ptr<Bootstrap>)>& body);
