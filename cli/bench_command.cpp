@@ -3,6 +3,7 @@
 
 #include <cstdio>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -12,6 +13,7 @@
 #include "json_file.hpp"
 #include "machine.hpp"
 #include "names.hpp"
+#include "nodes.hpp"
 #include "ranks.hpp"
 #include "report.hpp"
 
@@ -21,7 +23,7 @@ namespace {
 struct Options {
   const char* command = "bench intranode";
   int ranks = 0;
-  int nodes = 1;
+  std::optional<NodesAsked> nodes{};  // of `bench internode`
   std::string backend = "host";
   std::vector<int> num_sms{Config{}.num_sms};
   int chain = 0;
@@ -69,10 +71,10 @@ void read_routing(Options& options, bool topk_given) {
   options.settings.table = table;
 }
 
-nlohmann::ordered_json args_json(const Options& options, int ranks) {
+nlohmann::ordered_json args_json(const Options& options, const Buffer& buffer) {
   nlohmann::ordered_json json;
-  json["ranks"] = ranks;
-  json["nodes"] = options.nodes;
+  json["ranks"] = buffer.num_ranks();
+  json["nodes"] = buffer.num_nodes();
   json["tokens"] = options.tokens;
   json["hidden"] = options.hidden;
   json["topk"] = options.topk;
@@ -108,20 +110,21 @@ void clear_progress(std::size_t count) {
   if (count >= 2 && isatty(STDERR_FILENO) != 0) fmt::print(stderr, "\r\033[K");
 }
 
-int run_sweep(const std::shared_ptr<Bootstrap>& bootstrap, const Options& options) {
+int run_sweep(const std::shared_ptr<Bootstrap>& bootstrap, Options options) {
   const std::vector<BenchShape> shapes = list_shapes(options);
   const bool first = bootstrap->rank() == 0;
   BufferOptions buffer_options;
   buffer_options.device = device_from(options.backend, bootstrap->rank());
   buffer_options.num_threads = options.num_threads;
   buffer_options.num_nvl_bytes = options.num_nvl_bytes;
-  if (options.nodes > 1) {
+  if (options.nodes) {
+    options.settings.ranks_per_node = find_nodes(*bootstrap, *options.nodes).ranks_per_node;
     const std::int64_t row = options.hidden.front() * static_cast<std::int64_t>(sizeof(float));
     buffer_options.num_rdma_bytes = Config{}.get_rdma_buffer_size_hint(row, bootstrap->size());
   }
   Buffer buffer(bootstrap, buffer_options);
-  require(buffer.num_nodes() == options.nodes, "--nodes is {}, but the ranks are of {} nodes",
-          options.nodes, buffer.num_nodes());
+  require(options.nodes || buffer.num_nodes() == 1,
+          "the launcher has started ranks of {} nodes: use bench internode", buffer.num_nodes());
   if (first) {
     print_bench_header(options.command, bootstrap->size(), options.settings, buffer.transport());
   }
@@ -141,7 +144,7 @@ int run_sweep(const std::shared_ptr<Bootstrap>& bootstrap, const Options& option
   if (first && !options.json.empty()) {
     nlohmann::ordered_json json;
     json["command"] = options.command;
-    json["args"] = args_json(options, bootstrap->size());
+    json["args"] = args_json(options, buffer);
     json["environment"] = environment_json();
     if (options.backend == "cuda") json["gpus"] = describe_devices(DeviceType::kCuda);
     json["transport"] = buffer.transport();
@@ -221,26 +224,18 @@ int run_bench(const CLI::App& command, Options& options, int ranks) {
       ranks, [&](std::shared_ptr<Bootstrap> bootstrap) { return run_sweep(bootstrap, options); });
 }
 
-/// Ranks of this machine pose as several nodes, unless a launcher has started them on some.
 void add_bench_internode(CLI::App& bench, int& status) {
   CLI::App* command =
       bench.add_subcommand("internode", "The same operations as intranode over several nodes");
   const auto options = std::make_shared<Options>();
   options->command = "bench internode";
-  options->nodes = options->settings.ranks_per_node = 2;
+  options->nodes.emplace();
   command->option_defaults()->always_capture_default();
-  command->add_option("--nodes", options->nodes, "Nodes, which ranks of this machine pose as");
-  command->add_option("--ranks-per-node", options->settings.ranks_per_node,
-                      "Ranks of each, one process each");
+  add_node_options(*command, *options->nodes);
   add_shape_options(*command, *options);
   add_run_options(*command, *options);
   command->callback([command, options, &status] {
-    require(options->nodes >= 2, "--nodes is {}, must be at least 2", options->nodes);
-    require(options->settings.ranks_per_node >= 1, "--ranks-per-node is {}, must be at least 1",
-            options->settings.ranks_per_node);
-    pose_as_nodes(options->settings.ranks_per_node);
-    status = run_bench(*command, *options,
-                       count_ranks(options->nodes * options->settings.ranks_per_node, 0));
+    status = run_bench(*command, *options, count_node_ranks(*options->nodes));
   });
 }
 

@@ -13,6 +13,7 @@
 #include "json_file.hpp"
 #include "machine.hpp"
 #include "names.hpp"
+#include "nodes.hpp"
 #include "ranks.hpp"
 #include "report.hpp"
 #include "stats.hpp"
@@ -24,7 +25,7 @@ using verify::LowLatencyCase;
 
 struct Options {
   int ranks = 0;
-  NodeOptions nodes{};
+  NodesAsked nodes{};
   std::string backend = "host";
   std::vector<std::int64_t> tokens{1, 16, 128};
   std::int64_t max_tokens = 0;
@@ -49,7 +50,6 @@ std::vector<LowLatencyCase> list_cases(const Options& options, int ranks) {
         for (const std::int64_t tokens : options.tokens) {
           LowLatencyCase c = options.c;
           c.ranks = ranks;
-          c.ranks_per_node = options.nodes.node_size();
           c.tokens = {tokens};
           c.max_tokens = std::max<std::int64_t>(options.max_tokens, 0);
           c.payload = verify::low_latency_payload_from(payload);
@@ -140,7 +140,10 @@ nlohmann::ordered_json report_json(const Buffer& buffer, const Options& options)
 }
 
 int run_sweep(const std::shared_ptr<Bootstrap>& bootstrap, const Options& options) {
-  const std::vector<LowLatencyCase> cases = list_cases(options, bootstrap->size());
+  std::vector<LowLatencyCase> cases = list_cases(options, bootstrap->size());
+  const int ranks_per_node =
+      options.nodes.several() ? find_nodes(*bootstrap, options.nodes).ranks_per_node : 0;
+  for (LowLatencyCase& c : cases) c.ranks_per_node = ranks_per_node;
   const bool first = bootstrap->rank() == 0;
   BufferOptions buffer_options;
   buffer_options.device = device_from(options.backend, bootstrap->rank());
@@ -216,12 +219,12 @@ void add_bench_low_latency(CLI::App& bench, int& status) {
   options->c.experts = 256;
   command->option_defaults()->always_capture_default();
   command->add_option("--ranks", options->ranks, "Ranks, one process each")->default_str("4");
-  options->nodes.add_to(*command);
+  add_node_options(*command, options->nodes, true);
   command->add_option("--backend", options->backend, kBackends);
   add_options(*command, *options);
   command->footer("Lists make a sweep, which runs on one Buffer.");
   command->callback([options, &status] {
-    const int ranks = options->nodes.count_ranks(options->ranks, 4);
+    const int ranks = count_ranks(options->ranks, 4, options->nodes);
     const LowLatencyBenchSettings& settings = options->settings;
     require(settings.iterations >= 1 && settings.warmup >= 0 && settings.chain >= 1,
             "--iters {} and --chain {} must be at least 1, --warmup {} at least 0",

@@ -7,7 +7,6 @@
 #include <atomic>
 #include <csignal>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <string>
 
@@ -77,30 +76,6 @@ int count_ranks(int asked, int preset) {
   }
   require(asked >= 0, "--ranks {} must be at least 1", asked);
   return asked == 0 ? preset : asked;
-}
-
-void NodeOptions::add_to(CLI::App& command) {
-  command.add_option("--nodes", nodes, "Nodes; several are what ranks of this machine pose as")
-      ->default_str("1");
-  command.add_option("--ranks-per-node", ranks_per_node, "Ranks of each, if there are several")
-      ->default_str("2");
-}
-
-int NodeOptions::count_ranks(int asked, int preset) const {
-  require(nodes >= 1 && ranks_per_node >= 1,
-          "--nodes is {}, --ranks-per-node {}: must be at least 1", nodes, ranks_per_node);
-  if (nodes == 1) return cli::count_ranks(asked, preset);
-  require(asked == 0 || asked == nodes * ranks_per_node,
-          "--ranks {} contradicts --nodes {} of --ranks-per-node {}", asked, nodes, ranks_per_node);
-  pose_as_nodes(ranks_per_node);
-  return cli::count_ranks(nodes * ranks_per_node, 0);
-}
-
-void pose_as_nodes(int ranks_per_node) {
-  if (env::launch()) return;
-  // Before any rank is forked or thread started.
-  setenv("DEEP_EP_RANKS_PER_NODE",  // NOLINT(concurrency-mt-unsafe)
-         std::to_string(ranks_per_node).c_str(), 1);
 }
 
 int run_ranks(int ranks, const std::function<int(std::shared_ptr<Bootstrap>)>& body) {

@@ -9,6 +9,7 @@
 #include "base/error.hpp"
 #include "commands.hpp"
 #include "names.hpp"
+#include "nodes.hpp"
 #include "ranks.hpp"
 #include "verify/case.hpp"
 #include "verify/covering_set.hpp"
@@ -22,8 +23,7 @@ using verify::CaseResult;
 
 struct Options {
   int ranks = 0;
-  int nodes = 0;  // 0: the ranks are of one node
-  int ranks_per_node = 0;
+  std::optional<NodesAsked> nodes{};  // of `verify internode`
   std::string backend = "host";
   std::vector<std::int64_t> tokens{};
   std::optional<std::int64_t> hidden{};
@@ -63,14 +63,14 @@ Case shape_case(const Options& options, int ranks) {
   return c;
 }
 
-int run_cases(std::shared_ptr<Bootstrap> bootstrap, const std::vector<Case>& cases,
+int run_cases(std::shared_ptr<Bootstrap> bootstrap, std::vector<Case> cases,
               const Options& options) {
+  if (options.nodes) (void)find_nodes(*bootstrap, *options.nodes);
   Buffer buffer(bootstrap, {.device = device_from(options.backend, bootstrap->rank())});
-  require(options.nodes == 0 || buffer.num_ranks_per_node() == options.ranks_per_node,
-          "--ranks-per-node is {}, but the nodes have {} ranks", options.ranks_per_node,
-          buffer.num_ranks_per_node());
   int failed = 0;
-  for (const Case& c : cases) {
+  for (Case& c : cases) {
+    // A launcher may have started ranks of several nodes whatever the command.
+    if (buffer.num_nodes() > 1) c.ranks_per_node = buffer.num_ranks_per_node();
     const CaseResult result = gather_result(*bootstrap, verify::run_case(buffer, c));
     failed += result.passed() ? 0 : 1;
     if (bootstrap->rank() == 0) print_result(c.name, c.describe(), result, options.verbose);
@@ -84,27 +84,10 @@ int run_cases(std::shared_ptr<Bootstrap> bootstrap, const std::vector<Case>& cas
 int verify_cases(const Options& options, int ranks) {
   std::vector<Case> cases = options.has_shape() ? std::vector<Case>{shape_case(options, ranks)}
                                                 : verify::covering_set(ranks, options.seed);
-  if (options.nodes > 1) {
-    std::erase_if(cases, [&](const Case& c) { return !verify::can_span_nodes(c); });
-    for (Case& c : cases) c.ranks_per_node = options.ranks_per_node;
-  }
   for (const Case& c : cases) verify::validate(c);
   return run_ranks(ranks, [&](std::shared_ptr<Bootstrap> bootstrap) {
     return run_cases(std::move(bootstrap), cases, options);
   });
-}
-
-int verify_command(const Options& options) {
-  return verify_cases(options, count_ranks(options.ranks, 4));
-}
-
-/// Ranks of this machine pose as several nodes, unless a launcher has started them on some.
-int verify_internode_command(const Options& options) {
-  require(options.nodes >= 2, "--nodes is {}, must be at least 2", options.nodes);
-  require(options.ranks_per_node >= 1, "--ranks-per-node is {}, must be at least 1",
-          options.ranks_per_node);
-  pose_as_nodes(options.ranks_per_node);
-  return verify_cases(options, count_ranks(options.nodes * options.ranks_per_node, 0));
 }
 
 void add_shape_options(CLI::App& command, Options& options) {
@@ -119,6 +102,9 @@ void add_shape_options(CLI::App& command, Options& options) {
                      "uniform, zipf, grouped, all-to-all, to-rank-zero, to-self, none, holes or "
                      "duplicates");
   command.add_flag("--async", options.async, "Calls return at once and are chained by events");
+  command.add_flag("--prepare", options.prepare,
+                   "Counts first, then a dispatch to memory of the caller's");
+  command.add_flag("--grouped", options.grouped, "Rows grouped by expert, there and back");
   command.add_option("--seed", options.seed, "Of routing and payload");
   command.add_flag("-v,--verbose", options.verbose, "Print each case's numbers");
 }
@@ -126,13 +112,12 @@ void add_shape_options(CLI::App& command, Options& options) {
 void add_verify_internode(CLI::App& verify, int& status) {
   CLI::App* command = verify.add_subcommand("internode", "The same over several nodes");
   const auto options = std::make_shared<Options>();
-  command->add_option("--nodes", options->nodes, "Nodes, which ranks of this machine pose as")
-      ->default_val(2);
-  command->add_option("--ranks-per-node", options->ranks_per_node, "Ranks of each, a process each")
-      ->default_val(2);
+  options->nodes.emplace();
+  add_node_options(*command, *options->nodes);
   add_shape_options(*command, *options);
-  command->footer("Without a shape (tokens to async) a covering set of cases runs.");
-  command->callback([options, &status] { status = verify_internode_command(*options); });
+  command->footer("Without a shape (tokens to grouped) a covering set of cases runs.");
+  command->callback(
+      [options, &status] { status = verify_cases(*options, count_node_ranks(*options->nodes)); });
 }
 
 }  // namespace
@@ -143,14 +128,12 @@ void add_verify(CLI::App& app, int& status) {
   const auto options = std::make_shared<Options>();
   command->add_option("--ranks", options->ranks, "Ranks, one process each")->default_str("4");
   add_shape_options(*command, *options);
-  command->add_flag("--prepare", options->prepare,
-                    "Counts first, then a dispatch to memory of the caller's");
-  command->add_flag("--grouped", options->grouped, "Rows grouped by expert, there and back");
   command->footer("Without a shape (tokens to grouped) a covering set of cases runs.");
   add_verify_internode(*command, status);
   add_verify_low_latency(*command, status);
   command->callback([command, options, &status] {
-    if (command->get_subcommands().empty()) status = verify_command(*options);
+    if (command->get_subcommands().empty())
+      status = verify_cases(*options, count_ranks(options->ranks, 4));
   });
 }
 

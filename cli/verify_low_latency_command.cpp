@@ -7,6 +7,7 @@
 
 #include "commands.hpp"
 #include "names.hpp"
+#include "nodes.hpp"
 #include "ranks.hpp"
 #include "verify/low_latency_case.hpp"
 #include "verify_results.hpp"
@@ -21,7 +22,7 @@ using verify::Routing;
 
 struct Options {
   int ranks = 0;
-  NodeOptions nodes{};
+  NodesAsked nodes{};
   std::string backend = "host";
   LowLatencyCase c{};
   std::string payload = "fp8";
@@ -36,7 +37,6 @@ LowLatencyCase given_case(const Options& options, int ranks) {
   LowLatencyCase c = options.c;
   c.name = "the given shape";
   c.ranks = ranks;
-  c.ranks_per_node = options.nodes.node_size();
   c.payload = verify::low_latency_payload_from(options.payload);
   c.wire = verify::wire_from(options.wire);
   c.hooks = verify::hooks_from(options.hooks);
@@ -57,7 +57,6 @@ std::vector<LowLatencyCase> covering_cases(const Options& options, int ranks) {
       const std::size_t i = cases.size();
       LowLatencyCase c;
       c.ranks = ranks;
-      c.ranks_per_node = options.nodes.node_size();
       c.experts = 8 * ranks;
       c.payload = static_cast<LowLatencyPayload>(payload);
       c.rank_major = rank_major;
@@ -84,8 +83,11 @@ std::vector<LowLatencyCase> covering_cases(const Options& options, int ranks) {
   return cases;
 }
 
-int run_cases(const std::shared_ptr<Bootstrap>& bootstrap, const std::vector<LowLatencyCase>& cases,
+int run_cases(const std::shared_ptr<Bootstrap>& bootstrap, std::vector<LowLatencyCase> cases,
               const Options& options) {
+  const int ranks_per_node =
+      options.nodes.several() ? find_nodes(*bootstrap, options.nodes).ranks_per_node : 0;
+  for (LowLatencyCase& c : cases) c.ranks_per_node = ranks_per_node;
   BufferOptions buffer_options;
   buffer_options.device = device_from(options.backend, bootstrap->rank());
   buffer_options.low_latency_mode = true;
@@ -133,14 +135,14 @@ void add_verify_low_latency(CLI::App& verify, int& status) {
       "low-latency", "The same for low latency, without a shape for a covering set");
   const auto options = std::make_shared<Options>();
   command->add_option("--ranks", options->ranks, "Ranks, one process each")->default_str("4");
-  options->nodes.add_to(*command);
+  add_node_options(*command, options->nodes, true);
   command->add_option("--backend", options->backend, kBackends)->default_str("host");
   command->add_option("--seed", options->c.seed, "Of routing and payload");
   command->add_flag("-v,--verbose", options->verbose, "Print each case's numbers");
   CLI::App* shape = command->add_option_group("shape");
   add_shape_options(*shape, *options);
   command->callback([shape, options, &status] {
-    const int ranks = options->nodes.count_ranks(options->ranks, 4);
+    const int ranks = count_ranks(options->ranks, 4, options->nodes);
     const std::vector<LowLatencyCase> cases =
         shape->count_all() > 0 ? std::vector<LowLatencyCase>{given_case(*options, ranks)}
                                : covering_cases(*options, ranks);

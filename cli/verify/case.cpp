@@ -278,10 +278,6 @@ void CaseResult::merge(const CaseResult& other) {
   if (first_mismatch.empty()) first_mismatch = other.first_mismatch;
 }
 
-bool can_span_nodes(const Case& c) {
-  return c.ranks > 1 && !c.prepare && c.groups == Groups::kNone;
-}
-
 void validate(const Case& c) {
   require(c.ranks >= 1, "ranks = {} must be at least 1", c.ranks);
   require(c.tokens.size() == 1 || c.tokens.size() == static_cast<std::size_t>(c.ranks),
@@ -289,7 +285,6 @@ void validate(const Case& c) {
           c.ranks);
   require(c.ranks % c.node_size() == 0, "ranks_per_node = {} must divide the {} ranks",
           c.ranks_per_node, c.ranks);
-  require(c.node_size() == c.ranks || can_span_nodes(c), "prepare and groups are for one node");
   for (const std::int64_t tokens : c.tokens)
     require(tokens >= 0, "tokens = {} must not be negative", tokens);
   for (const DType dtype : {c.dtype, c.combine_dtype})

@@ -79,9 +79,6 @@ struct CaseResult {
   void merge(const CaseResult& other);
 };
 
-/// Whether the case asks for nothing that ranks of one node only can do.
-bool can_span_nodes(const Case& c);
-
 /// Throws Error(kInvalidArgument) naming the field if no Buffer could run the case.
 void validate(const Case& c);
 

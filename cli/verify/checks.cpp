@@ -54,6 +54,15 @@ void Checks::prepared(const PreparedDispatch& got) {
   compare_.expect(
       got.num_experts == case_.experts && got.expert_alignment == case_.expert_alignment,
       "num_experts and expert_alignment are those that were given");
+  if (case_.node_size() < case_.ranks) {
+    compare_.expect(got.num_rdma_recv_tokens ==
+                        got.internode_handle.recv_rdma_rank_prefix_sum
+                            .as<const std::int32_t>()[case_.ranks / case_.node_size() - 1],
+                    "num_rdma_recv_tokens is the last element of recv_rdma_rank_prefix_sum");
+    compare_.expect(!got.internode_handle.recv_src_meta.defined(),
+                    "recv_src_meta is undefined before the dispatch");
+    return;
+  }
   compare_.expect(!got.handle.recv_src_idx.defined(),
                   "recv_src_idx is undefined before the dispatch");
 }

@@ -30,7 +30,8 @@ class DEEP_EP_API Bootstrap {
 /// Ranks started by torchrun, mpirun, srun or by hand: rank and size from RANK and WORLD_SIZE, else
 /// OMPI_COMM_WORLD_RANK/SIZE, else PMIX_RANK, else SLURM_PROCID/SLURM_NTASKS; rank 0 listens on
 /// MASTER_ADDR:MASTER_PORT (default 127.0.0.1, 29477). No variable at all means one rank. Throws
-/// Error(kInvalidArgument) naming the variable.
+/// Error(kInvalidArgument) naming the variable, also where Open MPI or Slurm tell of ranks on
+/// several machines and MASTER_ADDR is not set.
 DEEP_EP_API std::shared_ptr<Bootstrap> bootstrap_from_environment();
 
 /// Rendezvous over TCP at `address`:`port`, where rank 0 listens.

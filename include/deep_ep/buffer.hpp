@@ -227,8 +227,8 @@ class DEEP_EP_API Buffer {
   /// The paths that dispatch and combine take while all ranks are of one node.
   DispatchResult intranode_dispatch(const DispatchArgs& args);
   CombineResult intranode_combine(const CombineArgs& args);
-  /// And with several nodes, on hosts: groups of rows and prepare_dispatch are of one node only.
-  /// With num_worst_tokens that number bounds M too (see InternodeHandle).
+  /// And with several nodes, on hosts. With num_worst_tokens that number bounds M too (see
+  /// InternodeHandle).
   DispatchResult internode_dispatch(const DispatchArgs& args);
   CombineResult internode_combine(const CombineArgs& args);
 

@@ -107,6 +107,11 @@ struct PreparedDispatch {
   std::vector<std::int32_t> num_recv_tokens_per_expert_list;
   int num_experts = 0;       ///< 0 without counts
   int expert_alignment = 1;  ///< to which the list is rounded up, and groups are
+  /// With several nodes, in place of handle: without recv_rdma_channel_prefix_matrix,
+  /// recv_gbl_channel_prefix_matrix, recv_src_meta and send_nvl_head.
+  InternodeHandle internode_handle;
+  /// With several nodes: M of InternodeHandle.
+  std::int64_t num_rdma_recv_tokens = 0;
 };
 
 /// What every communication call has in common.

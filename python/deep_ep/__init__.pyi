@@ -10,6 +10,8 @@ import torch
 Array = Any
 DType = Union[torch.dtype, "numpy.dtype[Any]", type]
 IntranodeHandle = tuple[Array, Array, Array, Array, Array, Array]
+InternodeHandle = tuple[Array, Array, Array, Array, Array, Array, Array, Array, Array, Array]
+Handle = Union[IntranodeHandle, InternodeHandle]
 LowLatencyHandle = tuple[Array, Array, int, int, int]
 
 __version__: str
@@ -57,11 +59,12 @@ class EventOverlap:
     def __exit__(self, *_: object) -> None: ...
 
 class PreparedDispatch(NamedTuple):
-    handle: tuple[Array, Array, None, None, Array, Array]
+    handle: tuple[Array | None, ...]
     num_recv_tokens: int
     num_recv_tokens_per_expert_list: list[int]
     num_experts: int
     expert_alignment: int
+    num_rdma_recv_tokens: int
 
 class RowGroups(NamedTuple):
     group_offsets: Array
@@ -74,7 +77,7 @@ class GroupedDispatch(NamedTuple):
     recv_topk_idx: Array | None
     recv_topk_weights: Array | None
     num_recv_tokens_per_expert_list: list[int] | None
-    handle: IntranodeHandle | None
+    handle: Handle | None
     event: EventOverlap
     grouped_x: Array | tuple[Array, Array]
     groups: RowGroups
@@ -120,7 +123,7 @@ class Buffer:
         async_finish: bool = False, allocate_on_comm_stream: bool = False,
     ) -> tuple[Array, Array | None, Array, Array, EventOverlap]: ...
     def dispatch(
-        self, x: Array | tuple[Array, Array], handle: IntranodeHandle | None = None,
+        self, x: Array | tuple[Array, Array], handle: Handle | None = None,
         num_tokens_per_rank: Array | None = None, num_tokens_per_rdma_rank: Array | None = None,
         is_token_in_rank: Array | None = None, num_tokens_per_expert: Array | None = None,
         topk_idx: Array | None = None, topk_weights: Array | None = None,
@@ -132,7 +135,7 @@ class Buffer:
         recv_x: Array | tuple[Array, Array] | None = None, recv_topk_idx: Array | None = None,
         recv_topk_weights: Array | None = None,
     ) -> tuple[Array | tuple[Array, Array], Array | None, Array | None, list[int] | None,
-               IntranodeHandle | None, EventOverlap]: ...
+               Handle | None, EventOverlap]: ...
     def prepare_dispatch(
         self, x: Array | tuple[Array, Array], num_tokens_per_rank: Array | None = None,
         is_token_in_rank: Array | None = None, num_tokens_per_expert: Array | None = None,
@@ -141,7 +144,7 @@ class Buffer:
         previous_event: EventOverlap | None = None, *, num_experts: int | None = None,
     ) -> PreparedDispatch: ...
     def dispatch_grouped(
-        self, x: Array | tuple[Array, Array], handle: IntranodeHandle | None = None,
+        self, x: Array | tuple[Array, Array], handle: Handle | None = None,
         groups: RowGroups | None = None, num_tokens_per_rank: Array | None = None,
         is_token_in_rank: Array | None = None, num_tokens_per_expert: Array | None = None,
         topk_idx: Array | None = None, topk_weights: Array | None = None,
@@ -155,14 +158,28 @@ class Buffer:
         grouped_x: Array | tuple[Array, Array] | None = None,
     ) -> GroupedDispatch: ...
     def combine(
-        self, x: Array, handle: IntranodeHandle, topk_weights: Array | None = None,
+        self, x: Array, handle: Handle, topk_weights: Array | None = None,
         bias: Array | tuple[Array, Array] | None = None, config: Config | None = None,
         previous_event: EventOverlap | None = None, async_finish: bool = False,
         allocate_on_comm_stream: bool = False, *,
         combine_wait_recv_cost_stats: Array | None = None, groups: RowGroups | None = None,
     ) -> tuple[Array, Array | None, EventOverlap]: ...
-    def internode_dispatch(self, *args: Any, **kwargs: Any) -> Any: ...
-    def internode_combine(self, *args: Any, **kwargs: Any) -> Any: ...
+    def internode_dispatch(
+        self, x: Array | tuple[Array, Array], handle: Handle | None = None,
+        num_tokens_per_rank: Array | None = None, num_tokens_per_rdma_rank: Array | None = None,
+        is_token_in_rank: Array | None = None, num_tokens_per_expert: Array | None = None,
+        topk_idx: Array | None = None, topk_weights: Array | None = None,
+        expert_alignment: int = 1, num_worst_tokens: int = 0, config: Config | None = None,
+        previous_event: EventOverlap | None = None, async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[Array | tuple[Array, Array], Array | None, Array | None, list[int] | None,
+               Handle | None, EventOverlap]: ...
+    def internode_combine(
+        self, x: Array, handle: Handle, topk_weights: Array | None = None,
+        bias: Array | tuple[Array, Array] | None = None, config: Config | None = None,
+        previous_event: EventOverlap | None = None, async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[Array, Array | None, EventOverlap]: ...
     def low_latency_dispatch(
         self, x: Array, topk_idx: Array, num_max_dispatch_tokens_per_rank: int, num_experts: int,
         cumulative_local_expert_recv_stats: Array | None = None,

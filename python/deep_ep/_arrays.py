@@ -42,6 +42,7 @@ class TorchLibrary:
         self.torch = torch
         self.is_tensor = torch.Tensor
         self.int32, self.int64, self.bool = torch.int32, torch.int64, torch.bool
+        self.uint8 = torch.uint8
         self.float32, self.bfloat16 = torch.float32, torch.bfloat16
         self.float8 = torch.float8_e4m3fn
         # What torch's own compiled code calls; a quarter of the time of what it stands for.
@@ -89,6 +90,7 @@ class NumpyLibrary:
         self.numpy = numpy
         self.is_tensor = numpy.ndarray
         self.int32, self.int64, self.bool = numpy.int32, numpy.int64, numpy.bool_
+        self.uint8 = numpy.uint8
         self.float32 = numpy.float32
 
     @property

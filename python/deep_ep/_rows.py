@@ -4,14 +4,16 @@ caller's, rows grouped by expert."""
 from collections import namedtuple
 
 from ._arrays import library_of
+from ._handles import handle_of_parts
 
 
 class PreparedDispatch(namedtuple("PreparedDispatch", (
         "handle", "num_recv_tokens", "num_recv_tokens_per_expert_list", "num_experts",
-        "expert_alignment"))):
+        "expert_alignment", "num_rdma_recv_tokens"))):
     """What `Buffer.prepare_dispatch` found out about a coming dispatch: of use any number of times,
-    as long as the routing is that one. Of `handle` two elements, which come with the rows, are
-    None."""
+    as long as the routing is that one. Of `handle` two elements (with several nodes four), which
+    come with the rows, are None. `num_rdma_recv_tokens`: tokens that this rank passes on inside its
+    node, 0 if there is one."""
 
     __slots__ = ()
 
@@ -69,17 +71,6 @@ def views_of_groups(library, groups):
         what = f"a tuple of {len(groups)}" if isinstance(groups, tuple) else type(groups)
         raise TypeError(f"groups is {what}, must be the RowGroups that dispatch_grouped returned")
     return tuple(_view(library, one, "an element of groups") for one in groups)
-
-
-def handle_of_parts(library, parts, in_rank, extras=None):
-    """The handle of a result: of the native module's `parts`, what the caller has not."""
-    make, int32 = library.make, library.int32
-    if extras is not None and extras.prepared is not None:
-        known = extras.prepared.handle
-        return (*known[:2], make(parts[2], int32), make(parts[3], int32), *known[4:])
-    if in_rank is None:
-        in_rank = make(parts[4], library.bool)
-    return (*[make(one, int32) for one in parts[:4]], in_rank, make(parts[5], int32))
 
 
 class Extras:

@@ -9,14 +9,11 @@ from . import _C
 from ._arrays import library_of, library_of_dtype
 from ._cuda import CudaMemory, comm_stream_of
 from ._groups import bootstrap_of, rank_and_size
+from ._handles import handle_of_parts, views_of_handle
 from ._low_latency import LowLatency
-from ._rows import (NO_LAYOUT, Extras, Rows, handle_of_parts, views_of_groups, views_of_layout,
-                    views_of_payload)
+from ._rows import (NO_LAYOUT, Extras, Rows, views_of_groups, views_of_layout, views_of_payload)
 from .config import combine_config, default_values, dispatch_config
 from .event import EventHandle, EventOverlap
-
-_INTERNODE = ("{}: several nodes need internode mode, which this version does not have; ranks of "
-              "one node use dispatch and combine")
 
 _alive = weakref.WeakSet()
 
@@ -55,10 +52,10 @@ class Buffer(LowLatency, Rows):
     """One rank's end of the exchange: memory that its peers map, and the calls that move tokens
     through it.
 
-    R ranks, N tokens of this rank, H values a row, K experts a token, E experts, L = E/R of them
-    local, Nr rows received. Arrays are torch tensors or NumPy arrays (with ml_dtypes); results are
-    of the library of a call's first argument. They lie on the Buffer's device: the current CUDA
-    device at construction, or the host where torch has none.
+    R ranks of one node or several, N tokens of this rank, H values a row, K experts a token, E
+    experts, L = E/R of them local, Nr rows received. Arrays are torch tensors or NumPy arrays (with
+    ml_dtypes); results are of the library of a call's first argument. They lie on the Buffer's
+    device: the current CUDA device at construction, or the host where torch has none.
 
     Construction is collective; so are dispatch and combine, which every rank calls in the same
     order. Calls on one Buffer come one at a time, from any thread; the GIL is released while they
@@ -108,6 +105,7 @@ class Buffer(LowLatency, Rows):
         }
         allocate = None if self._memory is None else self._memory.allocate
         self.runtime = _C.Buffer(bootstrap_of(group_or_comm), options, allocate)
+        self._num_nodes = self.runtime.get_num_rdma_ranks()
         if self._memory is not None:
             self._memory.set_comm_stream(self.runtime.comm_stream())
         self._in_flight = []  # of asynchronous calls on the host: (event, what they use)
@@ -156,8 +154,8 @@ class Buffer(LowLatency, Rows):
         return comm_stream_of(self.runtime.comm_stream(), self._device)
 
     def get_local_buffer_tensor(self, dtype, size=None, offset=0, use_rdma_buffer=False):
-        """The rank's own memory from `offset` bytes on as elements of `dtype`: of shape `size`,
-        else all of it. Both kinds of buffer are one while all ranks are of one node."""
+        """The rank's own memory that ranks of its node map, from `offset` bytes on, as elements of
+        `dtype`: of shape `size`, else all of it. Whichever kind of buffer is asked for."""
         library = library_of_dtype(dtype)
         tensor = library.make(self.runtime.local_buffer(library.code(dtype), offset), dtype)
         if size is None:
@@ -214,18 +212,17 @@ class Buffer(LowLatency, Rows):
                             allocate_on_comm_stream=False):
         """Which tokens of `topk_idx` ([N, K] int64 or int32, -1 for none) go where. Local.
 
-        Returns (num_tokens_per_rank int32[R], num_tokens_per_rdma_rank None while all ranks are of
-        one node, num_tokens_per_expert int32[E], is_token_in_rank bool[N, R], event).
+        Returns (num_tokens_per_rank int32[R], num_tokens_per_rdma_rank int32[nodes], None while all
+        ranks are of one node, num_tokens_per_expert int32[E], is_token_in_rank bool[N, R], event).
         """
         library = library_of(topk_idx, "topk_idx")
-        per_rank, per_expert, in_rank, event = self.runtime.get_dispatch_layout(
+        per_rank, per_node, per_expert, in_rank, event = self.runtime.get_dispatch_layout(
             library.view(topk_idx, "topk_idx"), num_experts,
             self._options(previous_event, async_finish, allocate_on_comm_stream))
-        per_rank, per_expert, in_rank = (library.make(per_rank, library.int32),
-                                         library.make(per_expert, library.int32),
-                                         library.make(in_rank, library.bool))
-        end = self._end(event, async_finish, (topk_idx,), (per_rank, per_expert, in_rank))
-        return per_rank, None, per_expert, in_rank, end
+        make, int32 = library.make, library.int32
+        result = (make(per_rank, int32), make(per_node, int32), make(per_expert, int32),
+                  make(in_rank, library.bool))
+        return *result, self._end(event, async_finish, (topk_idx,), result)
 
     def dispatch(self, x, handle=None, num_tokens_per_rank=None, num_tokens_per_rdma_rank=None,
                  is_token_in_rank=None, num_tokens_per_expert=None, topk_idx=None,
@@ -250,7 +247,8 @@ class Buffer(LowLatency, Rows):
         Returns (recv_x or (recv_x, recv_scales), recv_topk_idx with local expert ids and -1,
         recv_topk_weights, rows for each local expert rounded up to `expert_alignment` as a list,
         handle, event). Rows are in (source rank, token) order. With `handle`: (recv_x, None, None,
-        None, None, event).
+        None, None, event). A handle is a plain tuple of 6 arrays, with several nodes of 10.
+        `num_tokens_per_rdma_rank` is not needed.
         """
         extras = None
         if (num_experts is not None or prepared is not None or recv_x is not None
@@ -268,7 +266,7 @@ class Buffer(LowLatency, Rows):
         library = library_of(x, "x")
         recv_x, recv_scales, ids, weights, counts, new_handle, event, more = self.runtime.dispatch(
             views_of_payload(library, x, x_scales, *topk),
-            None if handle is None else self._views_of_handle(library, handle),
+            None if handle is None else views_of_handle(library, handle, self._num_nodes),
             NO_LAYOUT if handle is not None else views_of_layout(library, *layout),
             *numbers, self._config_values(config, True), self._stats_view(library, stats),
             self._options(*when), None if extras is None else extras.views(library))
@@ -281,7 +279,8 @@ class Buffer(LowLatency, Rows):
         else:
             ids = None if ids is None else make(ids, topk[0].dtype)
             result = (recv_x, ids, make(weights, library.float32), counts,
-                      handle_of_parts(library, new_handle, layout[2], extras))
+                      handle_of_parts(library, new_handle, layout[2],
+                                      None if extras is None else extras.prepared))
             used = (x, x_scales, topk, layout)
         if extras is None:
             return *result, self._end(event, when[1], used, result)
@@ -312,7 +311,8 @@ class Buffer(LowLatency, Rows):
             (view(x, "x"), None if topk_weights is None else view(topk_weights, "topk_weights"),
              None if first_bias is None else view(first_bias, "bias"),
              None if second_bias is None else view(second_bias, "bias")),
-            self._views_of_handle(library, handle), self._config_values(config, False),
+            views_of_handle(library, handle, self._num_nodes),
+            self._config_values(config, False),
             self._stats_view(library, combine_wait_recv_cost_stats),
             self._options(previous_event, async_finish, allocate_on_comm_stream),
             None if groups is None else views_of_groups(library, groups))
@@ -323,25 +323,31 @@ class Buffer(LowLatency, Rows):
         return combined_x, combined_weights, end
 
     @staticmethod
-    def _views_of_handle(library, handle):
-        if not isinstance(handle, tuple) or len(handle) != 6:
-            what = f"a tuple of {len(handle)}" if isinstance(handle, tuple) else type(handle)
-            raise TypeError(f"handle is {what}, must be the tuple of 6 arrays that dispatch "
-                            "returned; those of 10 are of internode mode, which this version does "
-                            "not have")
-        return tuple(library.view(one, "an element of handle") for one in handle)
-
-    @staticmethod
     def _stats_view(library, stats):
         return None if stats is None else library.view(stats, "wait_recv_cost_stats")
 
-    def internode_dispatch(self, *args, **kwargs):
-        """Dispatch among several nodes: not in this version."""
-        raise RuntimeError(_INTERNODE.format("internode_dispatch"))
+    def internode_dispatch(self, x, handle=None, num_tokens_per_rank=None,
+                           num_tokens_per_rdma_rank=None, is_token_in_rank=None,
+                           num_tokens_per_expert=None, topk_idx=None, topk_weights=None,
+                           expert_alignment=1, num_worst_tokens=0, config=None,
+                           previous_event=None, async_finish=False, allocate_on_comm_stream=False):
+        """What dispatch does over several nodes; refused on one."""
+        self._require_several_nodes("internode_dispatch", "dispatch")
+        return self._dispatch(
+            x, handle, (num_tokens_per_rank, num_tokens_per_expert, is_token_in_rank),
+            (topk_idx, topk_weights), (expert_alignment, num_worst_tokens), config, None,
+            (previous_event, async_finish, allocate_on_comm_stream), None)
 
-    def internode_combine(self, *args, **kwargs):
-        """Combine among several nodes: not in this version."""
-        raise RuntimeError(_INTERNODE.format("internode_combine"))
+    def internode_combine(self, x, handle, topk_weights=None, bias=None, config=None,
+                          previous_event=None, async_finish=False, allocate_on_comm_stream=False):
+        """What combine does over several nodes; refused on one."""
+        self._require_several_nodes("internode_combine", "combine")
+        return self.combine(x, handle, topk_weights, bias, config, previous_event, async_finish,
+                            allocate_on_comm_stream)
+
+    def _require_several_nodes(self, name, other):
+        if self._num_nodes == 1:
+            raise RuntimeError(f"{name}: all ranks are of one node, use {other}")
 
 
 # What a call without `config` asks, and what answers unless somebody has replaced it.

@@ -6,6 +6,7 @@
 
 #include "arrays.hpp"
 #include "events.hpp"
+#include "handles.hpp"
 #include "low_latency.hpp"
 #include "owned_buffer.hpp"
 
@@ -23,20 +24,6 @@ Config config_of(const nb::tuple& parts) {
   return config;
 }
 
-/// A handle in the order of its struct.
-IntranodeHandle handle_of(const nb::tuple& parts) {
-  return {view_of(parts[0]), view_of(parts[1]), view_of(parts[2]),
-          view_of(parts[3]), view_of(parts[4]), view_of(parts[5])};
-}
-
-nb::object result_of_handle(const IntranodeHandle& handle) {
-  if (!handle.rank_prefix_matrix.defined()) return nb::none();
-  return nb::make_tuple(
-      result_of(handle.rank_prefix_matrix), result_of(handle.channel_prefix_matrix),
-      result_of(handle.recv_channel_prefix_matrix), result_of(handle.recv_src_idx),
-      result_of(handle.is_token_in_rank), result_of(handle.send_head));
-}
-
 RowGroups groups_of(const nb::tuple& parts) {
   return {view_of(parts[0]), view_of(parts[1]), view_of(parts[2]), view_of(parts[3])};
 }
@@ -46,14 +33,26 @@ nb::object result_of_groups(const RowGroups& groups) {
                         result_of(groups.recv_rows), result_of(groups.weights));
 }
 
-/// `parts`: (handle, received rows, list of rows for each expert, num_experts, expert_alignment).
+/// What dispatch and combine take for a handle: one of 6 tensors, or of 10 with several nodes.
+template <class OneNode, class SeveralNodes>
+void set_handle(const nb::tuple& parts, OneNode& handle, SeveralNodes& internode) {
+  if (parts.size() == kInternodeTensors) {
+    internode = internode_handle_of(parts);
+  } else {
+    handle = intranode_handle_of(parts);
+  }
+}
+
+/// `parts`: (handle, received rows, list of rows for each expert, num_experts, expert_alignment,
+/// tokens to pass on).
 PreparedDispatch prepared_of(const nb::tuple& parts) {
   PreparedDispatch prepared;
-  prepared.handle = handle_of(nb::cast<nb::tuple>(parts[0]));
+  set_handle(nb::cast<nb::tuple>(parts[0]), prepared.handle, prepared.internode_handle);
   prepared.num_recv_tokens = nb::cast<std::int64_t>(parts[1]);
   prepared.num_recv_tokens_per_expert_list = nb::cast<std::vector<std::int32_t>>(parts[2]);
   prepared.num_experts = nb::cast<int>(parts[3]);
   prepared.expert_alignment = nb::cast<int>(parts[4]);
+  prepared.num_rdma_recv_tokens = nb::cast<std::int64_t>(parts[5]);
   return prepared;
 }
 
@@ -87,9 +86,9 @@ nb::tuple get_dispatch_layout(OwnedBuffer& self, nb::handle topk_idx, int num_ex
     const NoGil no_gil;
     layout = self.get().get_dispatch_layout(ids, num_experts, call);
   }
-  return nb::make_tuple(result_of(layout.num_tokens_per_rank),
-                        result_of(layout.num_tokens_per_expert), result_of(layout.is_token_in_rank),
-                        layout.event);
+  return nb::make_tuple(
+      result_of(layout.num_tokens_per_rank), result_of(layout.num_tokens_per_rdma_rank),
+      result_of(layout.num_tokens_per_expert), result_of(layout.is_token_in_rank), layout.event);
 }
 
 /// `payload`: (x, x_scales, topk_idx, topk_weights).
@@ -145,7 +144,8 @@ nb::tuple dispatch(OwnedBuffer& self, const nb::tuple& payload, nb::handle handl
                    nb::handle extras) {
   DispatchArgs args;
   set_payload(args, payload);
-  if (!handle.is_none()) args.handle = handle_of(nb::cast<nb::tuple>(handle));
+  if (!handle.is_none())
+    set_handle(nb::cast<nb::tuple>(handle), args.handle, args.internode_handle);
   set_layout(args, layout);
   args.expert_alignment = expert_alignment;
   args.num_worst_tokens = num_worst_tokens;
@@ -163,7 +163,7 @@ nb::tuple dispatch(OwnedBuffer& self, const nb::tuple& payload, nb::handle handl
                         result_beside(args.recv_topk_idx, result.recv_topk_idx),
                         result_beside(args.recv_topk_weights, result.recv_topk_weights),
                         nb::cast(result.num_recv_tokens_per_expert_list),
-                        result_of_handle(result.handle), result.event,
+                        result_of_handle(result.handle, result.internode_handle), result.event,
                         extras.is_none() ? nb::none() : result_of_extras(args, result));
 }
 
@@ -183,9 +183,10 @@ nb::tuple prepare_dispatch(OwnedBuffer& self, const nb::tuple& payload, const nb
     const NoGil no_gil;
     prepared = self.get().prepare_dispatch(args);
   }
-  return nb::make_tuple(result_of_handle(prepared.handle), prepared.num_recv_tokens,
+  return nb::make_tuple(result_of_handle(prepared.handle, prepared.internode_handle),
+                        prepared.num_recv_tokens,
                         nb::cast(prepared.num_recv_tokens_per_expert_list), prepared.num_experts,
-                        prepared.expert_alignment);
+                        prepared.expert_alignment, prepared.num_rdma_recv_tokens);
 }
 
 /// `payload`: (x, topk_weights, bias or None, bias or None).
@@ -196,7 +197,7 @@ nb::tuple combine(OwnedBuffer& self, const nb::tuple& payload, const nb::tuple& 
   args.x = view_of(payload[0]);
   args.topk_weights = view_of(payload[1]);
   args.bias = {view_of(payload[2]), view_of(payload[3])};
-  args.handle = handle_of(handle);
+  set_handle(handle, args.handle, args.internode_handle);
   args.config = config_of(config);
   args.combine_wait_recv_cost_stats = view_of(wait_stats);
   args.options = options_of(options);
@@ -222,12 +223,46 @@ void bind_config(nb::module_& module) {
              });
 }
 
+/// What this rank has given to the network, by name.
+nb::dict network_counts(OwnedBuffer& self) {
+  const NetworkCounts counts = self.get().network_counts();
+  nb::dict named;
+  named["rows"] = counts.rows;
+  named["row_bytes"] = counts.row_bytes;
+  named["puts"] = counts.puts;
+  named["put_bytes"] = counts.put_bytes;
+  named["signals"] = counts.signals;
+  return named;
+}
+
+/// What callers of DeepEP ask its runtime about nodes, each of which is a rank of "rdma" there.
+void bind_nodes(nb::class_<OwnedBuffer>& buffer) {
+  const auto node_of = [](OwnedBuffer& self) {
+    return self.get().rank() / self.get().num_ranks_per_node();
+  };
+  buffer.def("get_num_rdma_ranks", [](OwnedBuffer& self) { return self.get().num_nodes(); })
+      .def("get_rdma_rank", node_of)
+      // Which rank the others of its index look to first: of node 0, counted over all or by node.
+      .def("get_root_rdma_rank",
+           [](OwnedBuffer& self, bool global) {
+             return global ? self.get().rank() % self.get().num_ranks_per_node() : 0;
+           })
+      .def(
+          "is_internode_available",
+          [](OwnedBuffer& self) { return self.get().is_available() && self.get().num_nodes() > 1; })
+      .def("get_local_device_id", [](OwnedBuffer& self) {
+        const Device device = self.get().device();
+        return device.type == DeviceType::kCuda ? device.index : -1;
+      });
+}
+
 }  // namespace
 
 void bind_buffers(nb::module_& module) {
   bind_config(module);
   nb::class_<OwnedBuffer> buffer(module, "Buffer");
   bind_low_latency(module, buffer);
+  bind_nodes(buffer);
   buffer.def("__init__", &construct, nb::arg(), nb::arg(), nb::arg().none())
       .def("get_dispatch_layout", &get_dispatch_layout)
       .def("dispatch", &dispatch, nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(),
@@ -248,6 +283,7 @@ void bind_buffers(nb::module_& module) {
       .def("operations_json", [](OwnedBuffer& self) { return self.get().operations_json(); })
       .def("mapped_bytes", [](OwnedBuffer& self) { return self.get().mapped_bytes(); })
       .def("live_bytes", [](OwnedBuffer& self) { return self.get().live_bytes(); })
+      .def("network_counts", &network_counts)
       .def("set_timeout_ms",
            [](OwnedBuffer& self, std::int64_t milliseconds) {
              self.get().set_timeout(std::chrono::milliseconds(milliseconds));

@@ -6,7 +6,6 @@
 
 #include "allocator.hpp"
 #include "deep_ep/buffer.hpp"
-#include "deep_ep/error.hpp"
 #include "references.hpp"
 
 namespace deep_ep::python {
@@ -22,11 +21,6 @@ class OwnedBuffer {
     options.allocator = allocator;
     const NoGil no_gil;
     buffer_ = std::make_unique<Buffer>(std::move(bootstrap), options);
-    if (buffer_->num_nodes() > 1) {
-      throw Error(ErrorCode::kUnsupported,
-                  "the ranks are of several nodes, which the Python package cannot use yet: the "
-                  "C++ library can");
-    }
     if (allocator) allocator->set_buffer(buffer_.get());
   }
   ~OwnedBuffer() {

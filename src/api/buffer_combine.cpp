@@ -1,22 +1,13 @@
-#include "api/buffer_impl.hpp"
+#include "api/dispatch_job.hpp"
 #include "api/validate.hpp"
 #include "modes/intranode.hpp"
 
 namespace deep_ep {
 
-/// One combine from validation to its event.
-struct Buffer::Impl::CombineJob {
-  CombineArgs args;
-  intranode::ReduceParams reduce;  // if the rows are grouped
-  Backend::Results reduced;
-  intranode::CombineParams params;
-  CombineResult result;
-};
-
 /// A row for each received one, where peers can read it; on GPUs it goes back behind this call.
-void Buffer::Impl::reduce_first(CombineJob& job) {
+void Buffer::Impl::reduce_first(AnyCombineJob& job, CombineStep& params,
+                                const std::int32_t* num_received_rows) {
   const RowGroups& groups = *job.args.groups;
-  intranode::CombineParams& params = job.params;
   intranode::ReduceParams& reduce = job.reduce;
   reduce.call = params.call;
   reduce.dtype = params.dtype;
@@ -24,7 +15,7 @@ void Buffer::Impl::reduce_first(CombineJob& job) {
   reduce.x = params.x;
   reduce.num_grouped_rows = groups.recv_rows.shape[0];
   reduce.weights = groups.weights.as<const float>();
-  reduce.rank_prefix_matrix = params.rank_prefix_matrix;
+  reduce.num_received_rows = num_received_rows;
   reduce.grouped_rows = groups.grouped_rows.as<const std::int32_t>();
   reduce.num_rows = params.handle_rows;
   reduce.num_topk = groups.grouped_rows.shape[1];
@@ -76,7 +67,7 @@ CombineResult Buffer::Impl::intranode_combine(const CombineArgs& args) {
     params.send_head = args.handle.send_head.as<const std::int32_t>();
     params.chunk_rows = args.config.num_max_nvl_chunked_send_tokens;
     params.window_rows = args.config.num_max_nvl_chunked_recv_tokens;
-    if (args.groups) reduce_first(*job);
+    if (args.groups) reduce_first(*job, params, num_received_rows(args.handle, bootstrap_->rank()));
 
     result.event = backend_->submit(args.options, stage(number, true, [this, job] {
                                       if (job->args.groups)

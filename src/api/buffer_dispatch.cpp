@@ -164,14 +164,15 @@ void Buffer::Impl::notify(DispatchJob& job) {
   intranode::notify_dispatch(*backend_, job.notify);
 }
 
-void Buffer::Impl::wait_counts(const std::shared_ptr<DispatchJob>& job, Backend::Part part) {
-  CallOptions now = job->args.options;
+void Buffer::Impl::wait_counts(AnyDispatchJob& job, Backend::Part part,
+                               std::function<void()> find) {
+  CallOptions now = job.args.options;
   now.async_finish = false;
-  backend_->submit(now, stage(job->number, false, [this, job] { notify(*job); }), part);
-  job->result.num_recv_tokens = job->num_recv_rows;
-  for (const std::int64_t count : job->tokens_per_expert) {
-    job->result.num_recv_tokens_per_expert_list.push_back(
-        plan::aligned_expert_count(count, job->args.expert_alignment));
+  backend_->submit(now, stage(job.number, false, std::move(find)), part);
+  job.result.num_recv_tokens = job.num_recv_rows;
+  for (const std::int64_t count : job.tokens_per_expert) {
+    job.result.num_recv_tokens_per_expert_list.push_back(
+        plan::aligned_expert_count(count, job.args.expert_alignment));
   }
 }
 
@@ -186,27 +187,35 @@ void Buffer::Impl::find_counts(const std::shared_ptr<DispatchJob>& job) {
   } else if (args.num_worst_tokens > 0) {
     result.num_recv_tokens = -1;
   } else {
-    wait_counts(job, Backend::Part::kBegin);
+    wait_counts(*job, Backend::Part::kBegin, [this, job] { notify(*job); });
   }
 }
 
+PreparedDispatch Buffer::Impl::take_prepared(AnyDispatchJob& job,
+                                             const protocol::CallRecord& record) {
+  log_.finish(job.number, "done");
+  PreparedDispatch prepared;
+  prepared.num_recv_tokens = job.result.num_recv_tokens;
+  prepared.num_recv_tokens_per_expert_list = std::move(job.result.num_recv_tokens_per_expert_list);
+  prepared.num_experts = record.num_experts;
+  prepared.expert_alignment = job.args.expert_alignment;
+  return prepared;
+}
+
 PreparedDispatch Buffer::Impl::prepare_dispatch(const DispatchArgs& args) {
-  require_one_node("prepare_dispatch");
   return collective("prepare_dispatch", [&] {
     validate_prepare(args);
-    const std::shared_ptr<DispatchJob> job = make_dispatch("prepare_dispatch", args);
-    job->notify.call.record.kind = protocol::OpKind::kPrepareDispatch;
-    wait_counts(job, Backend::Part::kWhole);
-    log_.finish(job->number, "done");
-    PreparedDispatch prepared;
-    prepared.handle = job->result.handle;
-    prepared.num_recv_tokens = job->result.num_recv_tokens;
-    prepared.num_recv_tokens_per_expert_list =
-        std::move(job->result.num_recv_tokens_per_expert_list);
-    prepared.num_experts = job->notify.call.record.num_experts;
-    prepared.expert_alignment = args.expert_alignment;
-    return prepared;
+    return topology_.num_nodes() > 1 ? internode_prepare(args) : intranode_prepare(args);
   });
+}
+
+PreparedDispatch Buffer::Impl::intranode_prepare(const DispatchArgs& args) {
+  const std::shared_ptr<DispatchJob> job = make_dispatch("prepare_dispatch", args);
+  job->notify.call.record.kind = protocol::OpKind::kPrepareDispatch;
+  wait_counts(*job, Backend::Part::kWhole, [this, job] { notify(*job); });
+  PreparedDispatch prepared = take_prepared(*job, job->notify.call.record);
+  prepared.handle = job->result.handle;
+  return prepared;
 }
 
 DispatchResult Buffer::Impl::intranode_dispatch(const DispatchArgs& args) {
@@ -219,7 +228,10 @@ DispatchResult Buffer::Impl::intranode_dispatch(const DispatchArgs& args) {
     const std::int64_t rows = counts_come_late ? args.num_worst_tokens : result.num_recv_tokens;
     place_results(*job, job->dispatch, rows);
     if (!args.handle) place_handle(*job, rows);
-    if (args.group_rows) allocate_groups(*job, rows);
+    if (args.group_rows) {
+      const IntranodeHandle& handle = args.handle ? *args.handle : result.handle;
+      allocate_groups(*job, job->dispatch, rows, num_received_rows(handle, bootstrap_->rank()));
+    }
     const bool counted = !job->dispatch.cached && !counts_come_late;
     result.event = backend_->submit(
         args.options,

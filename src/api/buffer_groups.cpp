@@ -8,7 +8,7 @@
 namespace deep_ep {
 
 /// Rows of all groups as far as the host knows, room for them where it does not.
-std::int64_t Buffer::Impl::choose_grouped_rows(const DispatchJob& job) const {
+std::int64_t Buffer::Impl::choose_grouped_rows(const AnyDispatchJob& job) const {
   const DispatchArgs& args = job.args;
   std::int64_t rows = 0;
   if (args.num_worst_tokens == 0) {
@@ -25,11 +25,13 @@ std::int64_t Buffer::Impl::choose_grouped_rows(const DispatchJob& job) const {
   return rows;
 }
 
-void Buffer::Impl::allocate_groups(DispatchJob& job, std::int64_t rows) {
+void Buffer::Impl::allocate_groups(AnyDispatchJob& job, const DispatchStep& dispatch,
+                                   std::int64_t rows, const std::int32_t* num_received_rows) {
   const DispatchArgs& args = job.args;
   DispatchResult& result = job.result;
   intranode::GroupParams& group = job.group;
   plan::GroupShape& shape = group.shape;
+  group.num_received_rows = num_received_rows;
   group.known = args.groups.has_value();
   shape.num_rows = rows;
   if (group.known) {
@@ -37,7 +39,7 @@ void Buffer::Impl::allocate_groups(DispatchJob& job, std::int64_t rows) {
     shape.num_local_experts = static_cast<int>(args.groups->group_offsets.shape[0]) - 1;
     shape.num_grouped_rows = args.groups->recv_rows.shape[0];
   } else {
-    const protocol::CallRecord& record = job.dispatch.call.record;
+    const protocol::CallRecord& record = dispatch.call.record;
     shape.num_topk = record.num_topk;
     shape.num_local_experts = record.num_experts / bootstrap_->size();
     shape.expert_alignment =
@@ -75,21 +77,20 @@ void Buffer::Impl::allocate_groups(DispatchJob& job, std::int64_t rows) {
   }
   const std::vector<Tensor> memory = allocate_private(std::move(views), args.options);
   for (std::size_t i = 0; i < made.size(); ++i) *made[i] = memory[i];
-  set_arrays(job);
+  set_arrays(job, dispatch);
 }
 
-void Buffer::Impl::set_arrays(DispatchJob& job) {
+void Buffer::Impl::set_arrays(AnyDispatchJob& job, const DispatchStep& dispatch) {
   intranode::GroupParams& group = job.group;
   const DispatchResult& result = job.result;
-  group.call = job.dispatch.call;
-  group.rank_prefix_matrix = job.dispatch.rank_prefix_matrix;
+  group.call = dispatch.call;
   group.recv_topk_idx = result.recv_topk_idx;
   group.recv_topk_weights = result.recv_topk_weights.as<const float>();
   group.groups = {result.groups.group_offsets.as<std::int32_t>(),
                   result.groups.grouped_rows.as<std::int32_t>(),
                   result.groups.recv_rows.as<std::int32_t>(), result.groups.weights.as<float>()};
-  group.x_bytes = job.dispatch.format.x_bytes;
-  group.scale_bytes = job.dispatch.format.scale_bytes;
+  group.x_bytes = dispatch.format.x_bytes;
+  group.scale_bytes = dispatch.format.scale_bytes;
   group.x = result.recv_x.as<const std::byte>();
   group.scales = result.recv_x_scales.as<const std::byte>();
   group.grouped_x = result.grouped_x.as<std::byte>();

@@ -58,6 +58,7 @@ class __attribute__((visibility("hidden"))) Buffer::Impl {  // a member of an ex
  private:
   struct AnyDispatchJob;
   struct DispatchJob;
+  struct AnyCombineJob;
   struct CombineJob;
   struct InternodeDispatchJob;
   struct InternodeCombineJob;
@@ -151,21 +152,33 @@ class __attribute__((visibility("hidden"))) Buffer::Impl {  // a member of an ex
   void make_notify(DispatchJob& job);
   /// What the result has of counts; waits for them if they are not known.
   void find_counts(const std::shared_ptr<DispatchJob>& job);
-  void wait_counts(const std::shared_ptr<DispatchJob>& job, Backend::Part part);
+  /// Submits `find`, which ends when the counts are known, and puts them into the result.
+  void wait_counts(AnyDispatchJob& job, Backend::Part part, std::function<void()> find);
+  PreparedDispatch intranode_prepare(const DispatchArgs& args);
+  PreparedDispatch internode_prepare(const DispatchArgs& args);
+  /// Whose counts have been waited for; without the handle.
+  PreparedDispatch take_prepared(AnyDispatchJob& job, const protocol::CallRecord& record);
   void place_results(AnyDispatchJob& job, DispatchStep& dispatch, std::int64_t rows);
-  void allocate_groups(DispatchJob& job, std::int64_t rows);
-  static void set_arrays(DispatchJob& job);
-  std::int64_t choose_grouped_rows(const DispatchJob& job) const;
+  /// Of `rows` received rows at most, `num_received_rows` of them by the device's word.
+  void allocate_groups(AnyDispatchJob& job, const DispatchStep& dispatch, std::int64_t rows,
+                       const std::int32_t* num_received_rows);
+  static void set_arrays(AnyDispatchJob& job, const DispatchStep& dispatch);
+  std::int64_t choose_grouped_rows(const AnyDispatchJob& job) const;
   void place_handle(DispatchJob& job, std::int64_t rows);
   void notify(DispatchJob& job);
   void place_sums(const CombineArgs& args, CombineStep& step, CombineResult& result);
-  void reduce_first(CombineJob& job);
-  std::shared_ptr<InternodeDispatchJob> make_internode_dispatch(const DispatchArgs& args);
+  void reduce_first(AnyCombineJob& job, CombineStep& params, const std::int32_t* num_received_rows);
+  std::shared_ptr<InternodeDispatchJob> make_internode_dispatch(const char* operation,
+                                                                const DispatchArgs& args);
   void make_internode_notify(InternodeDispatchJob& job);
   void place_internode_handle(InternodeDispatchJob& job, std::int64_t rows, std::int64_t records);
   void internode_notify(InternodeDispatchJob& job);
-  /// Waits for the counts of a dispatch without a handle.
-  void find_internode_counts(const std::shared_ptr<InternodeDispatchJob>& job);
+  /// Rows that come and records to pass on, if they are known or can be waited for.
+  struct InternodeCounts {
+    std::int64_t rows;
+    std::int64_t records;
+  };
+  InternodeCounts find_internode_counts(const std::shared_ptr<InternodeDispatchJob>& job);
 
   int ranks_on_host_ = 1;
   bool one_process_ = false;

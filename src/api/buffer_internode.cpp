@@ -5,12 +5,6 @@
 
 namespace deep_ep {
 
-struct Buffer::Impl::InternodeCombineJob {
-  CombineArgs args;
-  internode::CombineParams params;
-  CombineResult result;
-};
-
 namespace {
 
 /// The handle's tensors as the steps take them; those that are not there yet are null.
@@ -35,32 +29,35 @@ internode::Routing routing_of(const InternodeHandle& handle) {
 }  // namespace
 
 std::shared_ptr<Buffer::Impl::InternodeDispatchJob> Buffer::Impl::make_internode_dispatch(
-    const DispatchArgs& given) {
+    const char* operation, const DispatchArgs& given) {
   auto job = std::make_shared<InternodeDispatchJob>();
   job->args = given;
   const DispatchArgs& args = job->args;
-  if (args.num_experts != 0) {
+  if (args.num_experts != 0 && !args.prepared) {
     validate_num_experts(args);
     job->layout = allocate_layout(args.topk_idx, args.num_experts, args.options, job->args.layout);
   }
   const DispatchShape shape = validate_internode_dispatch(args, topology_, options_.device);
   internode::DispatchParams& dispatch = job->dispatch;
-  dispatch.call = make_call("internode_dispatch", args.config);
+  dispatch.call = make_call(operation, args.config);
   dispatch.call.record = shape.record;
   job->number = log_.begin(dispatch.call.operation, epoch_, shape.record);
-  dispatch.cached = args.internode_handle.has_value();
+  dispatch.cached = args.internode_handle || args.prepared;
+  dispatch.fill_handle = !args.internode_handle;
   dispatch.format = shape.format;
   dispatch.source = {args.x.as<const std::byte>(), args.x_scales, args.topk_idx,
                      args.topk_weights.as<const float>()};
   dispatch.wait_stats = args.dispatch_wait_recv_cost_stats.as<std::int64_t>();
   dispatch.chunk_rows = args.config.num_max_rdma_chunked_send_tokens;
   dispatch.window_rows = args.config.num_max_rdma_chunked_recv_tokens;
-  if (dispatch.cached) {
-    dispatch.routing = routing_of(*args.internode_handle);
-    dispatch.num_channels = dispatch.routing.num_channels;
-  } else {
+  if (!dispatch.cached) {
     make_internode_notify(*job);
+    return job;
   }
+  if (args.prepared) job->result.internode_handle = args.prepared->internode_handle;
+  dispatch.routing =
+      routing_of(args.prepared ? args.prepared->internode_handle : *args.internode_handle);
+  dispatch.num_channels = dispatch.routing.num_channels;
   return job;
 }
 
@@ -74,19 +71,17 @@ void Buffer::Impl::make_internode_notify(InternodeDispatchJob& job) {
   const auto int32 = [&](std::initializer_list<std::int64_t> shape) {
     return TensorView(nullptr, DType::kInt32, shape, options_.device);
   };
-  const std::vector<Tensor> made = allocate(
-      {int32({nodes, channels}), int32({ranks, channels}), int32({nodes, channels}), int32({nodes}),
-       int32({ranks, channels}), int32({ranks}), int32({record.num_tokens, nodes})},
-      args.options);
+  const std::vector<Tensor> made =
+      allocate({int32({nodes, channels}), int32({ranks, channels}), int32({nodes}), int32({ranks}),
+                int32({record.num_tokens, nodes})},
+               args.options);
   InternodeHandle& handle = job.result.internode_handle;
   handle.is_token_in_rank = args.layout.is_token_in_rank;
   handle.rdma_channel_prefix_matrix = made[0];
   handle.gbl_channel_prefix_matrix = made[1];
-  handle.recv_rdma_channel_prefix_matrix = made[2];
-  handle.recv_rdma_rank_prefix_sum = made[3];
-  handle.recv_gbl_channel_prefix_matrix = made[4];
-  handle.recv_gbl_rank_prefix_sum = made[5];
-  handle.send_rdma_head = made[6];
+  handle.recv_rdma_rank_prefix_sum = made[2];
+  handle.recv_gbl_rank_prefix_sum = made[3];
+  handle.send_rdma_head = made[4];
   job.tokens_per_expert.resize(record.num_experts / ranks);
 
   internode::NotifyDispatchParams& notify = job.notify;
@@ -105,18 +100,24 @@ void Buffer::Impl::make_internode_notify(InternodeDispatchJob& job) {
   job.dispatch.num_channels = channels;
 }
 
+/// What of the handle comes with the rows.
 void Buffer::Impl::place_internode_handle(InternodeDispatchJob& job, std::int64_t rows,
                                           std::int64_t records) {
-  const std::vector<Tensor> made =
-      allocate({{nullptr,
-                 DType::kUint8,
-                 {rows, static_cast<std::int64_t>(internode::get_source_meta_bytes())},
-                 options_.device},
-                {nullptr, DType::kInt32, {records, topology_.ranks_per_node}, options_.device}},
-               job.args.options);
+  const std::int64_t channels = job.dispatch.num_channels;
+  const std::int64_t meta_bytes = internode::get_source_meta_bytes();
+  const auto view = [&](DType dtype, std::int64_t length, std::int64_t columns) {
+    return TensorView(nullptr, dtype, {length, columns}, options_.device);
+  };
+  const std::vector<Tensor> made = allocate({view(DType::kUint8, rows, meta_bytes),
+                                             view(DType::kInt32, records, topology_.ranks_per_node),
+                                             view(DType::kInt32, topology_.num_nodes(), channels),
+                                             view(DType::kInt32, topology_.num_ranks, channels)},
+                                            job.args.options);
   InternodeHandle& handle = job.result.internode_handle;
   handle.recv_src_meta = made[0];
   handle.send_nvl_head = made[1];
+  handle.recv_rdma_channel_prefix_matrix = made[2];
+  handle.recv_gbl_channel_prefix_matrix = made[3];
   job.dispatch.routing = routing_of(handle);
 }
 
@@ -125,16 +126,36 @@ void Buffer::Impl::internode_notify(InternodeDispatchJob& job) {
   internode::notify_dispatch(*backend_, job.notify);
 }
 
-void Buffer::Impl::find_internode_counts(const std::shared_ptr<InternodeDispatchJob>& job) {
-  CallOptions now = job->args.options;
-  now.async_finish = false;
-  backend_->submit(now, stage(job->number, false, [this, job] { internode_notify(*job); }),
-                   Backend::Part::kBegin);
-  job->result.num_recv_tokens = job->num_recv_rows;
-  for (const std::int64_t count : job->tokens_per_expert) {
-    job->result.num_recv_tokens_per_expert_list.push_back(
-        plan::aligned_expert_count(count, job->args.expert_alignment));
+Buffer::Impl::InternodeCounts Buffer::Impl::find_internode_counts(
+    const std::shared_ptr<InternodeDispatchJob>& job) {
+  const DispatchArgs& args = job->args;
+  DispatchResult& result = job->result;
+  if (args.internode_handle) {
+    result.num_recv_tokens = args.internode_handle->recv_src_meta.shape[0];
+    return {result.num_recv_tokens, args.internode_handle->send_nvl_head.shape[0]};
   }
+  if (args.prepared) {
+    result.num_recv_tokens = args.prepared->num_recv_tokens;
+    result.num_recv_tokens_per_expert_list = args.prepared->num_recv_tokens_per_expert_list;
+    return {result.num_recv_tokens, args.prepared->num_rdma_recv_tokens};
+  }
+  if (args.num_worst_tokens > 0) {
+    result.num_recv_tokens = -1;
+    return {args.num_worst_tokens, args.num_worst_tokens};
+  }
+  wait_counts(*job, Backend::Part::kBegin, [this, job] { internode_notify(*job); });
+  return {result.num_recv_tokens, job->num_recv_records};
+}
+
+PreparedDispatch Buffer::Impl::internode_prepare(const DispatchArgs& args) {
+  const std::shared_ptr<InternodeDispatchJob> job =
+      make_internode_dispatch("prepare_dispatch", args);
+  job->notify.call.record.kind = protocol::OpKind::kPrepareDispatch;
+  wait_counts(*job, Backend::Part::kWhole, [this, job] { internode_notify(*job); });
+  PreparedDispatch prepared = take_prepared(*job, job->notify.call.record);
+  prepared.internode_handle = job->result.internode_handle;
+  prepared.num_rdma_recv_tokens = job->num_recv_records;
+  return prepared;
 }
 
 DispatchResult Buffer::Impl::internode_dispatch(const DispatchArgs& args) {
@@ -144,22 +165,18 @@ DispatchResult Buffer::Impl::internode_dispatch(const DispatchArgs& args) {
                 "intranode_dispatch");
   }
   return collective("internode_dispatch", [&] {
-    const std::shared_ptr<InternodeDispatchJob> job = make_internode_dispatch(args);
+    const std::shared_ptr<InternodeDispatchJob> job =
+        make_internode_dispatch("internode_dispatch", args);
     DispatchResult& result = job->result;
+    const auto [rows, records] = find_internode_counts(job);
     const bool counts_come_late = !job->dispatch.cached && args.num_worst_tokens > 0;
-    std::int64_t rows = args.num_worst_tokens;
-    std::int64_t records = args.num_worst_tokens;
-    if (counts_come_late) {
-      result.num_recv_tokens = -1;
-    } else if (job->dispatch.cached) {
-      rows = result.num_recv_tokens = args.internode_handle->recv_src_meta.shape[0];
-    } else {
-      find_internode_counts(job);
-      rows = result.num_recv_tokens;
-      records = job->num_recv_records;
-    }
     place_results(*job, job->dispatch, rows);
-    if (!job->dispatch.cached) place_internode_handle(*job, rows, records);
+    if (!args.internode_handle) place_internode_handle(*job, rows, records);
+    if (args.group_rows) {
+      const InternodeHandle& handle =
+          args.internode_handle ? *args.internode_handle : result.internode_handle;
+      allocate_groups(*job, job->dispatch, rows, num_received_rows(handle));
+    }
     const bool counted = !job->dispatch.cached && !counts_come_late;
     result.event = backend_->submit(
         args.options,
@@ -167,6 +184,7 @@ DispatchResult Buffer::Impl::internode_dispatch(const DispatchArgs& args) {
               [this, job, counts_come_late] {
                 if (counts_come_late) internode_notify(*job);
                 internode::dispatch(*backend_, job->dispatch);
+                if (job->args.group_rows) intranode::group_rows(*backend_, job->group);
               }),
         counted && !options_.allocator ? Backend::Part::kEnd : Backend::Part::kWhole);
     return result;
@@ -191,7 +209,10 @@ CombineResult Buffer::Impl::internode_combine(const CombineArgs& args) {
     params.chunk_rows = args.config.num_max_rdma_chunked_send_tokens;
     params.window_rows = args.config.num_max_rdma_chunked_recv_tokens;
     params.nvl_window_rows = args.config.num_max_nvl_chunked_recv_tokens;
+    if (args.groups) reduce_first(*job, params, num_received_rows(args.internode_handle));
     job->result.event = backend_->submit(args.options, stage(number, true, [this, job] {
+                                           if (job->args.groups)
+                                             intranode::reduce_rows(*backend_, job->reduce);
                                            internode::cached_notify(*backend_, job->params);
                                            internode::combine(*backend_, job->params);
                                          }));

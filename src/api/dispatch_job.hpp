@@ -18,13 +18,13 @@ struct Buffer::Impl::AnyDispatchJob {
   std::int64_t num_recv_rows = 0;
   std::vector<std::int64_t> tokens_per_expert;  // received, of the local experts
   Backend::Results block;
+  intranode::GroupParams group;  // with group_rows
   DispatchResult result;
 };
 
 struct Buffer::Impl::DispatchJob : AnyDispatchJob {
   intranode::NotifyDispatchParams notify;
   intranode::DispatchParams dispatch;
-  intranode::GroupParams group;
 };
 
 struct Buffer::Impl::InternodeDispatchJob : AnyDispatchJob {
@@ -32,6 +32,32 @@ struct Buffer::Impl::InternodeDispatchJob : AnyDispatchJob {
   internode::DispatchParams dispatch;
   std::int64_t num_recv_records = 0;
 };
+
+/// One combine likewise.
+struct Buffer::Impl::AnyCombineJob {
+  CombineArgs args;
+  intranode::ReduceParams reduce;  // if the rows are grouped
+  Backend::Results reduced;
+  CombineResult result;
+};
+
+struct Buffer::Impl::CombineJob : AnyCombineJob {
+  intranode::CombineParams params;
+};
+
+struct Buffer::Impl::InternodeCombineJob : AnyCombineJob {
+  internode::CombineParams params;
+};
+
+/// How many rows came, by a handle: a number of the device.
+inline const std::int32_t* num_received_rows(const IntranodeHandle& handle, int rank) {
+  const std::int64_t ranks = handle.rank_prefix_matrix.shape[0];
+  return handle.rank_prefix_matrix.as<const std::int32_t>() + (ranks - 1) * ranks + rank;
+}
+inline const std::int32_t* num_received_rows(const InternodeHandle& handle) {
+  const Tensor& sums = handle.recv_gbl_rank_prefix_sum;
+  return sums.as<const std::int32_t>() + sums.shape[0] - 1;
+}
 
 /// Channels of the handle of a dispatch.
 int num_channels(const Config& config);

@@ -22,20 +22,6 @@ void expect_handle(const IntranodeHandle& handle, int num_ranks, Device device) 
   expect(handle.recv_src_idx, {"handle.recv_src_idx", device, {DType::kInt32}, {-1}});
 }
 
-void expect_groups(const RowGroups& groups, const IntranodeHandle& handle, Device device) {
-  const std::int64_t rows = handle.recv_src_idx.shape[0];
-  expect(groups.group_offsets, {"groups.group_offsets", device, {DType::kInt32}, {-1}});
-  require(groups.group_offsets.shape[0] >= 2,
-          "groups.group_offsets is {}, it needs an element for each local expert and one more",
-          groups.group_offsets);
-  expect(groups.grouped_rows, {"groups.grouped_rows", device, {DType::kInt32}, {rows, -1}});
-  expect(groups.recv_rows, {"groups.recv_rows", device, {DType::kInt32}, {-1}});
-  if (groups.weights.defined()) {
-    expect(groups.weights,
-           {"groups.weights", device, {DType::kFloat32}, {groups.recv_rows.shape[0]}});
-  }
-}
-
 void expect_tokens(const IntranodeHandle& handle, const TensorView& x) {
   require(handle.is_token_in_rank.shape[0] == x.shape[0],
           "x is {}, but the handle is of a dispatch of {} tokens", x,
@@ -53,29 +39,6 @@ void add_scales(const TensorView& scales, std::int64_t num_tokens, Device device
   shape.record.scale_dtype = static_cast<std::int32_t>(scales.dtype);
   shape.record.num_scales = static_cast<std::int32_t>(scales.shape[1]);
   shape.format.scale_bytes = scales.shape[1] * static_cast<std::int64_t>(size_of(scales.dtype));
-}
-
-void add_topk(const DispatchArgs& args, Device device, DispatchShape& shape);
-
-/// Of a dispatch with counts that were found before.
-void add_prepared(const DispatchArgs& args, int num_ranks, Device device, DispatchShape& shape) {
-  const PreparedDispatch& prepared = *args.prepared;
-  require(!args.handle, "prepared and handle are both given, only one of them is allowed");
-  require(args.num_worst_tokens == 0,
-          "num_worst_tokens is {}, it must be 0 together with prepared, whose rows are known",
-          args.num_worst_tokens);
-  expect_sends(prepared.handle, num_ranks, device);
-  expect(prepared.handle.channel_prefix_matrix,
-         {"handle.channel_prefix_matrix", device, {DType::kInt32}, {num_ranks, -1}});
-  require(prepared.num_recv_tokens >= 0 && prepared.num_recv_tokens <= INT32_MAX,
-          "prepared.num_recv_tokens is {}, must be in [0, 2^31)", prepared.num_recv_tokens);
-  require(prepared.num_experts >= 0 && prepared.num_experts % num_ranks == 0,
-          "prepared.num_experts is {}, must be a multiple of the {} ranks", prepared.num_experts,
-          num_ranks);
-  require(prepared.expert_alignment >= 1, "prepared.expert_alignment is {}, must be at least 1",
-          prepared.expert_alignment);
-  shape.record.num_experts = prepared.num_experts;
-  add_topk(args, device, shape);
 }
 
 void add_topk(const DispatchArgs& args, Device device, DispatchShape& shape) {
@@ -99,7 +62,41 @@ void add_topk(const DispatchArgs& args, Device device, DispatchShape& shape) {
   shape.format.topk_weights_bytes = topk * 4;
 }
 
-void validate_groups(const DispatchArgs& args, Device device) {
+}  // namespace
+
+void add_prepared(const DispatchArgs& args, bool given, const char* handle, int num_ranks,
+                  Device device, DispatchShape& shape) {
+  const PreparedDispatch& prepared = *args.prepared;
+  require(!given, "prepared and {} are both given, only one of them is allowed", handle);
+  require(args.num_worst_tokens == 0,
+          "num_worst_tokens is {}, it must be 0 together with prepared, whose rows are known",
+          args.num_worst_tokens);
+  require(prepared.num_recv_tokens >= 0 && prepared.num_recv_tokens <= INT32_MAX,
+          "prepared.num_recv_tokens is {}, must be in [0, 2^31)", prepared.num_recv_tokens);
+  require(prepared.num_experts >= 0 && prepared.num_experts % num_ranks == 0,
+          "prepared.num_experts is {}, must be a multiple of the {} ranks", prepared.num_experts,
+          num_ranks);
+  require(prepared.expert_alignment >= 1, "prepared.expert_alignment is {}, must be at least 1",
+          prepared.expert_alignment);
+  shape.record.num_experts = prepared.num_experts;
+  add_topk(args, device, shape);
+}
+
+void expect_groups(const RowGroups& groups, std::int64_t rows, Device device) {
+  expect(groups.group_offsets, {"groups.group_offsets", device, {DType::kInt32}, {-1}});
+  require(groups.group_offsets.shape[0] >= 2,
+          "groups.group_offsets is {}, it needs an element for each local expert and one more",
+          groups.group_offsets);
+  expect(groups.grouped_rows, {"groups.grouped_rows", device, {DType::kInt32}, {rows, -1}});
+  expect(groups.recv_rows, {"groups.recv_rows", device, {DType::kInt32}, {-1}});
+  if (groups.weights.defined()) {
+    expect(groups.weights,
+           {"groups.weights", device, {DType::kFloat32}, {groups.recv_rows.shape[0]}});
+  }
+}
+
+void validate_groups(const DispatchArgs& args, std::int64_t handle_rows, Device device) {
+  const bool cached = handle_rows >= 0;
   const auto without = [](bool given, const char* name) {
     require(!given, "{} is given without group_rows", name);
   };
@@ -107,14 +104,12 @@ void validate_groups(const DispatchArgs& args, Device device) {
   without(!args.group_rows && args.grouped_x.defined(), "grouped_x");
   without(!args.group_rows && args.grouped_x_scales.defined(), "grouped_x_scales");
   if (!args.group_rows) return;
-  require(!args.groups || args.handle, "groups is given without handle");
-  require(args.groups || !args.handle,
+  require(!args.groups || cached, "groups is given without handle");
+  require(args.groups || !cached,
           "group_rows is true and handle is given, which needs groups, those of its dispatch");
   require(args.groups || args.topk_idx.defined(), "group_rows is true, which needs topk_idx");
-  if (args.groups) expect_groups(*args.groups, *args.handle, device);
+  if (args.groups) expect_groups(*args.groups, handle_rows, device);
 }
-
-}  // namespace
 
 void refuse_with_handle(const DispatchArgs& args, const char* handle) {
   const auto refuse = [handle](const TensorView& tensor, const char* name) {
@@ -223,8 +218,12 @@ DispatchShape validate_dispatch(const DispatchArgs& args, int num_ranks, Device 
                                     : protocol::OpKind::kDispatch;
   require(!args.internode_handle, "internode_handle is given, but all ranks are of one node");
   if (args.prepared) {
-    add_prepared(args, num_ranks, device, shape);
-    expect_tokens(args.prepared->handle, args.x);
+    const IntranodeHandle& handle = args.prepared->handle;
+    add_prepared(args, args.handle.has_value(), "handle", num_ranks, device, shape);
+    expect_sends(handle, num_ranks, device);
+    expect(handle.channel_prefix_matrix,
+           {"handle.channel_prefix_matrix", device, {DType::kInt32}, {num_ranks, -1}});
+    expect_tokens(handle, args.x);
   } else if (args.handle) {
     refuse_with_handle(args, "handle");
     expect_handle(*args.handle, num_ranks, device);
@@ -232,12 +231,13 @@ DispatchShape validate_dispatch(const DispatchArgs& args, int num_ranks, Device 
   } else {
     add_routing(args, num_ranks, device, shape);
   }
-  validate_groups(args, device);
+  validate_groups(args, args.handle ? args.handle->recv_src_idx.shape[0] : -1, device);
   return shape;
 }
 
 void validate_prepare(const DispatchArgs& args) {
-  require(!args.handle, "handle is given, prepare_dispatch is for a dispatch without one");
+  require(!args.handle && !args.internode_handle,
+          "handle is given, prepare_dispatch is for a dispatch without one");
   require(!args.prepared, "prepared is given, prepare_dispatch is what gives it");
   require(args.num_worst_tokens == 0,
           "num_worst_tokens is {}, it must be 0: prepare_dispatch waits for the counts",
@@ -261,15 +261,17 @@ protocol::CallRecord validate_combine(const CombineArgs& args, int num_ranks, De
   expect_rows(args.x,
               {"x", device, {DType::kBfloat16, DType::kFloat16, DType::kFloat32}, {-1, -1}});
   expect_handle(args.handle, num_ranks, device);
-  std::int64_t rows = args.x.shape[0];
-  if (args.groups) {
-    expect_groups(*args.groups, args.handle, device);
-    require(rows >= args.groups->recv_rows.shape[0],
-            "x is {}, but groups.recv_rows has {} grouped rows", args.x,
-            args.groups->recv_rows.shape[0]);
-    rows = args.handle.recv_src_idx.shape[0];
-  }
+  const std::int64_t rows = validate_summands(args, args.handle.recv_src_idx.shape[0], device);
   return validate_sums(args, args.handle.is_token_in_rank.shape[0], rows, num_ranks, device);
+}
+
+std::int64_t validate_summands(const CombineArgs& args, std::int64_t handle_rows, Device device) {
+  if (!args.groups) return args.x.shape[0];
+  expect_groups(*args.groups, handle_rows, device);
+  const std::int64_t grouped = args.groups->recv_rows.shape[0];
+  require(args.x.shape[0] >= grouped, "x is {}, but groups.recv_rows has {} grouped rows", args.x,
+          grouped);
+  return handle_rows;
 }
 
 protocol::CallRecord validate_sums(const CombineArgs& args, std::int64_t tokens, std::int64_t rows,

@@ -44,6 +44,17 @@ DispatchShape validate_payload(const DispatchArgs& args, int num_ranks, Device d
 void add_routing(const DispatchArgs& args, int num_ranks, Device device, DispatchShape& shape);
 /// What must not be given together with `handle`, the argument of that name.
 void refuse_with_handle(const DispatchArgs& args, const char* handle);
+/// Of a dispatch with counts that were found before: all but their handle. `given` says whether
+/// `handle`, the argument of that name, is given too.
+void add_prepared(const DispatchArgs& args, bool given, const char* handle, int num_ranks,
+                  Device device, DispatchShape& shape);
+/// What a dispatch with group_rows must be given; `handle_rows`: received rows of the handle, -1
+/// without one.
+void validate_groups(const DispatchArgs& args, std::int64_t handle_rows, Device device);
+/// Groups of `rows` received rows.
+void expect_groups(const RowGroups& groups, std::int64_t rows, Device device);
+/// Rows of topk_weights in a combine whose handle has `handle_rows` received ones.
+std::int64_t validate_summands(const CombineArgs& args, std::int64_t handle_rows, Device device);
 /// All of a combine but its handle, of `tokens` tokens and, if topk_weights is given, `rows` rows.
 protocol::CallRecord validate_sums(const CombineArgs& args, std::int64_t tokens, std::int64_t rows,
                                    int num_ranks, Device device);

@@ -124,7 +124,7 @@ struct DispatchParams : DispatchStep {
 struct GroupParams {
   Call call;
   plan::GroupShape shape;
-  const std::int32_t* rank_prefix_matrix = nullptr;  // [R, R]
+  const std::int32_t* num_received_rows = nullptr;  // one number: the handle's
   bool known = false;        // the groups are the caller's, else they are found here
   TensorView recv_topk_idx;  // [rows, K], unless known
   const float* recv_topk_weights = nullptr;  // [rows, K] or null
@@ -144,9 +144,9 @@ struct ReduceParams {
   std::int64_t hidden = 0;
   const std::byte* x = nullptr;  // [num_grouped_rows, H]
   std::int64_t num_grouped_rows = 0;
-  const float* weights = nullptr;                    // [num_grouped_rows] or null
-  const std::int32_t* rank_prefix_matrix = nullptr;  // [R, R]
-  const std::int32_t* grouped_rows = nullptr;        // [num_rows, K]
+  const float* weights = nullptr;                   // [num_grouped_rows] or null
+  const std::int32_t* num_received_rows = nullptr;  // one number: the handle's
+  const std::int32_t* grouped_rows = nullptr;       // [num_rows, K]
   std::int64_t num_rows = 0;
   std::int64_t num_topk = 0;
   std::byte* reduced = nullptr;  // out [num_rows, H]
@@ -196,10 +196,11 @@ struct NotifyDispatchParams {
   std::int64_t* recv_tokens_per_expert = nullptr;  // [L]; untouched without counts
 };
 
-/// A dispatch without a handle fills what of one comes with the rows: recv_src_meta, send_nvl_head,
-/// recv_rdma_channel_prefix_matrix, recv_gbl_channel_prefix_matrix.
 struct DispatchParams : DispatchStep {
   Routing routing;
+  /// What of the handle comes with the rows is to be filled: recv_src_meta, send_nvl_head,
+  /// recv_rdma_channel_prefix_matrix, recv_gbl_channel_prefix_matrix. Else it is compared.
+  bool fill_handle = false;
   int chunk_rows = 1;   // records put before the receiver is told
   int window_rows = 1;  // records in flight to a rail peer at most, in a lane
 };

@@ -45,24 +45,36 @@ constexpr auto kVariables = std::to_array<Variable>({
     {"WORLD_SIZE", "", "Number of ranks (torchrun)."},
     {"OMPI_COMM_WORLD_RANK", "", "Rank of this process (Open MPI), if RANK is not set."},
     {"OMPI_COMM_WORLD_SIZE", "", "Number of ranks (Open MPI)."},
+    {"OMPI_COMM_WORLD_LOCAL_SIZE", "",
+     "Ranks of this machine (Open MPI): with fewer than all, MASTER_ADDR must be set."},
     {"PMIX_RANK", "",
      "Rank of this process (PMIx), if none of the above is set; needs WORLD_SIZE or SLURM_NTASKS."},
     {"SLURM_PROCID", "", "Rank of this process (Slurm), if none of the above is set."},
     {"SLURM_NTASKS", "", "Number of ranks (Slurm)."},
+    {"SLURM_STEP_NUM_NODES", "",
+     "Machines of the ranks (Slurm): with more than one, MASTER_ADDR must be set."},
     {"MASTER_ADDR", "127.0.0.1", "Address at which rank 0 listens for the others."},
     {"MASTER_PORT", "29477", "Port at which rank 0 listens for the others."},
     {"TORCHELASTIC_USE_AGENT_STORE", "",
      "Set to True by torchrun when its agent holds MASTER_PORT."},
 });
 
-/// The value of a variable of the list; an empty one counts as not set.
-std::string text(std::string_view name) {
-  for (const Variable& variable : kVariables) {
-    if (name != variable.name) continue;
-    const char* value = value_of(variable);
-    return value != nullptr && *value != '\0' ? value : variable.default_value;
-  }
+const Variable& find(std::string_view name) {
+  for (const Variable& variable : kVariables)
+    if (name == variable.name) return variable;
   throw Error(ErrorCode::kUsage, fmt::format("{} is not in the list of variables", name));
+}
+
+/// An empty variable counts as not set.
+bool is_set(std::string_view name) {
+  const char* value = value_of(find(name));
+  return value != nullptr && *value != '\0';
+}
+
+/// The value of a variable of the list.
+std::string text(std::string_view name) {
+  const Variable& variable = find(name);
+  return is_set(name) ? value_of(variable) : variable.default_value;
 }
 
 std::int64_t integer(std::string_view name, std::int64_t min, std::int64_t max) {
@@ -78,15 +90,33 @@ std::int64_t integer(std::string_view name, std::int64_t min, std::int64_t max) 
 constexpr int kMaxInt = std::numeric_limits<int>::max();
 
 int port() {
-  if (!text("DEEP_EP_RENDEZVOUS_PORT").empty())
+  if (is_set("DEEP_EP_RENDEZVOUS_PORT"))
     return static_cast<int>(integer("DEEP_EP_RENDEZVOUS_PORT", 1, 65535));
   const int port = static_cast<int>(integer("MASTER_PORT", 1, 65535));
   if (text("TORCHELASTIC_USE_AGENT_STORE") != "True") return port;
   return port < 65535 ? port + 1 : port - 1;
 }
 
+/// From another machine nobody can guess where rank 0 listens, and ranks would wait for it in vain.
+void require_address(bool several_machines, std::string_view told_by) {
+  require(!several_machines || is_set("MASTER_ADDR"),
+          "{} is {}, so the ranks are on several machines: MASTER_ADDR must be set, to an address "
+          "of rank 0's",
+          told_by, text(told_by));
+}
+
+bool has_ranks_elsewhere(const Launch& launch) {
+  constexpr const char* kLocal = "OMPI_COMM_WORLD_LOCAL_SIZE";
+  return is_set(kLocal) && integer(kLocal, 1, kMaxInt) < launch.size;
+}
+
+bool has_several_machines() {
+  constexpr const char* kMachines = "SLURM_STEP_NUM_NODES";
+  return is_set(kMachines) && integer(kMachines, 1, kMaxInt) > 1;
+}
+
 Launch launch_from(std::string_view rank_name, std::string_view size_name) {
-  require(!text(size_name).empty(), "{} is set ('{}'), so {} must be set as well", rank_name,
+  require(is_set(size_name), "{} is set ('{}'), so {} must be set as well", rank_name,
           text(rank_name), size_name);
   Launch launch;
   launch.size = static_cast<int>(integer(size_name, 1, kMaxInt));
@@ -146,14 +176,18 @@ std::string dump_directory() { return text("DEEP_EP_DUMP_DIR"); }
 std::string rendezvous_secret() { return text("DEEP_EP_RENDEZVOUS_SECRET"); }
 
 std::optional<Launch> launch() {
-  if (!text("RANK").empty()) return launch_from("RANK", "WORLD_SIZE");
-  if (!text("OMPI_COMM_WORLD_RANK").empty())
-    return launch_from("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE");
+  if (is_set("RANK")) return launch_from("RANK", "WORLD_SIZE");
+  if (is_set("OMPI_COMM_WORLD_RANK")) {
+    const Launch launch = launch_from("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE");
+    require_address(has_ranks_elsewhere(launch), "OMPI_COMM_WORLD_LOCAL_SIZE");
+    return launch;
+  }
+  if (!is_set("PMIX_RANK") && !is_set("SLURM_PROCID")) return std::nullopt;
+  require_address(has_several_machines(), "SLURM_STEP_NUM_NODES");
   // PMIx tells the size only to its clients, not in the environment.
-  if (!text("PMIX_RANK").empty())
-    return launch_from("PMIX_RANK", text("WORLD_SIZE").empty() ? "SLURM_NTASKS" : "WORLD_SIZE");
-  if (!text("SLURM_PROCID").empty()) return launch_from("SLURM_PROCID", "SLURM_NTASKS");
-  return std::nullopt;
+  if (is_set("PMIX_RANK"))
+    return launch_from("PMIX_RANK", is_set("WORLD_SIZE") ? "WORLD_SIZE" : "SLURM_NTASKS");
+  return launch_from("SLURM_PROCID", "SLURM_NTASKS");
 }
 
 }  // namespace deep_ep::env

@@ -7,7 +7,10 @@
 /// High throughput over several nodes. A Buffer call is one of:
 ///   dispatch                notify_dispatch -> dispatch
 ///   dispatch with a handle  dispatch
+///   dispatch, prepared      prepare_dispatch: notify_dispatch; dispatch: dispatch
 ///   combine                 cached_notify -> combine
+/// With groups a dispatch ends with intranode::group_rows, and a combine begins with
+/// intranode::reduce_rows, which are local.
 /// A Buffer of several nodes: get_unique_id at its construction, init -> alloc when the ranks of
 /// each node have mapped each other's memory, free -> finalize at its end. While all ranks are of
 /// one node, init and finalize do nothing.

@@ -99,6 +99,21 @@ TEST(InternodeCallChain, CallsTakeTheStepsOfTheirMode) {
     EXPECT_THAT(steps_of([&] { buffer.dispatch(own); }),
                 ElementsAre("Buffer::internode_dispatch", "internode::get_dispatch_layout",
                             "internode::notify_dispatch", "internode::dispatch"));
+    DispatchArgs grouped = args;
+    EXPECT_THAT(steps_of([&] { grouped.prepared = buffer.prepare_dispatch(args); }),
+                ElementsAre("Buffer::prepare_dispatch", "internode::notify_dispatch"));
+    grouped.group_rows = true;
+    DispatchResult by_expert;
+    EXPECT_THAT(
+        steps_of([&] { by_expert = buffer.dispatch(grouped); }),
+        ElementsAre("Buffer::internode_dispatch", "internode::dispatch", "intranode::group_rows"));
+    EXPECT_THAT(steps_of([&] {
+                  buffer.combine({.x = by_expert.grouped_x,
+                                  .groups = by_expert.groups,
+                                  .internode_handle = by_expert.internode_handle});
+                }),
+                ElementsAre("Buffer::internode_combine", "intranode::reduce_rows",
+                            "internode::cached_notify", "internode::combine"));
     CombineArgs back{.x = dispatched.recv_x, .internode_handle = dispatched.internode_handle};
     const Steps combine{"Buffer::internode_combine", "internode::cached_notify",
                         "internode::combine"};
@@ -143,8 +158,7 @@ TEST(InternodeCallChain, CallsForOneNodeAreRefusedAndTouchNobody) {
     const Inputs inputs;
     const DispatchArgs args = inputs.args(buffer);
     for (const auto& call : std::vector<std::function<void()>>{
-             [&] { buffer.intranode_dispatch(args); }, [&] { buffer.intranode_combine({}); },
-             [&] { buffer.prepare_dispatch(args); }}) {
+             [&] { buffer.intranode_dispatch(args); }, [&] { buffer.intranode_combine({}); }}) {
       EXPECT_THAT(refusal(call, ErrorCode::kUnsupported),
                   testing::HasSubstr("the 2 ranks are of 2 nodes of 1"));
     }

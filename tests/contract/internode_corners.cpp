@@ -108,6 +108,52 @@ void add_reuse(CornerList& list) {
   list.add("handle_used_with_fewer_sms", {c});
 }
 
+void add_rows(CornerList& list) {
+  using verify::Groups;
+  using verify::Outputs;
+  for (const auto& [outputs, name] :
+       {std::pair{Outputs::kPrivate, "private"}, std::pair{Outputs::kInResults, "in_results"},
+        std::pair{Outputs::kMixed, "mixed"}}) {
+    Case c = small(2, 2);
+    c.outputs = outputs;
+    c.dtype = DType::kFloat8E4m3;
+    c.scales = Scales::kFloat32;
+    c.prepare = true;
+    c.cached_repeats = 3;
+    list.add(fmt::format("prepared_outputs_{}", name), {c});
+  }
+  Case c = large(2, 2);
+  c.experts = 64;
+  c.expert_alignment = 128;
+  c.groups = Groups::kWeighted;
+  c.prepare = true;
+  c.outputs = Outputs::kPrivate;
+  list.add("grouped_deepseek_prepared", {c});
+  c = small(4, 1);
+  c.groups = Groups::kUnweighted;
+  c.topk = 9;
+  c.routing = Routing::kDuplicates;
+  list.add("grouped_duplicates", {c});
+  c = small(2, 2);
+  c.groups = Groups::kWeighted;
+  c.num_worst_tokens = Case::kWorstFits;
+  c.expert_alignment = 16;
+  c.outputs = Outputs::kPrivate;
+  list.add("grouped_worst_case_as_many_as_given", {c});
+  c = small(2, 2);
+  c.groups = Groups::kWeighted;
+  c.tokens = {0, 0, 33, 0};
+  c.routing = Routing::kToRankZero;
+  c.prepare = true;
+  list.add("grouped_empty_ranks", {c});
+  c = small(3, 2);
+  c.groups = Groups::kWeighted;
+  c.async = c.hold_results = c.clone_handle = true;
+  c.cached_repeats = c.combines = 3;
+  c.outputs = Outputs::kMixed;
+  list.add("grouped_async_chain", {c});
+}
+
 /// Neighbouring calls differ in everything, so that what one leaves behind meets the next.
 std::vector<Case> alternating(int nodes, int ranks_per_node) {
   Case wide = small(nodes, ranks_per_node);
@@ -121,11 +167,14 @@ std::vector<Case> alternating(int nodes, int ranks_per_node) {
   scaled.dtype = DType::kFloat8E4m3;
   scaled.scales = Scales::kPackedColumnMajor;
   scaled.tokens = {5};
+  scaled.prepare = true;
+  scaled.groups = verify::Groups::kUnweighted;
   Case empty = small(nodes, ranks_per_node);
   empty.tokens = {0};
   Case worst = small(nodes, ranks_per_node);
   worst.num_worst_tokens = Case::kWorstFits;
   worst.topk_dtype = DType::kInt32;
+  worst.groups = verify::Groups::kWeighted;
   worst.outputs = verify::Outputs::kMixed;
   std::vector<Case> cases;
   for (std::uint64_t round = 0; round < 4; ++round) {
@@ -168,6 +217,7 @@ std::vector<Program> internode_corner_programs(const Limits& limits) {
   add_shapes(list);
   add_routings(list);
   add_reuse(list);
+  add_rows(list);
   add_orders(list);
   return list.take();
 }

@@ -153,9 +153,9 @@ Case case_of(const std::vector<int>& row, std::uint64_t seed, bool several_nodes
   c.topk_dtype = row[kIdFactor] == 0 ? DType::kInt64 : DType::kInt32;
   set_arguments(c, row[kArgumentsFactor]);
   c.outputs = static_cast<verify::Outputs>(row[kOutputsFactor]);
-  if (c.pass_topk && !several_nodes) c.groups = static_cast<verify::Groups>(row[kGroupsFactor]);
+  if (c.pass_topk) c.groups = static_cast<verify::Groups>(row[kGroupsFactor]);
   if (c.groups == verify::Groups::kWeighted && !c.weights) c.groups = verify::Groups::kUnweighted;
-  c.prepare = row[kPrepareFactor] == 1 && c.num_worst_tokens == 0 && !several_nodes;
+  c.prepare = row[kPrepareFactor] == 1 && c.num_worst_tokens == 0;
   c.expert_alignment = kAlignments[static_cast<std::size_t>(row[kAlignmentFactor])];
   c.biases = row[kBiasFactor];
   constexpr std::array kCached{0, 1, 3, 2};

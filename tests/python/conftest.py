@@ -3,7 +3,7 @@ import os
 import pytest
 import torch
 
-from ranks import Ranks
+from ranks import Ranks, why_no_network
 
 
 def _why_no_gpu():
@@ -24,6 +24,14 @@ def _ranks_on(device):
 @pytest.fixture(scope="session")
 def cpu_ranks():
     yield from _ranks_on("cpu")
+
+
+@pytest.fixture
+def node_ranks(cpu_ranks):
+    """Of the host, for tests whose ranks pose as several nodes."""
+    if why := cpu_ranks.run(1, why_no_network)[0]:
+        pytest.skip(why)
+    return cpu_ranks
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,12 @@
 """Ranks for tests: processes that stay, have a gloo group for each number of ranks, and run what
 they are sent."""
 
+import ctypes
 import multiprocessing
 import os
 import socket
 import traceback
+from pathlib import Path
 
 MOST_RANKS = 4
 _TIMEOUT = 120
@@ -44,6 +46,17 @@ def _serve(rank, port, pipe, device):
             pipe.send((True, function(groups[size], *arguments)))
         except BaseException:  # a rank that fails must say so, whatever it was
             pipe.send((False, traceback.format_exc()))
+
+
+def why_no_network(_group):
+    """None where ranks can pose as several nodes. Asked of a rank, which then has UCX loaded."""
+    import deep_ep
+    library = Path(deep_ep.__file__).with_name("libdeep_ep_ucx.so")
+    try:
+        ctypes.CDLL(str(library))
+    except OSError as error:
+        return f"several nodes need UCX: {error}"
+    return None
 
 
 class Ranks:

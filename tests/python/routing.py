@@ -1,6 +1,8 @@
 """Inputs that every rank can make of every rank, and what dispatch must give for them: loops over a
 global view, written from the interface's description; and graphs of calls."""
 
+import os
+
 import torch
 
 DEVICE = "cpu"  # of the inputs; ranks on GPUs set theirs
@@ -46,6 +48,30 @@ def layout_of(one, size):
     return in_rank.sum(0).int().to(DEVICE), per_expert.to(DEVICE), in_rank.to(DEVICE)
 
 
+def over_nodes(group, ranks_per_node, function, *arguments):
+    """function(group, *arguments), with Buffers whose ranks pose as nodes of so many."""
+    os.environ["DEEP_EP_RANKS_PER_NODE"] = str(ranks_per_node)
+    try:
+        return function(group, *arguments)
+    finally:
+        del os.environ["DEEP_EP_RANKS_PER_NODE"]
+
+
+def num_rows_of(handle):
+    """Rows that a handle has room for, as slime reads it."""
+    return (handle[3] if len(handle) == 6 else handle[7]).shape[0]
+
+
+def source_tokens_of(handle):
+    """The token at its source of each received row."""
+    return handle[3] if len(handle) == 6 else handle[7].view(torch.int32)[:, 1]
+
+
+def rows_by_source(handle, rank):
+    """Rows received from ranks 0..i."""
+    return (handle[0][:, rank] if len(handle) == 6 else handle[-4]).tolist()
+
+
 def captured(group, step):
     """A graph of step(), and what it returned."""
     side = torch.cuda.Stream()
@@ -86,7 +112,7 @@ class Expected:
 
     def check(self, recv_x, recv_topk_idx, recv_topk_weights, handle):
         assert recv_x.shape[0] >= self.rows
-        assert handle[3][:self.rows].tolist() == self.src_idx
+        assert source_tokens_of(handle)[:self.rows].tolist() == self.src_idx
         for row in range(self.rows):
             assert same(recv_x[row], self.x[row]), f"row {row}"
             assert same(recv_topk_idx[row], self.topk_idx[row]), f"row {row}"

@@ -34,9 +34,9 @@ def _wrong_types(group):
     with pytest.raises(TypeError):
         buffer.get_dispatch_layout(one.topk_idx, num_experts=8, num_expert=8)
     got = buffer.dispatch(**arguments)
-    with pytest.raises(RuntimeError, match="internode mode"):
+    with pytest.raises(RuntimeError, match="all ranks are of one node, use dispatch"):
         buffer.internode_dispatch(one.x)
-    with pytest.raises(RuntimeError, match="internode mode"):
+    with pytest.raises(RuntimeError, match="all ranks are of one node, use combine"):
         buffer.internode_combine(one.x, got[4])
     buffer.combine(got[0], got[4])
     buffer.destroy()

@@ -36,7 +36,7 @@ void group_rows(Context& context, const deep_ep::intranode::GroupParams& params,
   intranode::GroupArgs args;
   args.comm = context.comm(params.call);
   args.shape = params.shape;
-  args.rank_prefix_matrix = params.rank_prefix_matrix;
+  args.num_received_rows = params.num_received_rows;
   args.recv_topk_idx = ids_of(params.recv_topk_idx);
   args.recv_topk_weights = params.recv_topk_weights;
   args.groups = params.groups;
@@ -62,7 +62,7 @@ void reduce_rows(Context& context, const deep_ep::intranode::ReduceParams& param
   args.x_bytes = params.hidden * static_cast<std::int64_t>(size_of(params.dtype));
   args.num_grouped_rows = params.num_grouped_rows;
   args.weights = params.weights;
-  args.rank_prefix_matrix = params.rank_prefix_matrix;
+  args.num_received_rows = params.num_received_rows;
   args.grouped_rows = params.grouped_rows;
   args.num_rows = params.num_rows;
   args.num_topk = params.num_topk;

@@ -60,6 +60,7 @@ void Landing::find_places() {
               {context_.global_rank(rank), step_.call.epoch, place.ready.seen()}};
         });
     Carver carver(base + place.offset);
+    room_[rank] = place.rows;
     arrays_[rank] = plan::RecvArrays::carve(carver, step_.format, place.rows,
                                             x_base == nullptr ? nullptr : x_base + place.x_offset);
   }

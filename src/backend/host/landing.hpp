@@ -13,7 +13,7 @@ namespace deep_ep::host {
 class Landing {
  public:
   Landing(Context& context, const DispatchStep& step)
-      : context_(context), step_(step), arrays_(context.num_ranks()) {}
+      : context_(context), step_(step), arrays_(context.num_ranks()), room_(context.num_ranks()) {}
 
   /// Tells every rank of the node where this rank's results lie. Nobody reads the block (I6), and
   /// no sender reads the place of an earlier call any more (I4).
@@ -21,6 +21,8 @@ class Landing {
   /// Waits for the places of all.
   void find_places();
   const plan::RecvArrays& of(int rank) const { return arrays_[rank]; }
+  /// Rows that the results of a rank of the node have room for.
+  std::int64_t room(int rank) const { return room_[rank]; }
 
   // Of this rank's own token.
   const std::byte* topk_of(std::int64_t token) const {
@@ -54,6 +56,7 @@ class Landing {
   Context& context_;
   const DispatchStep& step_;
   std::vector<plan::RecvArrays> arrays_;  // by rank
+  std::vector<std::int64_t> room_;        // by rank
 };
 
 }  // namespace deep_ep::host

@@ -132,6 +132,25 @@ TEST_F(Env, OpenMpiPmixAndSlurmAreUnderstood) {
   EXPECT_EQ(env::launch()->size, 3);
 }
 
+TEST_F(Env, RanksOnSeveralMachinesNeedAnAddress) {
+  set("SLURM_PROCID", "5");
+  set("SLURM_NTASKS", "8");
+  set("SLURM_STEP_NUM_NODES", "2");
+  const char* const words = "so the ranks are on several machines: MASTER_ADDR must be set";
+  EXPECT_THAT(refusal([] { env::launch(); }), HasSubstr("SLURM_STEP_NUM_NODES is 2"));
+  set("PMIX_RANK", "5");
+  EXPECT_THAT(refusal([] { env::launch(); }), HasSubstr(words));
+  set("OMPI_COMM_WORLD_RANK", "2");
+  set("OMPI_COMM_WORLD_SIZE", "3");
+  EXPECT_EQ(env::launch()->rank, 2);  // of an mpirun inside of one of Slurm's machines
+  set("OMPI_COMM_WORLD_LOCAL_SIZE", "3");
+  EXPECT_EQ(env::launch()->rank, 2);
+  set("OMPI_COMM_WORLD_LOCAL_SIZE", "2");
+  EXPECT_THAT(refusal([] { env::launch(); }), HasSubstr("OMPI_COMM_WORLD_LOCAL_SIZE is 2"));
+  set("MASTER_ADDR", "127.0.0.1");
+  EXPECT_EQ(env::launch()->rank, 2);
+}
+
 TEST_F(Env, TorchrunsAgentKeepsItsPort) {
   set("RANK", "0");
   set("WORLD_SIZE", "2");

@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kExpandThreads, 1)
   const std::int64_t end = grouped_end(args);
   // Without groups (what was found does not fit) there is nowhere to copy to.
   const std::int64_t rows =
-      end > 0 ? received_rows(args.comm, args.rank_prefix_matrix, args.shape.num_rows) : 0;
+      end > 0 ? received_rows(args.num_received_rows, args.shape.num_rows) : 0;
   if (threadIdx.x < kRowWarps * 32) {
     expand_x(args, *reinterpret_cast<Shared*>(memory), rows);
   } else {

@@ -132,7 +132,7 @@ __device__ void place_groups(const GroupArgs& args, const std::int32_t* room) {
 __global__ void __launch_bounds__(kIndexThreads, 1)
     count_rows(const __grid_constant__ GroupArgs args) {
   extern __shared__ std::int32_t sums[];  // [L]
-  const std::int64_t rows = received_rows(args.comm, args.rank_prefix_matrix, args.shape.num_rows);
+  const std::int64_t rows = received_rows(args.num_received_rows, args.shape.num_rows);
   const std::int64_t parts = parts_of(rows);
   for (std::int64_t part = blockIdx.x; part < parts; part += gridDim.x)
     count_part(args, part, rows, sums);
@@ -221,7 +221,7 @@ __global__ void __launch_bounds__(kIndexThreads, 1)
   const std::int64_t threads = std::int64_t{gridDim.x} * kIndexThreads;
   const bool good = fits(args) != 0;
   const std::int64_t rows =
-      good ? received_rows(args.comm, args.rank_prefix_matrix, args.shape.num_rows) : 0;
+      good ? received_rows(args.num_received_rows, args.shape.num_rows) : 0;
   std::int32_t* next = shared + own * experts;
   for (std::int64_t part = warp; part < parts_of(rows); part += warps)
     place_part(args, part, rows, next);

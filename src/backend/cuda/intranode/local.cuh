@@ -1,16 +1,14 @@
 #pragma once
 
 #include "backend/cuda/device/waiting.cuh"
-#include "plan/layout.hpp"
 
 // What kernels have in common that work in this rank's own memory alone: they are no epoch.
 namespace deep_ep::cuda::intranode {
 
 /// Rows that came, as far as there is `room`: whoever moves them reports more.
-__device__ inline std::int64_t received_rows(const Comm& comm,
-                                             const std::int32_t* rank_prefix_matrix,
+__device__ inline std::int64_t received_rows(const std::int32_t* num_received_rows,
                                              std::int64_t room) {
-  const std::int64_t rows = plan::received_rows(rank_prefix_matrix, comm.rank, comm.num_ranks);
+  const std::int64_t rows = *num_received_rows;
   return rows < room ? rows : room;
 }
 

@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     reduce_rows(const __grid_constant__ ReduceArgs args) {
   extern __shared__ Source lists[];  // [warps, most_sources()]
   const Comm& comm = args.comm;
-  const std::int64_t rows = received_rows(comm, args.rank_prefix_matrix, args.num_rows);
+  const std::int64_t rows = received_rows(args.num_received_rows, args.num_rows);
   const std::int64_t warp = threadIdx.x / 32;
   Source* list = lists + warp * most_sources(args);
   for (std::int64_t row = warp * gridDim.x + blockIdx.x; row < rows;

@@ -82,10 +82,10 @@ cudaError_t launch_dispatch(const DispatchArgs& args, int num_sms, cudaStream_t 
 struct GroupArgs {
   Comm comm;
   plan::GroupShape shape;
-  const std::int32_t* rank_prefix_matrix = nullptr;  // [R, R]
-  Ids recv_topk_idx;                                 // [num_rows, K]
-  const float* recv_topk_weights = nullptr;          // [num_rows, K] or null
-  std::int32_t* counts = nullptr;                    // what the steps tell each other
+  const std::int32_t* num_received_rows = nullptr;  // one number
+  Ids recv_topk_idx;                                // [num_rows, K]
+  const float* recv_topk_weights = nullptr;         // [num_rows, K] or null
+  std::int32_t* counts = nullptr;                   // what the steps tell each other
   plan::RowGroupArrays groups;
   std::int64_t x_bytes = 0;
   std::int64_t scale_words = 0;
@@ -108,9 +108,9 @@ struct ReduceArgs {
   const std::byte* x = nullptr;  // [num_grouped_rows, x_bytes]
   std::int64_t x_bytes = 0;
   std::int64_t num_grouped_rows = 0;
-  const float* weights = nullptr;                    // [num_grouped_rows] or null
-  const std::int32_t* rank_prefix_matrix = nullptr;  // [R, R]
-  const std::int32_t* grouped_rows = nullptr;        // [num_rows, K]
+  const float* weights = nullptr;                   // [num_grouped_rows] or null
+  const std::int32_t* num_received_rows = nullptr;  // one number
+  const std::int32_t* grouped_rows = nullptr;       // [num_rows, K]
   std::int64_t num_rows = 0;
   std::int64_t num_topk = 0;
   std::byte* reduced = nullptr;  // out [num_rows, x_bytes]

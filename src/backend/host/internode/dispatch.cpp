@@ -279,7 +279,7 @@ class Lane {
           {row.source});
     }
     std::int32_t* heads = routing.send_nvl_head + (records.begin + row.record) * width;
-    if (!exchange_.params.cached) {
+    if (exchange_.params.fill_handle) {
       std::copy_n(row.positions, width, heads);
       exchange_.record_tokens[records.begin + row.record] = row.meta.token;
     } else if (!std::equal(heads, heads + width, row.positions)) {
@@ -340,6 +340,21 @@ void fill_handle(Exchange& exchange) {
             routing.send_nvl_head + routing.nvl_head_rows * topology.ranks_per_node, -1);
 }
 
+/// A rank whose handle knows of fewer rows than come finds that too, but not before others write.
+void check_room(State& state, const Landing& landing, const Call& call) {
+  for (int local = 0; local < state.topology().ranks_per_node; ++local) {
+    const std::int64_t rows = state.received_rows(local);
+    if (rows <= landing.room(local)) continue;
+    const int rank = state.topology().rank_of(state.node(), local);
+    throw Error(
+        ErrorCode::kDisagreement,
+        fmt::format("{} (call {}) on rank {}: rank {} has room for {} rows by its handle, "
+                    "but {} are sent there: is the handle of the same dispatch?",
+                    call.operation, call.epoch, state.rank(), rank, landing.room(local), rows),
+        {rank});
+  }
+}
+
 }  // namespace
 
 void dispatch(State& state, const DispatchParams& params) {
@@ -357,6 +372,7 @@ void dispatch(State& state, const DispatchParams& params) {
     check_receives(state, params.routing, params.block_rows);
   }
   landing.find_places();
+  check_room(state, landing, params.call);
 
   exchange.send_head.resize(tokens * topology.num_ranks);
   std::vector<std::int32_t> sent(topology.num_ranks);
@@ -374,7 +390,7 @@ void dispatch(State& state, const DispatchParams& params) {
   landing.publish_landed();
   landing.fill_unused_rows(rows);
   landing.wait_landed();
-  if (!params.cached) fill_handle(exchange);
+  if (params.fill_handle) fill_handle(exchange);
   landing.copy_outputs(rows);
 }
 

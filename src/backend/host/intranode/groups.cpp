@@ -8,7 +8,6 @@
 #include "backend/host/intranode/steps.hpp"
 #include "backend/host/rows.hpp"
 #include "base/error.hpp"
-#include "plan/layout.hpp"
 #include "protocol/ticket.hpp"
 
 // Rows by expert, all of it in this rank's memory: from received rows to groups, and back.
@@ -130,24 +129,22 @@ class Expansion {
 }  // namespace
 
 void group_rows(Context& context, const GroupParams& params) {
-  const std::int64_t received =
-      plan::received_rows(params.rank_prefix_matrix, context.rank(), context.num_ranks());
+  const std::int64_t received = *params.num_received_rows;
   if (params.known) {
     check_groups(params, received);
   } else if (params.recv_topk_idx.dtype == DType::kInt64) {
-    find_groups<std::int64_t>(params, received, context.rank());
+    find_groups<std::int64_t>(params, received, context.global_rank());
   } else {
-    find_groups<std::int32_t>(params, received, context.rank());
+    find_groups<std::int32_t>(params, received, context.global_rank());
   }
   Expansion(context, params, received).run();
 }
 
 void reduce_rows(Context& context, const ReduceParams& params) {
-  const std::int64_t received =
-      plan::received_rows(params.rank_prefix_matrix, context.rank(), context.num_ranks());
+  const std::int64_t received = *params.num_received_rows;
   require(params.num_rows >= received,
-          "groups.grouped_rows has {} rows, but {} were received by handle.rank_prefix_matrix",
-          params.num_rows, received);
+          "groups.grouped_rows has {} rows, but {} were received by the handle", params.num_rows,
+          received);
   check_grouped_rows(params.grouped_rows, received, params.num_topk, params.num_grouped_rows);
   const std::int64_t row_bytes = params.hidden * static_cast<std::int64_t>(size_of(params.dtype));
   const Stores stores = choose_stores(received * row_bytes);

@@ -1,0 +1,136 @@
+"""Commands over several nodes under launchers: launch_test.py DEEPEP. One process a rank, and ranks
+of this machine that pose as nodes."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+
+DEEPEP = sys.argv.pop()
+LAUNCHERS = ("DEEP_EP_", "OMPI_", "PMIX_", "SLURM_", "MASTER_", "RANK", "WORLD_SIZE",
+             "TORCHELASTIC")
+
+
+def variables(**more):
+    """This environment, as far as no launcher made it, and more; a port of its own."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
+    return {**kept, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            "DEEP_EP_TIMEOUT_MS": "60000", **more}
+
+
+def start(arguments, environment):
+    return subprocess.Popen([DEEPEP, *arguments], env=environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def run_ranks(arguments, each, **shared):
+    """Starts a process for each element of `each`, its own variables; (status, out, err) of all."""
+    environment = variables(**shared)
+    running = [start(arguments, {**environment, **own}) for own in each]
+    answers = [process.communicate(timeout=120) for process in running]
+    return [(process.returncode, *answer) for process, answer in zip(running, answers)]
+
+
+def torchrun(size):
+    return [{"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
+            for rank in range(size)]
+
+
+class Launch(unittest.TestCase):
+    def check_ranks(self, answers, words):
+        """All ended well, and the first alone says so."""
+        for status, _, err in answers:
+            self.assertEqual(status, 0, err)
+        self.assertIn(words, answers[0][1])
+        self.assertEqual([out for _, out, _ in answers[1:]], [""] * (len(answers) - 1))
+
+    def check_refused(self, answers, words):
+        for status, out, err in answers:
+            self.assertEqual((status, out), (1, ""))
+            self.assertIn(words, err)
+
+    def test_variables_of_torchrun_make_ranks(self):
+        verify = ["verify", "internode", "--tokens", "20", "--grouped", "--prepare"]
+        self.check_ranks(run_ranks(verify, torchrun(4), DEEP_EP_RANKS_PER_NODE="2",
+                                   TORCHELASTIC_USE_AGENT_STORE="True"),
+                         "1 passed, 0 failed on 4 ranks")
+        self.check_ranks(run_ranks([*verify, "--nodes", "2", "--ranks-per-node", "1"], torchrun(2)),
+                         "1 passed, 0 failed on 2 ranks")
+
+    def test_verify_itself_takes_ranks_of_several_nodes(self):
+        self.check_ranks(run_ranks(["verify", "--tokens", "20"], torchrun(2),
+                                   DEEP_EP_RANKS_PER_NODE="1"), "1 passed, 0 failed on 2 ranks")
+
+    def test_variables_of_slurm_make_ranks(self):
+        each = [{"SLURM_PROCID": str(rank), "SLURM_NTASKS": "3", "SLURM_STEP_NUM_NODES": "3"}
+                for rank in range(3)]
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "bench.json"
+            answers = run_ranks(["bench", "internode", "--tokens", "16", "--hidden", "64",
+                                 "--experts", "24", "--iters", "2", "--warmup", "1", "--json",
+                                 str(file)], each, DEEP_EP_RANKS_PER_NODE="1")
+            self.check_ranks(answers, "3 nodes of 1 ranks")
+            found = json.loads(file.read_text())
+        self.assertEqual((found["args"]["ranks"], found["args"]["nodes"]), (3, 3))
+        self.assertEqual(found["wrong_elements"], 0)
+
+    def test_mpirun_makes_ranks(self):
+        mpirun = shutil.which("mpirun")
+        if mpirun is None:
+            self.skipTest("there is no mpirun (Debian: openmpi-bin)")
+        environment = variables(DEEP_EP_RANKS_PER_NODE="2", OMPI_ALLOW_RUN_AS_ROOT="1",
+                                OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1")
+        for command, words in ((["verify", "internode", "--tokens", "20"],
+                                "1 passed, 0 failed on 4 ranks"),
+                               (["bench", "internode", "--tokens", "16", "--hidden", "64",
+                                 "--iters", "2", "--warmup", "1"], "2 nodes of 2 ranks")):
+            done = subprocess.run([mpirun, "--oversubscribe", "--bind-to", "none", "-n", "4",
+                                   DEEPEP, *command], env=environment, capture_output=True,
+                                  text=True, timeout=120)
+            self.assertEqual(done.returncode, 0, done.stderr)
+            self.assertEqual(done.stdout.count(words), 1, done.stdout)
+
+    def test_ranks_of_one_node_are_told_how_to_be_several(self):
+        for command in ("verify", "bench"):
+            self.check_refused(run_ranks([command, "internode", "--tokens", "4"], torchrun(2)),
+                               "the 2 ranks are of one node")
+        self.check_refused(run_ranks(["bench", "intranode", "--tokens", "4"], torchrun(2),
+                                     DEEP_EP_RANKS_PER_NODE="1"), "use bench internode")
+
+    def test_what_contradicts_the_launcher_is_named(self):
+        verify = ["verify", "internode", "--tokens", "4"]
+        for arguments, shared, words in (
+                (["--nodes", "3"], {"DEEP_EP_RANKS_PER_NODE": "1"},
+                 "3 nodes of 1 ranks contradict the launcher, which started 2"),
+                (["--ranks-per-node", "2"], {"DEEP_EP_RANKS_PER_NODE": "1"},
+                 "--ranks-per-node is 2, but DEEP_EP_RANKS_PER_NODE is 1"),
+                (["--nodes", "1"], {}, "--nodes is 1, must be at least 2")):
+            self.check_refused(run_ranks([*verify, *arguments], torchrun(2), **shared), words)
+
+    def test_ranks_of_other_machines_need_an_address(self):
+        for each, words in (
+                ({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "4",
+                  "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, "OMPI_COMM_WORLD_LOCAL_SIZE is 2"),
+                ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_NODES": "2"},
+                 "SLURM_STEP_NUM_NODES is 2")):
+            answers = run_ranks(["verify", "internode"], [{**each, "MASTER_ADDR": ""}])
+            self.assertEqual(answers[0][0], 1)
+            self.assertIn(words, answers[0][2])
+            self.assertIn("MASTER_ADDR", answers[0][2])
+
+
+if __name__ == "__main__":
+    result = unittest.main(exit=False).result
+    failed, skipped = len(result.failures) + len(result.errors), len(result.skipped)
+    for test, why in result.skipped:
+        print(f"SKIPPED {test}: {why}")
+    print(f"{result.testsRun - failed - skipped} passed, {failed} failed, {skipped} skipped")
+    sys.exit(failed > 0)
