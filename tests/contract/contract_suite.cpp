@@ -27,7 +27,7 @@ class ProgramList final : public ProgramSource {
     const int rounds = full ? 16 : kSanitized || mode.starts_with("internode") ? 1 : 3;
     for (int round = 0; round < rounds; ++round) {
       for (Program& program :
-           covering(mode, seed + static_cast<std::uint64_t>(round), limits(full)))
+           covering(mode, seed + static_cast<std::uint64_t>(round), limits(mode, full)))
         programs_.push_back(std::move(program));
     }
   }
@@ -36,9 +36,9 @@ class ProgramList final : public ProgramSource {
 
  private:
   static std::vector<Program> corners(const std::string& mode, bool full) {
-    if (mode == "intranode") return corner_programs(limits(full));
-    if (mode == "internode") return internode_corner_programs(limits(full));
-    std::vector<Program> programs = low_latency_corner_programs(limits(full));
+    if (mode == "intranode") return corner_programs(limits(mode, full));
+    if (mode == "internode") return internode_corner_programs(limits(mode, full));
+    std::vector<Program> programs = low_latency_corner_programs(limits(mode, full));
     if (mode == "low-latency") return programs;
     if (!full) {  // the covering array has these formats as well
       std::erase_if(programs, [](const Program& program) {
@@ -55,9 +55,11 @@ class ProgramList final : public ProgramSource {
     return covering_programs(seed, limits, mode == "internode");
   }
   /// 1 GiB is what the smallest machines that run the whole suite have to spare.
-  static Limits limits(bool full) {
+  static Limits limits(const std::string& mode, bool full) {
     Limits limits;
     limits.bytes = std::int64_t{full ? 1024 : 512} << 20;
+    // There is a mirror, and rings: less, for a shorter run.
+    if (mode == "internode-low-latency") limits.bytes /= 4;
     return limits;
   }
 

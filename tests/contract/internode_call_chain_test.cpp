@@ -223,6 +223,15 @@ TEST(InternodeCallChain, LowLatencyTakesItsOwnSteps) {
   });
 }
 
+TEST(InternodeCallChain, RanksAgreeOnLowLatency) {
+  on_nodes([](int rank, const std::shared_ptr<Bootstrap>& boot) {
+    BufferOptions options = LowLatencyInputs::options();
+    options.low_latency_mode = rank == 0;
+    EXPECT_THAT(refusal([&] { const Buffer buffer(boot, options); }, ErrorCode::kDisagreement),
+                testing::HasSubstr("low_latency_mode is 1 on rank 0 and 0 on rank 1"));
+  });
+}
+
 TEST(InternodeCallChain, ALowLatencyRowCrossesOnceForEachRankOfAnotherNode) {
   on_nodes([](int, const std::shared_ptr<Bootstrap>& boot) {
     Buffer buffer(boot, LowLatencyInputs::options());

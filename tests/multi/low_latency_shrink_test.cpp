@@ -101,9 +101,7 @@ TEST(LowLatencyShrink, BetweenNodesTheOthersGoOnWithoutARankThatDied) {
   play_all(true, 2);
   play_all(true, 1);
 }
-TEST(LowLatencyShrink, BetweenNodesTheOthersGoOnWithoutARankThatDoesNotCome) {
-  play_all(false, 2);
-}
+TEST(LowLatencyShrink, BetweenNodesTheOthersGoOnWithoutARankThatDoesNotCome) { play_all(false, 2); }
 #endif
 
 }  // namespace

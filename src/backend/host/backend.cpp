@@ -117,17 +117,7 @@ class HostBackend final : public Backend {
   int num_segments() const override { return context_.fabric().num_own_segments(); }
 
   void wait_mapped(const std::vector<int>& num_segments) override {
-    const Call call{.operation = "mapping memory", .timeout = options_.timeout};
-    for (int i = 0; i < context_.num_ranks(); ++i) {
-      const int rank = context_.global_rank(i);
-      const int last = num_segments[rank] - 1;
-      context_.wait(
-          call, "its memory to be mapped",
-          [&] { return context_.fabric().base(i, last) != nullptr; },
-          [&] {
-            return std::vector<host::Missing>{{rank, std::uint64_t(last) + 1, 0}};
-          });
-    }
+    wait_segments("reserve", num_segments);
   }
 
   std::int64_t mapped_bytes() const override { return context_.fabric().own_bytes(); }
@@ -216,7 +206,7 @@ class HostBackend final : public Backend {
   void alloc_symmetric(Bootstrap& bootstrap, std::int64_t bytes) override {
     internode_.alloc(bootstrap, bytes, options_);
     if (options_.low_latency_bytes == 0) return;
-    wait_mapped(std::vector<int>(options_.num_ranks, num_segments()));
+    wait_segments("Buffer::Buffer", std::vector<int>(options_.num_ranks, num_segments()));
     low_latency_.open(internode_);
   }
   void free_symmetric() noexcept override { internode_.free(); }
@@ -251,6 +241,20 @@ class HostBackend final : public Backend {
 
  private:
   bool several_nodes() const { return options_.topology.num_nodes() > 1; }
+
+  void wait_segments(const char* operation, const std::vector<int>& num_segments) {
+    const Call call{.operation = operation, .timeout = options_.timeout};
+    for (int i = 0; i < context_.num_ranks(); ++i) {
+      const int rank = context_.global_rank(i);
+      const int last = num_segments[rank] - 1;
+      context_.wait(
+          call, "its memory to be mapped",
+          [&] { return context_.fabric().base(i, last) != nullptr; },
+          [&] {
+            return std::vector<host::Missing>{{rank, std::uint64_t(last) + 1, 0}};
+          });
+    }
+  }
 
   /// With the hash of the handle's routing in the record, for the ranks to compare.
   template <class Params>
