@@ -84,6 +84,7 @@ void Buffer::Impl::make_notify(DispatchJob& job) {
   notify.channel_prefix_matrix = handle.channel_prefix_matrix.as<std::int32_t>();
   notify.send_head = handle.send_head.as<std::int32_t>();
   notify.max_rows = args.num_worst_tokens;
+  notify.wait_stats = args.dispatch_wait_recv_cost_stats.as<std::int64_t>();
   if (args.num_worst_tokens == 0) {
     notify.num_recv_rows = &job.num_recv_rows;
     notify.recv_tokens_per_expert = job.tokens_per_expert.data();

@@ -91,6 +91,7 @@ void Buffer::Impl::make_internode_notify(InternodeDispatchJob& job) {
   notify.topk_idx = args.topk_idx;
   notify.routing = routing_of(handle);
   notify.max_rows = args.num_worst_tokens;
+  notify.wait_stats = args.dispatch_wait_recv_cost_stats.as<std::int64_t>();
   if (args.num_worst_tokens == 0) {
     notify.num_recv_rows = &job.num_recv_rows;
     notify.num_recv_records = &job.num_recv_records;

@@ -105,7 +105,8 @@ struct NotifyDispatchParams {
   std::int32_t* rank_prefix_matrix = nullptr;     // out [R, R]
   std::int32_t* channel_prefix_matrix = nullptr;  // out [R, C]
   std::int32_t* send_head = nullptr;              // out [N, R]
-  std::int64_t max_rows = 0;  // more received rows are Error(kCapacity); 0: none
+  std::int64_t max_rows = 0;           // more received rows are Error(kCapacity); 0: none
+  std::int64_t* wait_stats = nullptr;  // on hosts: += [R], ns, or null
   // Out, host; the step returns when they are known. Null: nobody waits for counts.
   std::int64_t* num_recv_rows = nullptr;
   std::int64_t* recv_tokens_per_expert = nullptr;  // [L]; untouched without counts
@@ -190,6 +191,7 @@ struct NotifyDispatchParams {
   TensorView topk_idx;                                  // [N, K] or undefined: checked
   Routing routing;            // out, but for is_token_in_rank and what comes with the rows
   std::int64_t max_rows = 0;  // more received rows or records are Error(kCapacity); 0: none
+  std::int64_t* wait_stats = nullptr;  // on hosts: += [R], ns, or null
   // Out, host; the step returns when they are known. Null: nobody waits for counts.
   std::int64_t* num_recv_rows = nullptr;
   std::int64_t* num_recv_records = nullptr;        // M

@@ -256,6 +256,14 @@ def _deepxtrace(group):
         if rank == 0:
             assert (waits[:, 1] > seen[:, 1]).all()
         seen = waits.clone()
+    first = torch.zeros(size, dtype=torch.int64, device=routing.DEVICE)
+    torch.distributed.barrier(group)
+    if rank == 1:
+        time.sleep(0.1)
+    buffer.dispatch(**routing.dispatch_arguments(buffer, one), dispatch_wait_recv_cost_stats=first)
+    if rank == 0 and routing.DEVICE == "cpu":
+        assert first[1] > 30_000_000, first  # also where the wait is for counts
+        assert (waits[:, 1] > 30_000_000).all(), waits  # ns of the 3 x 50 ms
     buffer.destroy()
 
 

@@ -93,6 +93,7 @@ Program::Program(std::uint64_t seed, bool several_nodes) {
     // When nobody received a row the reference takes the weights for absent.
     for (int rank = 0; rank < num_ranks; ++rank)
       round.combined[rank].topk_weights.resize(num_tokens[rank] * num_topk);
+    round.prepared = random() % 3 == 0;
     round.cached_too = random() % 2 == 0;
     round.combines = static_cast<int>(random() % 3);
   }
@@ -117,12 +118,14 @@ std::int64_t Program::dispatch(Buffer& buffer, const Round& round, DispatchResul
   const auto& expected = round.received[buffer.rank()];
   const std::int64_t tokens = input.num_tokens;
   const TensorView topk_idx(input.topk_idx.data(), DType::kInt64, {tokens, num_topk});
-  const DispatchResult result = buffer.dispatch(
-      {.x = TensorView(input.x.data(), DType::kBfloat16, {tokens, hidden}),
-       .layout = buffer.get_dispatch_layout(topk_idx, num_experts),
-       .topk_idx = topk_idx,
-       .topk_weights = TensorView(input.topk_weights.data(), DType::kFloat32, {tokens, num_topk}),
-       .config = config});
+  DispatchArgs args{
+      .x = TensorView(input.x.data(), DType::kBfloat16, {tokens, hidden}),
+      .layout = buffer.get_dispatch_layout(topk_idx, num_experts),
+      .topk_idx = topk_idx,
+      .topk_weights = TensorView(input.topk_weights.data(), DType::kFloat32, {tokens, num_topk}),
+      .config = config};
+  if (round.prepared) args.prepared = buffer.prepare_dispatch(args);
+  const DispatchResult result = buffer.dispatch(args);
   handle.handle = result.handle;
   handle.internode_handle = result.internode_handle;
   return differing(result.recv_x, expected.x) + differing(result.recv_topk_idx, expected.topk_idx) +

@@ -14,6 +14,7 @@ struct Round {
   std::vector<plan::reference::DispatchOutput> received;  // [R]
   std::vector<plan::reference::CombineInput> outputs;     // [R]
   std::vector<plan::reference::CombineOutput> combined;   // [R]
+  bool prepared = false;                                  // counts first, by a call of their own
   bool cached_too = false;                                // the dispatch again, with its handle
   int combines = 1;
 };

@@ -177,12 +177,14 @@ void cached_notify(State& state, const CombineParams& params) {
   check_sends(params.routing, params.call.record.num_tokens, state.topology());
   // The caller may have written x past the caches.
   finish_stores();
-  state.announce(params.call, {.rows = rows_of(params.routing, state.topology().num_ranks),
-                               .send_rdma_head = params.routing.send_rdma_head});
+  state.announce(params.call,
+                 {.rows = rows_of(params.routing, state.topology().num_ranks),
+                  .send_rdma_head = params.routing.send_rdma_head},
+                 params.wait_stats);
 }
 
 void combine(State& state, const CombineParams& params) {
-  state.wait_announced(params.call);
+  state.wait_announced(params.call, params.wait_stats);
   check_receives(state, params.routing, params.handle_rows);
   check_rows(state, params);
   const std::int64_t most = state.context().ring_to(0, 0).shape.max_record();

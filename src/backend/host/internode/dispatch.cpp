@@ -366,9 +366,11 @@ void dispatch(State& state, const DispatchParams& params) {
   if (params.cached) check_sends(params.routing, tokens, topology);
   landing.publish_places();
   if (params.cached) {
-    state.announce(params.call, {.rows = rows_of(params.routing, topology.num_ranks),
-                                 .send_rdma_head = params.routing.send_rdma_head});
-    state.wait_announced(params.call);
+    state.announce(params.call,
+                   {.rows = rows_of(params.routing, topology.num_ranks),
+                    .send_rdma_head = params.routing.send_rdma_head},
+                   params.wait_stats);
+    state.wait_announced(params.call, params.wait_stats);
     check_receives(state, params.routing, params.block_rows);
   }
   landing.find_places();

@@ -75,10 +75,12 @@ void notify_dispatch(State& state, const NotifyDispatchParams& params) {
       {params.call, params.topk_idx, params.routing.is_token_in_rank, params.num_tokens_per_expert},
       num_ranks);
   build_own_slots(state, params);
-  state.announce(params.call, {std::vector<std::int32_t>(params.num_tokens_per_rank,
-                                                         params.num_tokens_per_rank + num_ranks),
-                               params.num_tokens_per_expert, params.routing.send_rdma_head});
-  state.wait_announced(params.call);
+  state.announce(params.call,
+                 {std::vector<std::int32_t>(params.num_tokens_per_rank,
+                                            params.num_tokens_per_rank + num_ranks),
+                  params.num_tokens_per_expert, params.routing.send_rdma_head},
+                 params.wait_stats);
+  state.wait_announced(params.call, params.wait_stats);
   read_counts(state, params);
 }
 

@@ -166,22 +166,34 @@ bool State::flush(const Call& call, int rank) {
               {rank});
 }
 
-void State::wait_rails(const Call& call) {
+void State::wait_rails(const Call& call, std::int64_t* wait_stats) {
   const protocol::EpochFlag* posted = block_.mailbox[call.epoch % 2].posted;
-  std::vector<Missing> missing;
+  const auto start = std::chrono::steady_clock::now();
+  std::vector<int> nodes;
+  for (int node = 0; node < topology().num_nodes(); ++node)
+    if (node != this->node()) nodes.push_back(node);
+  const auto rail = [&](int node) { return topology().rank_of(node, topology().index_of(rank())); };
+  const auto arrived = [&](int node) {
+    // acquire: pairs with the signal in post_rails() of the peer.
+    if (!posted[peer_of(node)].reached(call.epoch)) return false;
+    if (wait_stats != nullptr) {
+      wait_stats[rail(node)] +=
+          (std::chrono::steady_clock::now() - start) / std::chrono::nanoseconds(1);
+    }
+    return true;
+  };
   context_.wait(
       call, "the ranks of other nodes to call it",
       [&] {
-        missing.clear();
-        for (int node = 0; node < topology().num_nodes(); ++node) {
-          // acquire: pairs with the signal in post_rails() of the peer.
-          if (node == this->node() || posted[peer_of(node)].reached(call.epoch)) continue;
-          missing.push_back({topology().rank_of(node, topology().index_of(rank())), call.epoch,
-                             posted[peer_of(node)].seen()});
-        }
-        return missing.empty();
+        std::erase_if(nodes, arrived);
+        return nodes.empty();
       },
-      [&] { return missing; });
+      [&] {
+        std::vector<Missing> missing;
+        for (const int node : nodes)
+          missing.push_back({rail(node), call.epoch, posted[peer_of(node)].seen()});
+        return missing;
+      });
   for (int node = 0; node < topology().num_nodes(); ++node) {
     if (node == this->node()) continue;
     const protocol::RailMessage& message = message_from(call, node);
@@ -225,17 +237,17 @@ void State::tell_node(const Call& call, const Announcement& own) {
   }
 }
 
-void State::announce(const Call& call, const Announcement& own) {
+void State::announce(const Call& call, const Announcement& own, std::int64_t* wait_stats) {
   context_.check_fault(call);
   lane_records_.assign(topology().num_nodes(), std::vector<std::int32_t>(num_lanes() + 1, 0));
   post_rails(call, own);
-  wait_rails(call);
+  wait_rails(call, wait_stats);
   tell_node(call, own);
   context_.post(call);
 }
 
-void State::wait_announced(const Call& call) {
-  context_.wait_posted(call);
+void State::wait_announced(const Call& call, std::int64_t* wait_stats) {
+  context_.wait_posted(call, wait_stats);
   const protocol::Mailbox& mailbox = context_.mailbox_of(context_.rank(), call);
   const int width = topology().ranks_per_node + 1;
   prefix_.resize(std::int64_t{context_.num_ranks()} * topology().num_ranks);

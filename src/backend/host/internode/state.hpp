@@ -61,11 +61,11 @@ class State final : public Network {
   }
 
   /// Tells the rail peers, waits for what they say, compares the records, and passes on to the
-  /// ranks of this node what they need of it.
-  void announce(const Call& call, const Announcement& own);
+  /// ranks of this node what they need of it. wait_stats: += [R], ns, or null.
+  void announce(const Call& call, const Announcement& own, std::int64_t* wait_stats = nullptr);
   /// Waits until the ranks of this node have announced the call. Behind it, of all tokens for ranks
   /// of this node:
-  void wait_announced(const Call& call);
+  void wait_announced(const Call& call, std::int64_t* wait_stats = nullptr);
   /// Rows from `source` for the local rank, [begin, end) among those that it receives.
   plan::RowRange rows(int source, int local) const {
     const std::int32_t* prefix = prefix_.data() + std::int64_t{local} * topology().num_ranks;
@@ -111,7 +111,7 @@ class State final : public Network {
   std::shared_ptr<fabric::Mapping> make_mapped_memory(Bootstrap& bootstrap, std::int64_t bytes);
   void make_rings();
   void post_rails(const Call& call, const Announcement& own);
-  void wait_rails(const Call& call);
+  void wait_rails(const Call& call, std::int64_t* wait_stats);
   const protocol::RailMessage& message_from(const Call& call, int node) const;
   const std::int32_t* experts_from(const Call& call, int node) const;
   void tell_node(const Call& call, const Announcement& own);

@@ -37,7 +37,7 @@ class Dispatch {
     landing_.publish_places();
     if (params_.cached) {
       context_.post(params_.call);
-      context_.wait_posted(params_.call);
+      context_.wait_posted(params_.call, params_.wait_stats);
     }
     landing_.find_places();
     find_slots();

@@ -78,7 +78,7 @@ void notify_dispatch(Context& context, const NotifyDispatchParams& params) {
   build_own_slots(params, context.num_ranks());
   write_counts(context, params);
   context.post(params.call);
-  context.wait_posted(params.call);
+  context.wait_posted(params.call, params.wait_stats);
   read_counts(context, params);
 }
 
