@@ -123,7 +123,7 @@ __device__ void place_groups(const GroupArgs& args, const std::int32_t* room) {
   Report report;
   report.finding = Finding::kGroupCapacity;
   report.code = kCapacityCode;
-  report.rank = args.comm.rank;
+  report.rank = args.comm.global_rank(args.comm.rank);
   report.values[0] = begin;
   report.values[1] = args.shape.num_grouped_rows;
   raise(args.comm, report);

@@ -11,6 +11,32 @@ class Parts final : public NvshmemParts {
   std::unique_ptr<Heap> allocate(Bootstrap& bootstrap, int device, std::int64_t bytes) override {
     return World::instance().allocate(bootstrap, device, bytes);
   }
+  cudaError_t load_kernels() override {
+    for (const auto load : {internode::load_notify, internode::load_dispatch,
+                            internode::load_combine, internode::load_handle, internode::load_tell_fault}) {
+      const cudaError_t status = load();
+      if (status != cudaSuccess) return status;
+    }
+    return cudaSuccess;
+  }
+  cudaError_t launch(const internode::NotifyArgs& args, int num_sms,
+                     cudaStream_t stream) override {
+    return internode::launch_notify(args, num_sms, stream);
+  }
+  cudaError_t launch(const internode::DispatchArgs& args, int num_sms,
+                     cudaStream_t stream) override {
+    return internode::launch_dispatch(args, num_sms, stream);
+  }
+  cudaError_t launch(const internode::CombineArgs& args, intranode::SumType type, int num_sms,
+                     cudaStream_t stream) override {
+    return internode::launch_combine(args, type, num_sms, stream);
+  }
+  cudaError_t launch(const internode::HandleArgs& args, cudaStream_t stream) override {
+    return internode::launch_handle(args, stream);
+  }
+  cudaError_t launch(const internode::TellFaultArgs& args, cudaStream_t stream) override {
+    return internode::launch_tell_fault(args, stream);
+  }
 };
 
 }  // namespace
