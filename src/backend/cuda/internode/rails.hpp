@@ -16,7 +16,7 @@ namespace deep_ep::cuda::internode {
 /// serves a ring, so lanes are many and their rings small.
 struct RailShape {
   static constexpr int kMostLanes = 128;
-  static constexpr int kFewestLanes = 16;         // of a Buffer that was given no memory for more
+  static constexpr int kFewestLanes = 32;         // of a Buffer that was given no memory for more
   static constexpr int kMostSlots = 16;           // of a ring
   static constexpr std::int64_t kRingBytes = 64 << 10;
 
