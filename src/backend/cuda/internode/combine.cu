@@ -11,8 +11,8 @@ namespace {
 // Warps of a block that sum this node's rows for other nodes, and those that add what has come home:
 // of both kinds each block has some. The first wait for nobody; the second wait for the first ones
 // of other ranks only (I20).
-constexpr int kSumWarps = 8;
-constexpr int kAddWarps = 8;
+constexpr int kSumWarps = 6;
+constexpr int kAddWarps = 6;
 constexpr int kThreads = (kSumWarps + kAddWarps) * 32;
 constexpr int kRanksALane = (plan::kMaxRanksPerNode + 31) / 32;
 constexpr int kNodesALane = (plan::kMaxNodes + 31) / 32;
@@ -361,6 +361,9 @@ __device__ void add_tokens(const CombineArgs& args, const Shared& shared, bool g
   }
 }
 
+}  // namespace
+
+// See notify.cu.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1) combine(const __grid_constant__ CombineArgs args) {
   __shared__ Shared shared;
@@ -388,8 +391,6 @@ cudaError_t launch(const CombineArgs& args, int num_sms, cudaStream_t stream) {
   combine<T><<<num_sms, kThreads, 0, stream>>>(args);
   return cudaGetLastError();
 }
-
-}  // namespace
 
 cudaError_t load_combine() {
   return load<combine<__nv_bfloat162>, combine<__half2>, combine<float>>();

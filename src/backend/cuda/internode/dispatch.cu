@@ -246,6 +246,9 @@ __device__ void void_results(const DispatchArgs& args, int block, int blocks) {
   if (!x_is_there) make_void(args.x_segment, args.x_offset, args.block_rows * args.format.x_bytes);
 }
 
+}  // namespace
+
+// See notify.cu.
 __global__ void __launch_bounds__(kThreads, 1)
     dispatch(const __grid_constant__ DispatchArgs args) {
   __shared__ Shared shared;
@@ -275,8 +278,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   end_kernel(comm);
 }
-
-}  // namespace
 
 cudaError_t load_dispatch() { return load<dispatch>(); }
 

@@ -29,6 +29,9 @@ __device__ plan::RowRange within(plan::RowRange rows, std::int64_t room) {
   return {rows.begin < room ? rows.begin : room, rows.end < room ? rows.end : room};
 }
 
+}  // namespace
+
+// See notify.cu.
 __global__ void __launch_bounds__(kThreads) fill_handle(const __grid_constant__ HandleArgs args) {
   const Rails& rails = args.rails;
   const plan::Topology& topology = rails.shape.topology;
@@ -64,8 +67,6 @@ __global__ void __launch_bounds__(kThreads) fill_handle(const __grid_constant__ 
   for (std::int64_t i = came * topology.ranks_per_node + begin; i < heads; i += step)
     routing.send_nvl_head[i] = -1;
 }
-
-}  // namespace
 
 cudaError_t load_handle() { return load<fill_handle>(); }
 

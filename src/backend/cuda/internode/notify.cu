@@ -360,6 +360,10 @@ __device__ void void_counts(const NotifyArgs& args) {
   fill(routing.send_rdma_head, args.comm.record.num_tokens * nodes, -1);
 }
 
+}  // namespace
+
+// Not in the unnamed namespace: device code is linked, and names of kernels would have the file's in
+// them.
 __global__ void __launch_bounds__(kThreads) notify(const __grid_constant__ NotifyArgs args) {
   const Comm& comm = args.comm;
   const std::uint64_t epoch = comm.local->epoch + 1;
@@ -375,14 +379,7 @@ __global__ void __launch_bounds__(kThreads) notify(const __grid_constant__ Notif
   end_kernel(comm);
 }
 
-__global__ void tell(const __grid_constant__ TellFaultArgs args) {
-  tell_fault(args.comm, args.rails);
-}
-
-}  // namespace
-
 cudaError_t load_notify() { return load<notify>(); }
-cudaError_t load_tell_fault() { return load<tell>(); }
 
 cudaError_t launch_notify(const NotifyArgs& args, int num_sms, cudaStream_t stream) {
   // A few ids for each thread.
@@ -399,11 +396,6 @@ cudaError_t launch_notify(const NotifyArgs& args, int num_sms, cudaStream_t stre
   const std::int64_t most = for_parts > for_ids ? for_parts : for_ids;
   const std::int64_t wanted = most < 1 ? 1 : most;
   notify<<<static_cast<int>(wanted < num_sms ? wanted : num_sms), kThreads, 0, stream>>>(args);
-  return cudaGetLastError();
-}
-
-cudaError_t launch_tell_fault(const TellFaultArgs& args, cudaStream_t stream) {
-  tell<<<1, 32, 0, stream>>>(args);
   return cudaGetLastError();
 }
 

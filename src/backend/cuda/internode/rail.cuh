@@ -13,8 +13,10 @@ namespace deep_ep::cuda::internode {
 /// Acquire of a word of this rank's heap that others set: what was put with the signal is here.
 /// nvshmem_signal_fetch() alone promises the word, nvshmem_uint64_test() the data as well.
 __device__ inline bool reached(std::uint64_t* word, std::uint64_t value) {
-  return nvshmem_signal_fetch(word) >= value &&
-         nvshmem_uint64_test(word, NVSHMEM_CMP_GE, value) != 0;
+  if (nvshmem_signal_fetch(word) < value || nvshmem_uint64_test(word, NVSHMEM_CMP_GE, value) == 0)
+    return false;
+  fence_acq_rel_sys();
+  return true;
 }
 
 /// Takes over what a rank of another node has told, if there is anything: as a fault of this node's
