@@ -1,9 +1,8 @@
-#include "gpu/nvshmem_exchange.hpp"
-
 #include <nvshmem.h>
 #include <nvshmemx.h>
 
 #include "backend/cuda/device/ptx.cuh"
+#include "gpu/nvshmem_exchange.hpp"
 
 namespace deep_ep::test {
 namespace {

@@ -33,10 +33,11 @@ int run_exchanges(Bootstrap& bootstrap, std::byte* base) {
     cuda::check(cudaDeviceSynchronize(), "exchange");
     first += kRounds;
     const double us = static_cast<double>(report->ns) / 1000 / kRounds;
-    std::printf("rank %d: %8lld bytes to each of %d: %9.2f us a round, %7.3f GB/s, %d words wrong, "
-                "%d signals late\n",
-                rank, static_cast<long long>(bytes), ranks - 1, us,
-                static_cast<double>(bytes * (ranks - 1)) / us / 1000, report->wrong, report->late);
+    std::printf(
+        "rank %d: %8lld bytes to each of %d: %9.2f us a round, %7.3f GB/s, %d words wrong, "
+        "%d signals late\n",
+        rank, static_cast<long long>(bytes), ranks - 1, us,
+        static_cast<double>(bytes * (ranks - 1)) / us / 1000, report->wrong, report->late);
     bad += report->wrong + report->late;
     bootstrap.barrier();
   }

@@ -90,11 +90,12 @@ class CudaBackend final : public Backend {
       const int rank = context_.global_rank() - context_.rank() + i;
       while (context_.fabric().base(i, num_segments[rank] - 1) == nullptr) {
         if (std::chrono::steady_clock::now() > deadline) {
-          throw Error(ErrorCode::kTimeout,
-                      fmt::format("reserve on rank {}: segment {} of rank {} was not mapped within "
-                                  "{} ms",
-                                  options_.rank, num_segments[rank] - 1, rank, options_.timeout.count()),
-                      {rank});
+          throw Error(
+              ErrorCode::kTimeout,
+              fmt::format("reserve on rank {}: segment {} of rank {} was not mapped within "
+                          "{} ms",
+                          options_.rank, num_segments[rank] - 1, rank, options_.timeout.count()),
+              {rank});
         }
         std::this_thread::sleep_for(std::chrono::microseconds(100));
       }
@@ -199,10 +200,10 @@ class CudaBackend final : public Backend {
     internode_.cached_notify(params);
   }
   void combine(const deep_ep::internode::CombineParams& params) override {
-    internode_.combine(params, allocate_results(
-                                   plan::RecvArrays::bytes(Internode::combine_format(params),
-                                                           Internode::combine_rows(params)),
-                                   comm_stream()));
+    internode_.combine(params,
+                       allocate_results(plan::RecvArrays::bytes(Internode::combine_format(params),
+                                                                Internode::combine_rows(params)),
+                                        comm_stream()));
   }
   void update_mask(int rank, bool masked, Stream stream) override {
     const DeviceGuard guard(context_.device());

@@ -25,8 +25,8 @@ struct DeviceControl {
   protocol::InboxPlace* places;
   std::uint64_t* chunks;  // [R, kMaxChunks] epoch of the combine whose rows are here
 
-  /// `num_ranks` of a node. Over several nodes a rank tells, for itself and its rail peers, rows for
-  /// each rank of the node and tokens.
+  /// `num_ranks` of a node. Over several nodes a rank tells, for itself and its rail peers, rows
+  /// for each rank of the node and tokens.
   DEEP_EP_HD static DeviceControl carve(Carver& carver, int num_ranks, int num_nodes = 1) {
     DeviceControl control;
     control.block = protocol::ControlBlock::carve(

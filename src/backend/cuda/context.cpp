@@ -203,10 +203,11 @@ Comm Context::comm(const Call& call) const {
 
 std::uint64_t Context::take_ticket(const char* operation) {
   if (is_capturing(comm_stream_)) {
-    throw Error(ErrorCode::kUsage,
-                fmt::format("{} waits for counts on the host, which a stream that is being captured "
-                            "cannot: pass num_worst_tokens or a handle",
-                            operation));
+    throw Error(
+        ErrorCode::kUsage,
+        fmt::format("{} waits for counts on the host, which a stream that is being captured "
+                    "cannot: pass num_worst_tokens or a handle",
+                    operation));
   }
   return ++ticket_;
 }
@@ -259,7 +260,8 @@ void Context::raise_fault(const Error& error) noexcept {
     std::strncpy(record.text, error.what(), protocol::FaultRecord::kTextBytes - 1);
     check(intranode::launch_fault(args, fault_stream_), "launch of fault");
   } catch (const std::exception& failure) {
-    log::warn("rank {}: the other ranks cannot be told of a fault: {}", global_rank(), failure.what());
+    log::warn("rank {}: the other ranks cannot be told of a fault: {}", global_rank(),
+              failure.what());
   }
 }
 

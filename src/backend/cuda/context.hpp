@@ -52,7 +52,7 @@ class Context {
 
   int device() const { return device_; }
   const plan::Topology& topology() const { return topology_; }
-  int rank() const { return rank_; }            // of the node, as below
+  int rank() const { return rank_; }  // of the node, as below
   int num_ranks() const { return num_ranks_; }
   int global_rank() const { return first_rank_ + rank_; }
   int num_sms() const { return num_sms_; }

@@ -131,8 +131,8 @@ std::string describe_between_nodes(const FaultRecord& record) {
       return fmt::format(
           "internode_handle.{}[{}] on rank {} says {}, what the ranks send gives {}: is the "
           "handle of rank {} of the same dispatch?",
-          v[0] == 0 ? "recv_gbl_rank_prefix_sum" : "recv_rdma_rank_prefix_sum", v[1],
-          record.origin, v[2], v[3], record.ranks[0]);
+          v[0] == 0 ? "recv_gbl_rank_prefix_sum" : "recv_rdma_rank_prefix_sum", v[1], record.origin,
+          v[2], v[3], record.ranks[0]);
     case Finding::kHandleRoom:
       return fmt::format("{} has {} rows, but {} were received by internode_handle.{}",
                          v[0] == 0   ? "internode_handle.recv_src_meta"
@@ -141,21 +141,19 @@ std::string describe_between_nodes(const FaultRecord& record) {
                          v[1], v[2],
                          v[0] == 1 ? "recv_rdma_rank_prefix_sum" : "recv_gbl_rank_prefix_sum");
     case Finding::kNodeCapacity:
-      return fmt::format(
-          "rank {} receives {} rows and passes {} tokens on, num_worst_tokens is {}",
-          record.ranks[0], v[0], v[1], v[2]);
+      return fmt::format("rank {} receives {} rows and passes {} tokens on, num_worst_tokens is {}",
+                         record.ranks[0], v[0], v[1], v[2]);
     case Finding::kBadArrival:
       if (v[1] < 0) return fmt::format("record {} of rank {}, of {}", v[2], record.ranks[0], v[3]);
-      return fmt::format("row {} of rank {} for rank {} of this node, of {}", v[2],
-                         record.ranks[0], v[1], v[3]);
+      return fmt::format("row {} of rank {} for rank {} of this node, of {}", v[2], record.ranks[0],
+                         v[1], v[3]);
     case Finding::kOtherHeads:
       return fmt::format(
           "internode_handle.send_nvl_head[{}] is of another routing than the handle of rank {}",
           v[0], record.ranks[0]);
     case Finding::kBadNvlHead:
-      return fmt::format(
-          "internode_handle.send_nvl_head[{}, {}] is {}, allowed are -1 and 0 to {}", v[0], v[1],
-          v[2], v[3] - 1);
+      return fmt::format("internode_handle.send_nvl_head[{}, {}] is {}, allowed are -1 and 0 to {}",
+                         v[0], v[1], v[2], v[3] - 1);
     default:
       return describe_argument(record);
   }
@@ -210,8 +208,9 @@ std::optional<Error> Faults::error(const char* operation) const {
   auto code = static_cast<ErrorCode>(record.code);
   std::string text = describe(record);
   if (record.finding != Finding::kText) {
-    text = fmt::format("{} (kernel {}) on rank {}: {}", operation_of(record.operation, several_nodes_),
-                       record.epoch, record.origin, text);
+    text =
+        fmt::format("{} (kernel {}) on rank {}: {}", operation_of(record.operation, several_nodes_),
+                    record.epoch, record.origin, text);
   }
   if (record.origin == rank_) return Error(code, text, std::move(ranks));
   // Another rank's invalid argument is not this caller's.

@@ -18,9 +18,10 @@ nvshmem::NvshmemParts& load_parts() {
       {.library = "libdeep_ep_nvshmem.so",
        .symbol = "deep_ep_nvshmem",
        .wanted = "device cuda over several nodes",
-       .remedy = "build with NVSHMEM (pip install nvidia-nvshmem-cu13, or set NVSHMEM_HOME) and let "
-                 "LD_LIBRARY_PATH name the folder of libnvshmem_host.so.3, or use the host "
-                 "device"}))();
+       .remedy =
+           "build with NVSHMEM (pip install nvidia-nvshmem-cu13, or set NVSHMEM_HOME) and let "
+           "LD_LIBRARY_PATH name the folder of libnvshmem_host.so.3, or use the host "
+           "device"}))();
   return parts;
 }
 
@@ -111,9 +112,8 @@ internode::NotifyArgs Internode::notify_args(const Call& call) {
   args.comm = context_.comm(call);
   args.rails = rails();
   args.work = workspace(call.record.num_tokens);
-  args.counts =
-      context_.count_words((call.record.num_tokens / kTokensPerCount + 1) *
-                           (shape_.topology.num_ranks + shape_.topology.num_nodes()));
+  args.counts = context_.count_words((call.record.num_tokens / kTokensPerCount + 1) *
+                                     (shape_.topology.num_ranks + shape_.topology.num_nodes()));
   return args;
 }
 
@@ -177,9 +177,8 @@ void Internode::dispatch(const deep_ep::internode::DispatchParams& params) {
   args.routing = arrays_of(params.routing);
   args.work = workspace(params.call.record.num_tokens);
   if (!params.cached) {
-    args.work.arrived_tokens =
-        static_cast<std::int32_t*>(arrived_.get(4 * std::max<std::int64_t>(
-                                                        params.routing.nvl_head_rows, 1)));
+    args.work.arrived_tokens = static_cast<std::int32_t*>(
+        arrived_.get(4 * std::max<std::int64_t>(params.routing.nvl_head_rows, 1)));
   }
   args.block_segment = params.block.segment;
   args.block_offset = params.block.offset;
@@ -202,9 +201,8 @@ void Internode::fill_handle(const deep_ep::internode::DispatchParams& params,
   handle.arrived_tokens = args.work.arrived_tokens;
   handle.rows = params.block_rows;
   const auto base = [&](const fabric::Block& block) {
-    return block.segment < 0
-               ? nullptr
-               : context_.fabric().own_segment(block.segment)->base() + block.offset;
+    return block.segment < 0 ? nullptr
+                             : context_.fabric().own_segment(block.segment)->base() + block.offset;
   };
   Carver carver(base(params.block));
   handle.metas = reinterpret_cast<const plan::SourceMeta*>(
@@ -259,10 +257,10 @@ void Internode::combine(const deep_ep::internode::CombineParams& params,
   const auto staged = plan::RecvArrays::carve(carver, args.format, args.block_rows);
   if (spot.segment < 0) stage(staged.x, params.x, x_bytes);
   Carver beside(block.data);
-  const auto weights = spot.segment < 0 ? staged.topk_weights
-                                        : plan::RecvArrays::carve(beside, args.format,
-                                                                  args.block_rows, block.data)
-                                              .topk_weights;
+  const auto weights =
+      spot.segment < 0
+          ? staged.topk_weights
+          : plan::RecvArrays::carve(beside, args.format, args.block_rows, block.data).topk_weights;
   stage(weights, params.topk_weights, args.block_rows * args.format.topk_weights_bytes);
   args.combined_x = params.combined_x;
   args.combined_topk_weights = params.combined_topk_weights;

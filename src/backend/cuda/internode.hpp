@@ -18,7 +18,8 @@ class Internode {
   Internode(const Internode&) = delete;
   Internode& operator=(const Internode&) = delete;
 
-  /// Collective: loads libdeep_ep_nvshmem.so, joins NVSHMEM, gets at least `bytes` bytes of its heap.
+  /// Collective: loads libdeep_ep_nvshmem.so, joins NVSHMEM, gets at least `bytes` bytes of its
+  /// heap.
   void alloc(Bootstrap& bootstrap, std::int64_t bytes);
   void free() noexcept;
   bool open() const { return heap_ != nullptr; }

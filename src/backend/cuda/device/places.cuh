@@ -92,8 +92,8 @@ __device__ inline std::byte* wait_place(const Comm& comm, std::uint64_t epoch,
                (place.x_segment < 0 || segment_base(comm, rank, place.x_segment) != nullptr);
       },
       [&] { return place.ready.seen(); });
-  if (!ready || !agrees(comm, record, own.block.mailbox_of(epoch).record[rank],
-                        comm.global_rank(rank)))
+  if (!ready ||
+      !agrees(comm, record, own.block.mailbox_of(epoch).record[rank], comm.global_rank(rank)))
     return nullptr;
   return base + place.offset;
 }

@@ -69,8 +69,8 @@ __device__ Part place_part(const PartTable& table, std::int64_t number, int colu
                            std::uint64_t epoch, Goes&& goes, Place&& place) {
   Part part;
   part.begin = number * kTokensPerCount;
-  part.end = part.begin + kTokensPerCount < table.tokens ? part.begin + kTokensPerCount
-                                                         : table.tokens;
+  part.end =
+      part.begin + kTokensPerCount < table.tokens ? part.begin + kTokensPerCount : table.tokens;
   const int lane = threadIdx.x % 32;
   std::int32_t count = 0;
 #pragma unroll

@@ -6,15 +6,12 @@
 // A row of a dispatch on its way into the slots of this node's ranks, by the warp that has it.
 namespace deep_ep::cuda::internode {
 
-constexpr int kRanksALane = (plan::kMaxRanksPerNode + 31) / 32;
-
-struct Shared {
-  plan::RecvArrays targets[plan::kMaxRanksPerNode];  // results of each rank of the node
+/// Results of each rank of the node.
+struct Targets {
+  plan::RecvArrays of[plan::kMaxRanksPerNode];
 };
 
-__device__ inline int lane_id() { return static_cast<int>(threadIdx.x % 32); }
-
-/// Positions of a record's rows at the ranks that a lane looks after (rank % 32 == lane), or -1.
+/// Positions of a record's rows at the ranks that a lane looks after or -1.
 struct Positions {
   std::int32_t at[kRanksALane];
 
@@ -128,7 +125,7 @@ __device__ inline bool note_record(const DispatchArgs& args, const Arrival& row)
 }
 
 /// Entries for experts of other ranks become -1 with weight 0.
-__device__ inline void place_topk(const DispatchArgs& args, const Shared& shared,
+__device__ inline void place_topk(const DispatchArgs& args, const Targets& targets,
                                   const Arrival& row, const Slots& slots) {
   const int topk = args.comm.record.num_topk;
   // This rank may have no tokens, and no arrays, yet pass on others'.
@@ -143,7 +140,7 @@ __device__ inline void place_topk(const DispatchArgs& args, const Shared& shared
       if (k >= topk) return;
       const std::int64_t local = id - args.comm.global_rank(rank) * local_experts;
       const bool here = id >= 0 && local >= 0 && local < local_experts;
-      const plan::RecvArrays& to = shared.targets[rank];
+      const plan::RecvArrays& to = targets.of[rank];
       const std::int64_t at = slot * topk + k;
       if (row.topk_idx.wide) {
         reinterpret_cast<std::int64_t*>(to.topk_idx)[at] = here ? local : -1;
@@ -151,43 +148,42 @@ __device__ inline void place_topk(const DispatchArgs& args, const Shared& shared
         reinterpret_cast<std::int32_t*>(to.topk_idx)[at] =
             here ? static_cast<std::int32_t>(local) : -1;
       }
-      if (weighted)
-        reinterpret_cast<float*>(to.topk_weights)[at] = here ? weight : 0.0f;
+      if (weighted) reinterpret_cast<float*>(to.topk_weights)[at] = here ? weight : 0.0f;
     });
   }
 }
 
 /// All but x.
-__device__ inline void place_small(const DispatchArgs& args, const Shared& shared,
+__device__ inline void place_small(const DispatchArgs& args, const Targets& targets,
                                    const Arrival& row, const Slots& slots) {
 #pragma unroll
   for (int i = 0; i < kRanksALane; ++i) {
     if (slots.at[i] < 0) continue;
-    const plan::RecvArrays& to = shared.targets[i * 32 + lane_id()];
+    const plan::RecvArrays& to = targets.of[i * 32 + lane_id()];
     to.src_idx[slots.at[i]] = row.meta.token;
     reinterpret_cast<plan::SourceMeta*>(to.src_meta)[slots.at[i]] = row.meta;
   }
-  place_topk(args, shared, row, slots);
+  place_topk(args, targets, row, slots);
   const auto scales = static_cast<int>(args.format.scale_bytes / 4);
   for (int base = 0; base < scales; base += 32) {
     const int s = base + lane_id();
     const std::uint32_t word = s < scales ? row.scales[s * row.scale_stride] : 0;
     slots.for_each([&](int rank, std::int64_t slot) {
       if (s < scales)
-        reinterpret_cast<std::uint32_t*>(shared.targets[rank].scales)[slot * scales + s] = word;
+        reinterpret_cast<std::uint32_t*>(targets.of[rank].scales)[slot * scales + s] = word;
     });
   }
 }
 
 /// By a lane: kSteps times 16 bytes of x, read once and written to each slot.
 template <int kSteps>
-__device__ void place_columns(const DispatchArgs& args, const Shared& shared, const Arrival& row,
+__device__ void place_columns(const DispatchArgs& args, const Targets& targets, const Arrival& row,
                               const Slots& slots, std::int64_t at) {
   uint4 bytes[kSteps];
 #pragma unroll
   for (int i = 0; i < kSteps; ++i) bytes[i] = *reinterpret_cast<const uint4*>(row.x + at + i * 512);
   slots.for_each([&](int rank, std::int64_t slot) {
-    std::byte* to = shared.targets[rank].x + slot * args.format.x_bytes + row.x_begin + at;
+    std::byte* to = targets.of[rank].x + slot * args.format.x_bytes + row.x_begin + at;
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) *reinterpret_cast<uint4*>(to + i * 512) = bytes[i];
   });
@@ -195,23 +191,23 @@ __device__ void place_columns(const DispatchArgs& args, const Shared& shared, co
 
 /// By a warp: an item to the slots of the ranks that it names. Only this rank writes these, behind
 /// the acquire in wait_place() (I5, I19).
-__device__ inline void place(const DispatchArgs& args, const Shared& shared, const Arrival& row) {
+__device__ inline void place(const DispatchArgs& args, const Targets& targets, const Arrival& row) {
   if (row.x_begin == 0 && !note_record(args, row)) return;
   const Slots slots(args, row);
-  if (row.x_begin == 0) place_small(args, shared, row, slots);
-  constexpr int kUnroll = 4;
+  if (row.x_begin == 0) place_small(args, targets, row, slots);
+  constexpr int kUnroll = 4;  // loads of a lane that are under way at once
   // All lanes take part in each step, those behind the end as well.
   std::int64_t base = 0;
   for (; base + kUnroll * 512 <= row.x_bytes; base += kUnroll * 512)
-    place_columns<kUnroll>(args, shared, row, slots, base + lane_id() * 16);
+    place_columns<kUnroll>(args, targets, row, slots, base + lane_id() * 16);
   for (; base + 512 <= row.x_bytes; base += 512)
-    place_columns<1>(args, shared, row, slots, base + lane_id() * 16);
+    place_columns<1>(args, targets, row, slots, base + lane_id() * 16);
   const std::int64_t at = base + lane_id() * 16;
   const bool inside = at < row.x_bytes;
   uint4 bytes{};
   if (inside) bytes = *reinterpret_cast<const uint4*>(row.x + at);
   slots.for_each([&](int rank, std::int64_t slot) {
-    std::byte* to = shared.targets[rank].x + slot * args.format.x_bytes + row.x_begin + at;
+    std::byte* to = targets.of[rank].x + slot * args.format.x_bytes + row.x_begin + at;
     if (inside) *reinterpret_cast<uint4*>(to) = bytes;
   });
 }

@@ -1,6 +1,6 @@
 #include "backend/cuda/device/launch.cuh"
 #include "backend/cuda/device/places.cuh"
-#include "backend/cuda/device/sums.cuh"
+#include "backend/cuda/internode/node_sums.cuh"
 #include "backend/cuda/internode/turns.cuh"
 #include "backend/cuda/intranode/exchange.cuh"
 
@@ -8,25 +8,16 @@ namespace deep_ep::cuda::internode {
 
 namespace {
 
-// Warps of a block that sum this node's rows for other nodes, and those that add what has come home:
-// of both kinds each block has some. The first wait for nobody; the second wait for the first ones
-// of other ranks only (I20).
+// Warps of a block that sum this node's rows for other nodes, and those that add what has come
+// home: of both kinds each block has some. The first wait for nobody; the second wait for the first
+// ones of other ranks only (I20).
 constexpr int kSumWarps = 6;
 constexpr int kAddWarps = 6;
 constexpr int kThreads = (kSumWarps + kAddWarps) * 32;
-constexpr int kRanksALane = (plan::kMaxRanksPerNode + 31) / 32;
 constexpr int kNodesALane = (plan::kMaxNodes + 31) / 32;
-// 16-byte loads of a lane that are under way at once.
-constexpr int kUnroll = 4;
-
-struct Shared {
-  plan::RecvArrays sources[plan::kMaxRanksPerNode];  // x and weights of each rank of the node
-};
-
-__device__ int lane_id() { return static_cast<int>(threadIdx.x % 32); }
 
 /// By all threads, true in each: every rank of the node has told where its rows are.
-__device__ bool find_sources(const CombineArgs& args, std::uint64_t epoch, Shared& shared) {
+__device__ bool find_sources(const CombineArgs& args, std::uint64_t epoch, Sources& sources) {
   const Comm& comm = args.comm;
   const int all = args.rails.shape.topology.num_ranks;
   if (blockIdx.x == 0) {
@@ -43,125 +34,22 @@ __device__ bool find_sources(const CombineArgs& args, std::uint64_t epoch, Share
     std::byte* x =
         place.x_segment < 0 ? nullptr : segment_base(comm, i, place.x_segment) + place.x_offset;
     Carver carver(base);
-    shared.sources[i] = plan::RecvArrays::carve(carver, args.format, place.rows, x);
+    sources.of[i] = plan::RecvArrays::carve(carver, args.format, place.rows, x);
     const std::int64_t rows = args.rails.state.prefix[(std::int64_t{i} + 1) * all - 1];
     good = rows <= place.rows;
     if (!good && i == comm.rank) raise_invalid(comm, Finding::kHandleRoom, 2, place.rows, rows);
-    if (!good && i != comm.rank) (void)check_rows_fit(comm, comm.global_rank(i), 0, rows, place.rows);
+    if (!good && i != comm.rank)
+      (void)check_rows_fit(comm, comm.global_rank(i), 0, rows, place.rows);
   }
   return __syncthreads_and(good) != 0;
 }
 
 // --- inside the node -----------------------------------------------------------------------------
 
-/// The rows of a record at the ranks that a lane looks after (rank % 32 == lane).
-struct Rows {
-  std::int64_t at[kRanksALane];
-  std::uint32_t set[kRanksALane];  // ranks that have one, the same in all lanes
-  bool good;
-
-  /// `number`: the record's row of send_nvl_head; `source`: whose token it is.
-  __device__ Rows(const CombineArgs& args, std::int64_t number, int source) : good(true) {
-    const Comm& comm = args.comm;
-    const int all = args.rails.shape.topology.num_ranks;
-    const std::int32_t* heads = args.send_nvl_head + number * comm.num_ranks;
-#pragma unroll
-    for (int i = 0; i < kRanksALane; ++i) {
-      const int rank = i * 32 + lane_id();
-      const std::int32_t head = rank < comm.num_ranks ? heads[rank] : -1;
-      at[i] = -1;
-      if (head != -1) {
-        const auto rows =
-            plan::part_of(args.rails.state.prefix + std::int64_t{rank} * all, source);
-        const bool fits = head >= 0 && head < rows.end - rows.begin;
-        if (fits) at[i] = rows.begin + head;
-        if (!fits)
-          raise_invalid(comm, Finding::kBadNvlHead, number, rank, head, rows.end - rows.begin);
-        good = good && fits;
-      }
-      set[i] = __ballot_sync(0xffffffff, at[i] >= 0);
-    }
-    good = __all_sync(0xffffffff, good) != 0;
-  }
-  /// Calls body(rank, row) in all lanes, in ascending rank.
-  template <class Body>
-  __device__ void for_each(Body&& body) const {
-#pragma unroll
-    for (int i = 0; i < kRanksALane; ++i) {
-      for (std::uint32_t left = set[i]; left != 0; left &= left - 1) {
-        const int lane = __ffs(static_cast<int>(left)) - 1;
-        body(i * 32 + lane, __shfl_sync(0xffffffff, at[i], lane));
-      }
-    }
-  }
-};
-
-/// By a lane: kSteps times 16 bytes of a record's sum over this node's ranks, rounded. All lanes of
-/// the warp call it; `inside` says whether this one's bytes are of the row.
-template <class T, int kSteps>
-__device__ void sum_columns(const CombineArgs& args, const Shared& shared, const Rows& rows,
-                            std::int64_t at, bool inside, uint4 (&out)[kSteps]) {
-  Sum16<T> sums[kSteps];
-  rows.for_each([&](int rank, std::int64_t row) {
-    const std::byte* from = shared.sources[rank].x + row * args.format.x_bytes + at;
-    uint4 bytes[kSteps];
-#pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
-      bytes[i] = {};
-      if (inside) bytes[i] = *reinterpret_cast<const uint4*>(from + i * 512);
-    }
-#pragma unroll
-    for (int i = 0; i < kSteps; ++i) sums[i].add(bytes[i]);
-  });
-#pragma unroll
-  for (int i = 0; i < kSteps; ++i) out[i] = sums[i].round();
-}
-
-/// The same of weight k.
-__device__ float sum_weight(const CombineArgs& args, const Shared& shared, const Rows& rows, int k,
-                            bool inside) {
-  float sum = 0.0f;
-  rows.for_each([&](int rank, std::int64_t row) {
-    const auto* weights = reinterpret_cast<const float*>(shared.sources[rank].topk_weights);
-    if (inside) sum = plan::add(sum, weights[row * args.comm.record.num_topk + k]);
-  });
-  return plan::from_float<float>(sum);
-}
-
-/// By a warp: an item, a part of the record's sum.
+/// By a warp: the next item of a ring, if there is room. A record that is not allowed goes as
+/// zeros: its fault is known.
 template <class T>
-__device__ void compose_sum(const CombineArgs& args, const Shared& shared, const Rows& rows,
-                            int piece, std::byte* to) {
-  const int weights = static_cast<int>(args.format.topk_weights_bytes / 4);
-  for (int base = 0; base < weights; base += 32) {
-    const int k = base + lane_id();
-    const float sum = sum_weight(args, shared, rows, k, k < weights);
-    if (k < weights) reinterpret_cast<float*>(to)[k] = sum;
-  }
-  to += args.item.head_bytes;
-  const std::int64_t begin = args.item.x_begin(piece);
-  const std::int64_t bytes = args.item.x_size(piece);
-  std::int64_t base = 0;
-  for (; base + kUnroll * 512 <= bytes; base += kUnroll * 512) {
-    uint4 out[kUnroll];
-    const std::int64_t at = base + lane_id() * 16;
-    sum_columns<T, kUnroll>(args, shared, rows, begin + at, true, out);
-#pragma unroll
-    for (int i = 0; i < kUnroll; ++i) *reinterpret_cast<uint4*>(to + at + i * 512) = out[i];
-  }
-  for (; base < bytes; base += 512) {
-    uint4 out[1];
-    const std::int64_t at = base + lane_id() * 16;
-    const bool inside = at < bytes;
-    sum_columns<T, 1>(args, shared, rows, begin + at, inside, out);
-    if (inside) *reinterpret_cast<uint4*>(to + at) = out[0];
-  }
-}
-
-/// By a warp: the next item of a ring, if there is room. A record that is not allowed goes as zeros:
-/// its fault is known.
-template <class T>
-__device__ Turn send_sum(const CombineArgs& args, const Shared& shared, int lane, int peer) {
+__device__ Turn send_sum(const CombineArgs& args, const Sources& sources, int lane, int peer) {
   const Rails& rails = args.rails;
   const ItemShape& item = args.item;
   const int node = RailShape::node_of_peer(peer, rails.node);
@@ -177,20 +65,20 @@ __device__ Turn send_sum(const CombineArgs& args, const Shared& shared, int lane
   const std::int64_t record =
       plan::part_of(rails.state.records, node).begin + first[0] + number / item.pieces;
   const Rows rows(args, record, rails.rank_of_peer(peer));
-  compose_sum<T>(args, shared, rows, piece, out_slot(rails, item, ring));
+  compose_sum<T>(args, sources, rows, piece, out_slot(rails, item, ring));
   put_item(rails, item, lane, peer, item.head_bytes + item.x_size(piece));
   return Turn::kMoved;
 }
 
 /// By a summing warp: its rings.
 template <class T>
-__device__ void send_sums(const CombineArgs& args, const Shared& shared) {
+__device__ void send_sums(const CombineArgs& args, const Sources& sources) {
   const Rails& rails = args.rails;
   const Role role(0, kSumWarps);
   begin_rings<&RailState::Ring::out_item>(rails, role);
   (void)serve_rings(
       args.comm, rails, role,
-      [&](int lane, int peer) { return send_sum<T>(args, shared, lane, peer); },
+      [&](int lane, int peer) { return send_sum<T>(args, sources, lane, peer); },
       [] { return false; },
       [&](int lane, int peer) {
         const std::int64_t ring = rails.ring(lane, peer);
@@ -228,9 +116,10 @@ struct Items {
   }
 };
 
-/// By a lane: kSteps times 16 bytes of a token's sum; `at` in the row, `in_item` in the item's part.
+/// By a lane: kSteps times 16 bytes of a token's sum; `at` in the row, `in_item` in the item's
+/// part.
 template <class T, int kSteps>
-__device__ void add_columns(const CombineArgs& args, const Shared& shared, const Items& items,
+__device__ void add_columns(const CombineArgs& args, const Sources& sources, const Items& items,
                             const Rows* own_rows, std::int64_t token, std::int64_t at,
                             std::int64_t in_item, bool inside) {
   Sum16<T> sums[kSteps];
@@ -244,7 +133,7 @@ __device__ void add_columns(const CombineArgs& args, const Shared& shared, const
       [&](const std::byte* item) { add(item + args.item.head_bytes + in_item); },
       [&] {
         uint4 own[kSteps];
-        sum_columns<T, kSteps>(args, shared, *own_rows, at, inside, own);
+        sum_columns<T, kSteps>(args, sources, *own_rows, at, inside, own);
 #pragma unroll
         for (int i = 0; i < kSteps; ++i) sums[i].add(own[i]);
       });
@@ -258,18 +147,18 @@ __device__ void add_columns(const CombineArgs& args, const Shared& shared, const
 
 /// By a warp: a part of a token's sum.
 template <class T>
-__device__ void add_piece(const CombineArgs& args, const Shared& shared, const Items& items,
+__device__ void add_piece(const CombineArgs& args, const Sources& sources, const Items& items,
                           const Rows* own_rows, std::int64_t token, int piece) {
   const std::int64_t begin = args.item.x_begin(piece);
   const std::int64_t bytes = args.item.x_size(piece);
   std::int64_t base = 0;
   for (; base + kUnroll * 512 <= bytes; base += kUnroll * 512) {
     const std::int64_t at = base + lane_id() * 16;
-    add_columns<T, kUnroll>(args, shared, items, own_rows, token, begin + at, at, true);
+    add_columns<T, kUnroll>(args, sources, items, own_rows, token, begin + at, at, true);
   }
   for (; base < bytes; base += 512) {
     const std::int64_t at = base + lane_id() * 16;
-    add_columns<T, 1>(args, shared, items, own_rows, token, begin + at, at, at < bytes);
+    add_columns<T, 1>(args, sources, items, own_rows, token, begin + at, at, at < bytes);
   }
   if (piece > 0 || args.combined_topk_weights == nullptr) return;
   const int topk = args.comm.record.num_topk;
@@ -281,7 +170,7 @@ __device__ void add_piece(const CombineArgs& args, const Shared& shared, const I
         [&](const std::byte* item) {
           if (k < topk) sum = plan::add(sum, reinterpret_cast<const float*>(item)[k]);
         },
-        [&] { sum = plan::add(sum, sum_weight(args, shared, *own_rows, k, k < topk)); });
+        [&] { sum = plan::add(sum, sum_weight(args, sources, *own_rows, k, k < topk)); });
     if (k < topk) args.combined_topk_weights[token * topk + k] = plan::from_float<float>(sum);
   }
 }
@@ -314,7 +203,7 @@ __device__ void release_items(const CombineArgs& args, int lane, std::int64_t to
 
 /// By a warp: a token of a lane; false if it cannot be summed.
 template <class T>
-__device__ bool add_token(const CombineArgs& args, const Shared& shared, int lane,
+__device__ bool add_token(const CombineArgs& args, const Sources& sources, int lane,
                           std::int64_t token) {
   const Rails& rails = args.rails;
   const int nodes = rails.shape.topology.num_nodes();
@@ -326,9 +215,9 @@ __device__ bool add_token(const CombineArgs& args, const Shared& shared, int lan
     if (own >= 0) {
       const Rows rows(args, record, rails.rank());
       if (!rows.good) return false;
-      add_piece<T>(args, shared, items, &rows, token, piece);
+      add_piece<T>(args, sources, items, &rows, token, piece);
     } else {
-      add_piece<T>(args, shared, items, nullptr, token, piece);
+      add_piece<T>(args, sources, items, nullptr, token, piece);
     }
     release_items(args, lane, token);
   }
@@ -347,7 +236,7 @@ __device__ void void_token(const CombineArgs& args, std::int64_t token) {
 
 /// By an adding warp: the tokens of its lanes; `good` as long as nothing has failed.
 template <class T>
-__device__ void add_tokens(const CombineArgs& args, const Shared& shared, bool good) {
+__device__ void add_tokens(const CombineArgs& args, const Sources& sources, bool good) {
   const Role role(kSumWarps, kAddWarps);
   const int lanes = args.rails.shape.num_lanes;
   const std::int64_t tokens = args.comm.record.num_tokens;
@@ -355,7 +244,7 @@ __device__ void add_tokens(const CombineArgs& args, const Shared& shared, bool g
     const std::int64_t end = plan::channel_begin(tokens, static_cast<int>(lane) + 1, lanes);
     for (std::int64_t token = plan::channel_begin(tokens, static_cast<int>(lane), lanes);
          token < end; ++token) {
-      good = good && add_token<T>(args, shared, static_cast<int>(lane), token);
+      good = good && add_token<T>(args, sources, static_cast<int>(lane), token);
       if (!good) void_token(args, token);
     }
   }
@@ -366,20 +255,20 @@ __device__ void add_tokens(const CombineArgs& args, const Shared& shared, bool g
 // See notify.cu.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1) combine(const __grid_constant__ CombineArgs args) {
-  __shared__ Shared shared;
+  __shared__ Sources sources;
   const Comm& comm = args.comm;
   const std::uint64_t epoch = comm.local->epoch + 1;
-  const bool good = find_sources(args, epoch, shared);
+  const bool good = find_sources(args, epoch, sources);
   if (threadIdx.x >= kSumWarps * 32) {
-    add_tokens<T>(args, shared, good);
+    add_tokens<T>(args, sources, good);
   } else if (good) {
-    send_sums<T>(args, shared);
+    send_sums<T>(args, sources);
   }
   if (threadIdx.x % 32 == 0) nvshmem_quiet();
   if (!is_last_block(comm)) return;
   // "Landed" says here that all of the other's rows have been read.
-  const bool complete = __syncthreads_and(good && may_start(comm)) != 0 &&
-                        intranode::exchange_landed(comm, epoch);
+  const bool complete =
+      __syncthreads_and(good && may_start(comm)) != 0 && intranode::exchange_landed(comm, epoch);
   if (complete)
     flush_waits(comm, args.wait_stats == nullptr ? nullptr : args.wait_stats + comm.first_rank);
   tell_fault(comm, args.rails);

@@ -7,14 +7,15 @@ namespace deep_ep::cuda::internode {
 
 namespace {
 
-// Warps of a block that send, and those that pass on: of both kinds each block has some, so that one
-// block is enough. Neither kind waits for the other.
+// Warps of a block that send, and those that pass on: of both kinds each block has some, so that
+// one block is enough. Neither kind waits for the other.
 constexpr int kSendWarps = 8;
 constexpr int kPassWarps = 8;
 constexpr int kThreads = (kSendWarps + kPassWarps) * 32;
 
-/// By all threads, true in each: every rank of the node has told where its results go, and they fit.
-__device__ bool find_targets(const DispatchArgs& args, std::uint64_t epoch, Shared& shared) {
+/// By all threads, true in each: every rank of the node has told where its results go, and they
+/// fit.
+__device__ bool find_targets(const DispatchArgs& args, std::uint64_t epoch, Targets& targets) {
   const Comm& comm = args.comm;
   const int all = args.rails.shape.topology.num_ranks;
   if (blockIdx.x == 0) {
@@ -31,7 +32,7 @@ __device__ bool find_targets(const DispatchArgs& args, std::uint64_t epoch, Shar
     std::byte* x =
         place.x_segment < 0 ? nullptr : segment_base(comm, i, place.x_segment) + place.x_offset;
     Carver carver(base);
-    shared.targets[i] = plan::RecvArrays::carve(carver, args.format, place.rows, x);
+    targets.of[i] = plan::RecvArrays::carve(carver, args.format, place.rows, x);
     const std::int64_t rows = args.rails.state.prefix[(std::int64_t{i} + 1) * all - 1];
     good = check_rows_fit(comm, comm.global_rank(i), 0, rows, place.rows);
   }
@@ -59,14 +60,13 @@ __device__ Ids ids_of(const DispatchArgs& args, std::int64_t token) {
 }
 
 /// By a warp: a row for ranks of this node.
-__device__ void place_own(const DispatchArgs& args, const Shared& shared, std::int32_t record) {
+__device__ void place_own(const DispatchArgs& args, const Targets& targets, std::int32_t record) {
   const std::int64_t token =
       args.work.record_tokens[args.rails.node * args.comm.record.num_tokens + record];
   const Positions positions(positions_of(args, token, args.rails.node), args.comm.num_ranks);
   const float* weights = args.topk_weights;
-  place(args, shared,
-        {args.rails.rank(), meta_of(args, token, positions), record, positions,
-         ids_of(args, token),
+  place(args, targets,
+        {args.rails.rank(), meta_of(args, token, positions), record, positions, ids_of(args, token),
          weights == nullptr ? nullptr : weights + token * args.comm.record.num_topk,
          args.scales.data == nullptr ? nullptr : args.scales.data + token * args.scales.row_stride,
          args.scales.column_stride, args.x + token * args.format.x_bytes, 0, args.format.x_bytes});
@@ -95,8 +95,7 @@ __device__ void compose_head(const DispatchArgs& args, std::int64_t token, int n
              to + format.topk_weights);
   auto* scales = reinterpret_cast<std::uint32_t*>(to + format.scales);
   for (std::int64_t s = lane_id(); s < args.format.scale_bytes / 4; s += 32)
-    scales[s] =
-        args.scales.data[token * args.scales.row_stride + s * args.scales.column_stride];
+    scales[s] = args.scales.data[token * args.scales.row_stride + s * args.scales.column_stride];
 }
 
 /// By a warp: 16 bytes a lane and step, several steps under way at once.
@@ -140,18 +139,17 @@ __device__ Turn send_item(const DispatchArgs& args, int lane, int peer) {
 }
 
 /// By a sending warp: its rings, and its share of the rows for this node while those are full.
-__device__ void send_rows(const DispatchArgs& args, const Shared& shared) {
+__device__ void send_rows(const DispatchArgs& args, const Targets& targets) {
   const Rails& rails = args.rails;
   const Role role(0, kSendWarps);
   begin_rings<&RailState::Ring::out_item>(rails, role);
-  const std::int64_t own =
-      rails.state.totals[rails.shape.topology.num_ranks + rails.node];
+  const std::int64_t own = rails.state.totals[rails.shape.topology.num_ranks + rails.node];
   std::int64_t next = role.number;
   (void)serve_rings(
       args.comm, rails, role, [&](int lane, int peer) { return send_item(args, lane, peer); },
       [&] {
         if (next >= own) return false;
-        place_own(args, shared, static_cast<std::int32_t>(next));
+        place_own(args, targets, static_cast<std::int32_t>(next));
         next += role.count;
         return true;
       },
@@ -166,7 +164,7 @@ __device__ void send_rows(const DispatchArgs& args, const Shared& shared) {
 // --- passing on ----------------------------------------------------------------------------------
 
 /// By a warp: the next item of a ring, if it is here.
-__device__ Turn pass_on_item(const DispatchArgs& args, const Shared& shared, int lane, int peer) {
+__device__ Turn pass_on_item(const DispatchArgs& args, const Targets& targets, int lane, int peer) {
   const Rails& rails = args.rails;
   const ItemShape& item = args.item;
   const plan::RecordFormat& format = args.record_format;
@@ -181,7 +179,7 @@ __device__ Turn pass_on_item(const DispatchArgs& args, const Shared& shared, int
   if (from == nullptr) return Turn::kStuck;
   const plan::RecordHead head = *reinterpret_cast<const plan::RecordHead*>(from);
   const auto piece = static_cast<int>(number % item.pieces);
-  place(args, shared,
+  place(args, targets,
         {rails.rank_of_peer(peer), head.meta, head.record,
          Positions(reinterpret_cast<const std::int32_t*>(from + sizeof head), args.comm.num_ranks),
          Ids{from + format.topk_idx, args.topk_idx.wide},
@@ -193,13 +191,13 @@ __device__ Turn pass_on_item(const DispatchArgs& args, const Shared& shared, int
 }
 
 /// By a passing warp: its rings.
-__device__ void pass_rows_on(const DispatchArgs& args, const Shared& shared) {
+__device__ void pass_rows_on(const DispatchArgs& args, const Targets& targets) {
   const Rails& rails = args.rails;
   const Role role(kSendWarps, kPassWarps);
   begin_rings<&RailState::Ring::in_item>(rails, role);
   (void)serve_rings(
       args.comm, rails, role,
-      [&](int lane, int peer) { return pass_on_item(args, shared, lane, peer); },
+      [&](int lane, int peer) { return pass_on_item(args, targets, lane, peer); },
       [] { return false; },
       [&](int lane, int peer) {
         const std::int64_t ring = rails.ring(lane, peer);
@@ -229,7 +227,8 @@ __device__ void fill_unused_rows(const DispatchArgs& args, const plan::RecvArray
   fill(own.src_meta, args.format.src_meta_bytes, 0xffffffff);
 }
 
-/// By all threads of `blocks` blocks: results that are not there are not a number, and of no expert.
+/// By all threads of `blocks` blocks: results that are not there are not a number, and of no
+/// expert.
 __device__ void void_results(const DispatchArgs& args, int block, int blocks) {
   const Comm& comm = args.comm;
   const std::int64_t step = std::int64_t{blocks} * kThreads;
@@ -249,26 +248,25 @@ __device__ void void_results(const DispatchArgs& args, int block, int blocks) {
 }  // namespace
 
 // See notify.cu.
-__global__ void __launch_bounds__(kThreads, 1)
-    dispatch(const __grid_constant__ DispatchArgs args) {
-  __shared__ Shared shared;
+__global__ void __launch_bounds__(kThreads, 1) dispatch(const __grid_constant__ DispatchArgs args) {
+  __shared__ Targets targets;
   const Comm& comm = args.comm;
   const std::uint64_t epoch = comm.local->epoch + 1;
-  const bool good = find_targets(args, epoch, shared);
+  const bool good = find_targets(args, epoch, targets);
   if (good) {
-    fill_unused_rows(args, shared.targets[comm.rank]);
+    fill_unused_rows(args, targets.of[comm.rank]);
     if (threadIdx.x < kSendWarps * 32) {
-      send_rows(args, shared);
+      send_rows(args, targets);
     } else {
-      pass_rows_on(args, shared);
+      pass_rows_on(args, targets);
     }
     if (threadIdx.x % 32 == 0) nvshmem_quiet();
   } else {
     void_results(args, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
   }
   if (!is_last_block(comm)) return;
-  bool complete = __syncthreads_and(good && may_start(comm)) != 0 &&
-                  intranode::exchange_landed(comm, epoch);
+  bool complete =
+      __syncthreads_and(good && may_start(comm)) != 0 && intranode::exchange_landed(comm, epoch);
   complete = __syncthreads_and(complete && may_start(comm)) != 0;
   if (complete) {
     flush_waits(comm, args.wait_stats == nullptr ? nullptr : args.wait_stats + comm.first_rank);

@@ -42,7 +42,8 @@ __global__ void __launch_bounds__(kThreads) fill_handle(const __grid_constant__ 
   auto* to = reinterpret_cast<std::uint64_t*>(routing.recv_src_meta);
   for (std::int64_t i = begin; i < args.rows * 2; i += step) to[i] = from[i];
   const int channels = routing.num_channels;
-  const std::int32_t* prefix = rails.state.prefix + std::int64_t{args.comm.rank} * topology.num_ranks;
+  const std::int32_t* prefix =
+      rails.state.prefix + std::int64_t{args.comm.rank} * topology.num_ranks;
   for (std::int64_t i = begin; i < std::int64_t{topology.num_ranks} * channels; i += step) {
     const auto source = static_cast<int>(i / channels);
     const auto rows = within(plan::part_of(prefix, source), args.rows);

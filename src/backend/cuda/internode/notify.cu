@@ -130,18 +130,18 @@ __device__ void post_rails(const NotifyArgs& args, std::uint64_t number) {
   for (int peer = 0; peer < rails.shape.num_peers(); ++peer) {
     const std::int64_t slot =
         RailShape::peer_index(rails.node, RailShape::node_of_peer(peer, rails.node));
-    nvshmemx_putmem_signal_nbi_block(
-        mailbox.messages + slot * rails.block.message_bytes,
-        mailbox.out_messages + peer * rails.block.message_bytes,
-        sizeof(Announcement) + 4 * static_cast<std::size_t>(experts), mailbox.posted + slot, number,
-        NVSHMEM_SIGNAL_SET, rails.rank_of_peer(peer));
+    nvshmemx_putmem_signal_nbi_block(mailbox.messages + slot * rails.block.message_bytes,
+                                     mailbox.out_messages + peer * rails.block.message_bytes,
+                                     sizeof(Announcement) + 4 * static_cast<std::size_t>(experts),
+                                     mailbox.posted + slot, number, NVSHMEM_SIGNAL_SET,
+                                     rails.rank_of_peer(peer));
   }
 }
 
 __device__ const Announcement& message_of(const Rails& rails, std::uint64_t number, int node) {
-  return *reinterpret_cast<const Announcement*>(
-      rails.block.mailbox[number % 2].messages +
-      RailShape::peer_index(node, rails.node) * rails.block.message_bytes);
+  return *reinterpret_cast<const Announcement*>(rails.block.mailbox[number % 2].messages +
+                                                RailShape::peer_index(node, rails.node) *
+                                                    rails.block.message_bytes);
 }
 
 /// By all threads, true in each: every rail peer has announced the same call.
@@ -151,11 +151,11 @@ __device__ bool wait_rails(const NotifyArgs& args, std::uint64_t number) {
   const auto peer = static_cast<int>(threadIdx.x);
   if (good && peer < rails.shape.num_peers()) {
     const int rank = rails.rank_of_peer(peer);
-    good = wait_for_rail(args.comm, rails, rank, Wait::kCall,
-                         rails.block.mailbox[number % 2].posted + peer, number) &&
-           agrees(args.comm, args.comm.record,
-                  message_of(rails, number, RailShape::node_of_peer(peer, rails.node)).record,
-                  rank);
+    good =
+        wait_for_rail(args.comm, rails, rank, Wait::kCall,
+                      rails.block.mailbox[number % 2].posted + peer, number) &&
+        agrees(args.comm, args.comm.record,
+               message_of(rails, number, RailShape::node_of_peer(peer, rails.node)).record, rank);
   }
   return __syncthreads_and(good) != 0;
 }
@@ -187,8 +187,7 @@ __device__ void tell_node(const NotifyArgs& args, std::uint64_t epoch, std::uint
       }
     }
     if (args.num_tokens_per_expert == nullptr) continue;
-    std::int32_t* experts =
-        mailbox.tokens_per_expert + std::int64_t{comm.rank} * kMaxLocalExperts;
+    std::int32_t* experts = mailbox.tokens_per_expert + std::int64_t{comm.rank} * kMaxLocalExperts;
     for (int e = threadIdx.x; e < local_experts; e += kThreads) {
       std::int32_t sum =
           args.num_tokens_per_expert[std::int64_t{comm.global_rank(to)} * local_experts + e];
@@ -240,8 +239,8 @@ __device__ void read_rows(const NotifyArgs& args, const protocol::Mailbox& mailb
   std::int64_t sum = 0;
   bool good = true;
   for (int source = 0; source < topology.num_ranks; ++source) {
-    const std::int64_t row = std::int64_t{topology.index_of(source)} * topology.num_nodes() +
-                             topology.node_of(source);
+    const std::int64_t row =
+        std::int64_t{topology.index_of(source)} * topology.num_nodes() + topology.node_of(source);
     const std::int32_t count = mailbox.tokens_per_rank[row * width + to];
     sum += count;
     good = good && count >= 0 && sum <= INT32_MAX;
@@ -288,16 +287,15 @@ __device__ void read_counts(const NotifyArgs& args, const protocol::Mailbox& mai
   const int lanes = rails.shape.num_lanes;
   for (int i = threadIdx.x; i < topology.num_nodes() * (lanes + 1); i += kThreads) {
     const int node = i / (lanes + 1);
-    rails.state.lanes_in[i] =
-        node == rails.node ? rails.state.lanes_out[i]
-                           : message_of(rails, number, node).lane_records[i % (lanes + 1)];
+    rails.state.lanes_in[i] = node == rails.node
+                                  ? rails.state.lanes_out[i]
+                                  : message_of(rails, number, node).lane_records[i % (lanes + 1)];
   }
   read_rows(args, mailbox);
   if (threadIdx.x == kThreads - 1) read_records(args, number);
   __syncthreads();
   if (threadIdx.x != 0 || args.max_rows == 0) return;
-  const std::int64_t rows =
-      rails.state.prefix[(args.comm.rank + 1) * topology.num_ranks - 1];
+  const std::int64_t rows = rails.state.prefix[(args.comm.rank + 1) * topology.num_ranks - 1];
   const std::int64_t records = rails.state.records[topology.num_nodes() - 1];
   if (rows > args.max_rows || records > args.max_rows) raise_capacity(args, rows, records);
 }
@@ -362,16 +360,16 @@ __device__ void void_counts(const NotifyArgs& args) {
 
 }  // namespace
 
-// Not in the unnamed namespace: device code is linked, and names of kernels would have the file's in
-// them.
+// Not in the unnamed namespace: device code is linked, and names of kernels would have the file's
+// in them.
 __global__ void __launch_bounds__(kThreads) notify(const __grid_constant__ NotifyArgs args) {
   const Comm& comm = args.comm;
   const std::uint64_t epoch = comm.local->epoch + 1;
   // Tokens are placed whatever has failed: warps of several blocks wait for each other's counts,
   // and each block would see a fault at another time.
   place_tokens(args, epoch);
-  check_ids(comm, args.topk_idx, args.routing.is_token_in_rank,
-            args.rails.shape.topology.num_ranks, static_cast<int>(gridDim.x));
+  check_ids(comm, args.topk_idx, args.routing.is_token_in_rank, args.rails.shape.topology.num_ranks,
+            static_cast<int>(gridDim.x));
   if (!is_last_block(comm)) return;
   if (__syncthreads_and(may_start(comm)) != 0) exchange_counts(args, epoch);
   if (__syncthreads_and(may_start(comm)) == 0) void_counts(args);

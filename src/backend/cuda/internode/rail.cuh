@@ -6,9 +6,14 @@
 #include "backend/cuda/device/waiting.cuh"
 #include "backend/cuda/internode/steps.hpp"
 
-// How kernels talk to other nodes: puts whose signals order nothing but their own data, so that each
-// item has a signal word of its own; and waits that never block in NVSHMEM.
+// How kernels talk to other nodes: puts whose signals order nothing but their own data, so that
+// each item has a signal word of its own; and waits that never block in NVSHMEM.
 namespace deep_ep::cuda::internode {
+
+/// What a lane looks after: ranks of the node with rank % 32 == lane.
+constexpr int kRanksALane = (plan::kMaxRanksPerNode + 31) / 32;
+
+__device__ inline int lane_id() { return static_cast<int>(threadIdx.x % 32); }
 
 /// Acquire of a word of this rank's heap that others set: what was put with the signal is here.
 /// nvshmem_signal_fetch() alone promises the word, nvshmem_uint64_test() the data as well.
@@ -26,8 +31,7 @@ __device__ __noinline__ inline bool adopt_fault(const Comm& comm, const Rails& r
     if (!reached(rails.block.faulted + rank, 1)) continue;
     const auto* from = reinterpret_cast<const std::uint32_t*>(rails.block.faults + rank);
     for (int i = 0; i < comm.num_ranks; ++i) {
-      protocol::FaultRecord& record =
-          *comm.control((comm.rank + i) % comm.num_ranks).block.fault;
+      protocol::FaultRecord& record = *comm.control((comm.rank + i) % comm.num_ranks).block.fault;
       if (!record.claim()) continue;
       // All but the first word, the state, which publish() sets.
       for (unsigned word = 1; word < sizeof record / 4; ++word)
@@ -103,7 +107,8 @@ class Patience {
   bool last_look_ = false;
 };
 
-/// By the last block, before end_kernel(): the ranks of other nodes learn of this one's fault, once.
+/// By the last block, before end_kernel(): the ranks of other nodes learn of this one's fault,
+/// once.
 __device__ __noinline__ inline void tell_fault(const Comm& comm, const Rails& rails) {
   __syncthreads();
   if (threadIdx.x != 0) return;

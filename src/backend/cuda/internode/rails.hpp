@@ -16,8 +16,8 @@ namespace deep_ep::cuda::internode {
 /// serves a ring, so lanes are many and their rings small.
 struct RailShape {
   static constexpr int kMostLanes = 128;
-  static constexpr int kFewestLanes = 32;         // of a Buffer that was given no memory for more
-  static constexpr int kMostSlots = 16;           // of a ring
+  static constexpr int kFewestLanes = 32;  // of a Buffer that was given no memory for more
+  static constexpr int kMostSlots = 16;    // of a ring
   static constexpr std::int64_t kRingBytes = 64 << 10;
 
   plan::Topology topology;
@@ -56,9 +56,9 @@ struct RailBlock {
   std::uint64_t* faulted;     // [R] 1: that rank's record is complete
   protocol::FaultRecord* faults;  // [R]
   protocol::FaultRecord* out_fault;
-  struct Mailbox {            // two alternate by parity of the announcement (I17)
-    std::uint64_t* posted;    // [peers] number of the announcement that is here
-    std::byte* messages;      // [peers, message_bytes]
+  struct Mailbox {          // two alternate by parity of the announcement (I17)
+    std::uint64_t* posted;  // [peers] number of the announcement that is here
+    std::byte* messages;    // [peers, message_bytes]
     std::byte* out_messages;
   } mailbox[2];
   std::uint64_t* filled;   // [rings, kMostSlots] number of the item, from 1, that the slot holds

@@ -13,8 +13,8 @@ enum class Turn { kMoved, kStuck, kDone };
 struct Role {
   std::int64_t number;
   std::int64_t count;
-  /// `first` is the first warp of a block that has the role, of `warps`. Neighbours in number are of
-  /// different blocks.
+  /// `first` is the first warp of a block that has the role, of `warps`. Neighbours in number are
+  /// of different blocks.
   __device__ Role(int first, int warps)
       : number((std::int64_t{threadIdx.x / 32} - first) * gridDim.x + blockIdx.x),
         count(std::int64_t{gridDim.x} * warps) {}
@@ -77,8 +77,8 @@ __device__ inline const std::byte* next_item(const Rails& rails, const ItemShape
   return rails.block.slots + ring * RailShape::kRingBytes + slot * item.slot_bytes;
 }
 
-/// By the same warp, where it has nothing else to do: waits for the next item. Null, and reported, if
-/// it does not come.
+/// By the same warp, where it has nothing else to do: waits for the next item. Null, and reported,
+/// if it does not come.
 __device__ inline const std::byte* wait_item(const Comm& comm, const Rails& rails,
                                              const ItemShape& item, int lane, int peer) {
   const std::int64_t ring = rails.ring(lane, peer);
@@ -91,8 +91,8 @@ __device__ inline const std::byte* wait_item(const Comm& comm, const Rails& rail
   return __shfl_sync(0xffffffff, here, 0) ? next_item(rails, item, ring) : nullptr;
 }
 
-/// By the same warp: the item has been read. Credits are added, not set: so they need no order among
-/// themselves.
+/// By the same warp: the item has been read. Credits are added, not set: so they need no order
+/// among themselves.
 __device__ inline void release_item(const Rails& rails, int lane, int peer) {
   RailState::Ring& state = rails.state.rings[rails.ring(lane, peer)];
   const std::int64_t there = rails.ring(
@@ -108,12 +108,12 @@ __device__ inline void release_item(const Rails& rails, int lane, int peer) {
   __syncwarp();
 }
 
-/// By a warp that has a role: turn(ring's lane, peer) for each of its rings, over and over, until all
-/// are done and `rest()`, work that waits for nobody, has no more to do. missing(lane, peer) reports
-/// a ring that has not moved for too long. False if it left for a fault.
+/// By a warp that has a role: turn(ring's lane, peer) for each of its rings, over and over, until
+/// all are done and `rest()`, work that waits for nobody, has no more to do. missing(lane, peer)
+/// reports a ring that has not moved for too long. False if it left for a fault.
 template <class TakeTurn, class Rest, class Missing>
-__device__ bool serve_rings(const Comm& comm, const Rails& rails, const Role& role,
-                            TakeTurn&& turn, Rest&& rest, Missing&& missing) {
+__device__ bool serve_rings(const Comm& comm, const Rails& rails, const Role& role, TakeTurn&& turn,
+                            Rest&& rest, Missing&& missing) {
   const int peers = rails.shape.num_peers();
   const std::int64_t rings = rails.shape.num_rings();
   Patience patience(comm, rails);
@@ -133,15 +133,14 @@ __device__ bool serve_rings(const Comm& comm, const Rails& rails, const Role& ro
     if (stuck < 0) return true;
     bool go_on = false;
     if (threadIdx.x % 32 == 0)
-      go_on = patience.wait([&] {
-        missing(static_cast<int>(stuck / peers), static_cast<int>(stuck % peers));
-      });
+      go_on = patience.wait(
+          [&] { missing(static_cast<int>(stuck / peers), static_cast<int>(stuck % peers)); });
     if (!__shfl_sync(0xffffffff, go_on, 0)) return false;
   }
 }
 
 /// By a warp, before it serves its rings in one of the two roles.
-template <std::int64_t RailState::Ring::* kItem>
+template <std::int64_t RailState::Ring::*kItem>
 __device__ void begin_rings(const Rails& rails, const Role& role) {
   if (threadIdx.x % 32 == 0) {
     for (std::int64_t ring = role.number; ring < rails.shape.num_rings(); ring += role.count)

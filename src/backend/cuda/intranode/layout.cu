@@ -22,7 +22,8 @@ struct RankSet {
     return fresh;
   }
   __device__ void write(bool* row, int num_ranks) const {
-    for (int rank = 0; rank < num_ranks; ++rank) row[rank] = (words[rank / 64] >> rank % 64 & 1) != 0;
+    for (int rank = 0; rank < num_ranks; ++rank)
+      row[rank] = (words[rank / 64] >> rank % 64 & 1) != 0;
   }
 };
 

@@ -22,7 +22,7 @@ struct LayoutArgs {
   std::int64_t num_tokens = 0;
   int num_topk = 0;
   int num_experts = 0;
-  int num_ranks = 0;                              // of all nodes
+  int num_ranks = 0;  // of all nodes
   int ranks_per_node = 0;
   std::int32_t* sums = nullptr;                   // [R + E + nodes] zeros, and again afterwards
   std::int32_t* num_tokens_per_rank = nullptr;    // out [R]

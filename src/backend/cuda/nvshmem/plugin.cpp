@@ -14,15 +14,15 @@ class Parts final : public NvshmemParts {
   }
   cudaError_t load_kernels() override {
     use_device();
-    for (const auto load : {internode::load_notify, internode::load_dispatch,
-                            internode::load_combine, internode::load_handle, internode::load_tell_fault}) {
+    for (const auto load :
+         {internode::load_notify, internode::load_dispatch, internode::load_combine,
+          internode::load_handle, internode::load_tell_fault}) {
       const cudaError_t status = load();
       if (status != cudaSuccess) return status;
     }
     return cudaSuccess;
   }
-  cudaError_t launch(const internode::NotifyArgs& args, int num_sms,
-                     cudaStream_t stream) override {
+  cudaError_t launch(const internode::NotifyArgs& args, int num_sms, cudaStream_t stream) override {
     use_device();
     return internode::launch_notify(args, num_sms, stream);
   }

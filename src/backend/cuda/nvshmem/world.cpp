@@ -132,10 +132,10 @@ void World::join(Bootstrap& bootstrap, int device) {
     if (!name_.empty() && size_ == bootstrap.size() && rank_ == bootstrap.rank() &&
         device_ == device)
       return;
-    const std::string known =
-        name_.empty() ? "this process has not joined it, others have"
-                      : fmt::format("this process is rank {} of {} there, with GPU {}", rank_,
-                                    size_, device_);
+    const std::string known = name_.empty()
+                                  ? "this process has not joined it, others have"
+                                  : fmt::format("this process is rank {} of {} there, with GPU {}",
+                                                rank_, size_, device_);
     throw Error(ErrorCode::kUnsupported,
                 fmt::format("device cuda: NVSHMEM, which connects nodes, is joined once by a "
                             "process, and {}; a Buffer with rank {} of {} and GPU {} needs other "
