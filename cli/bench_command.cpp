@@ -229,6 +229,7 @@ void add_bench_internode(CLI::App& bench, int& status) {
   options->command = "bench internode";
   options->nodes = options->settings.ranks_per_node = 2;
   command->option_defaults()->always_capture_default();
+  command->add_option("--backend", options->backend, kBackends);
   command->add_option("--nodes", options->nodes, "Nodes, which ranks of this machine pose as");
   command->add_option("--ranks-per-node", options->settings.ranks_per_node,
                       "Ranks of each, one process each");

@@ -10,9 +10,7 @@
 
 namespace deep_ep::cuda {
 
-namespace {
-
-nvshmem::NvshmemParts& load_parts() {
+nvshmem::NvshmemParts& nvshmem_parts() {
   using GetParts = nvshmem::NvshmemParts* (*)();
   static nvshmem::NvshmemParts& parts = *reinterpret_cast<GetParts>(load_plugin(
       {.library = "libdeep_ep_nvshmem.so",
@@ -24,6 +22,8 @@ nvshmem::NvshmemParts& load_parts() {
            "device"}))();
   return parts;
 }
+
+namespace {
 
 internode::RoutingArrays arrays_of(const deep_ep::internode::Routing& routing) {
   internode::RoutingArrays arrays;
@@ -66,7 +66,7 @@ Internode::Internode(Context& context, const BackendOptions& options) : context_
 }
 
 void Internode::alloc(Bootstrap& bootstrap, std::int64_t bytes) {
-  fabric::together(bootstrap, [&] { parts_ = &load_parts(); });
+  fabric::together(bootstrap, [&] { parts_ = &nvshmem_parts(); });
   shape_ = fit(shape_, bytes);
   const std::int64_t needed = internode::RailBlock::bytes(shape_);
   if (bytes < needed && bootstrap.rank() == 0) {
@@ -86,12 +86,15 @@ void Internode::alloc(Bootstrap& bootstrap, std::int64_t bytes) {
 
 void Internode::free() noexcept {
   if (heap_ == nullptr) return;
+  tell(true);
+  context_.synchronize();
   if (protocol::load_acquire(&context_.faults()->status().faulted) != 0) heap_->abandon();
   heap_.reset();
 }
 
-internode::Rails Internode::rails() const {
+internode::Rails Internode::rails(const Call& call) const {
   internode::Rails rails;
+  rails.timeout_ns = std::chrono::nanoseconds(call.timeout).count();
   rails.shape = shape_;
   rails.node = shape_.topology.node_of(context_.global_rank());
   rails.index = shape_.topology.index_of(context_.global_rank());
@@ -102,6 +105,13 @@ internode::Rails Internode::rails() const {
   return rails;
 }
 
+// A rank of this node may be late because one of another is: who waits for that one is to say so.
+Comm Internode::comm(const Call& call) const {
+  Comm comm = context_.comm(call);
+  comm.timeout_ns += comm.timeout_ns / 8;
+  return comm;
+}
+
 internode::Workspace Internode::workspace(std::int64_t tokens) {
   Carver carver(work_.get(internode::Workspace::bytes(tokens, shape_.topology)));
   return internode::Workspace::carve(carver, tokens, shape_.topology);
@@ -109,8 +119,8 @@ internode::Workspace Internode::workspace(std::int64_t tokens) {
 
 internode::NotifyArgs Internode::notify_args(const Call& call) {
   internode::NotifyArgs args;
-  args.comm = context_.comm(call);
-  args.rails = rails();
+  args.comm = comm(call);
+  args.rails = rails(call);
   args.work = workspace(call.record.num_tokens);
   args.counts = context_.count_words((call.record.num_tokens / kTokensPerCount + 1) *
                                      (shape_.topology.num_ranks + shape_.topology.num_nodes()));
@@ -164,8 +174,8 @@ void Internode::dispatch(const deep_ep::internode::DispatchParams& params) {
   args.record_format = plan::RecordFormat(params.format, shape_.topology.ranks_per_node);
   args.item = make_item(args.record_format.x, params.format.x_bytes);
   if (params.cached) notify_cached(params.call, params.routing, params.block_rows);
-  args.comm = context_.comm(params.call);
-  args.rails = rails();
+  args.comm = comm(params.call);
+  args.rails = rails(params.call);
   args.cached = params.cached;
   args.x = params.source.x;
   const TensorView& scales = params.source.scales;
@@ -232,8 +242,8 @@ void Internode::combine(const deep_ep::internode::CombineParams& params,
   require_aligned(params.x, "x");
   for (const std::byte* bias : params.bias) require_aligned(bias, "bias");
   internode::CombineArgs args;
-  args.comm = context_.comm(params.call);
-  args.rails = rails();
+  args.comm = comm(params.call);
+  args.rails = rails(params.call);
   args.bias[0] = params.bias[0];
   args.bias[1] = params.bias[1];
   args.format = combine_format(params);
@@ -270,17 +280,20 @@ void Internode::combine(const deep_ep::internode::CombineParams& params,
         "launch of combine");
 }
 
-void Internode::tell_fault() noexcept {
-  if (heap_ == nullptr) return;
+void Internode::tell(bool leaves) noexcept {
   try {
     const DeviceGuard guard(context_.device());
-    check(parts_->launch(internode::TellFaultArgs{context_.comm({}), rails()},
+    check(parts_->launch(internode::TellArgs{context_.comm({}), rails({}), leaves},
                          context_.fault_stream()),
           "launch of tell");
   } catch (const std::exception& failure) {
-    log::warn("rank {}: the other nodes cannot be told of a fault: {}", context_.global_rank(),
-              failure.what());
+    log::warn("rank {}: the other nodes cannot be told of a fault, or that it leaves: {}",
+              context_.global_rank(), failure.what());
   }
+}
+
+void Internode::tell_fault() noexcept {
+  if (heap_ != nullptr) tell(false);
 }
 
 }  // namespace deep_ep::cuda

@@ -10,6 +10,10 @@
 
 namespace deep_ep::cuda {
 
+/// Loads libdeep_ep_nvshmem.so at the first call. Throws Error(kUnsupported) saying what is
+/// missing.
+nvshmem::NvshmemParts& nvshmem_parts();
+
 /// The internode mode of a rank: its piece of the symmetric heap, and its kernels' arguments.
 class Internode {
  public:
@@ -37,7 +41,9 @@ class Internode {
   void tell_fault() noexcept;
 
  private:
-  internode::Rails rails() const;
+  Comm comm(const Call& call) const;
+  internode::Rails rails(const Call& call) const;
+  void tell(bool leaves) noexcept;
   /// What notify leaves for the kernel behind it, of a call of so many tokens.
   internode::Workspace workspace(std::int64_t tokens);
   internode::NotifyArgs notify_args(const Call& call);

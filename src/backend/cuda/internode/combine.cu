@@ -79,13 +79,7 @@ __device__ void send_sums(const CombineArgs& args, const Sources& sources) {
   (void)serve_rings(
       args.comm, rails, role,
       [&](int lane, int peer) { return send_sum<T>(args, sources, lane, peer); },
-      [] { return false; },
-      [&](int lane, int peer) {
-        const std::int64_t ring = rails.ring(lane, peer);
-        raise_missing(args.comm, rails.rank_of_peer(peer), 0, Wait::kRoom,
-                      rails.state.rings[ring].sent,
-                      nvshmem_signal_fetch(rails.block.credits + ring));
-      });
+      [] { return false; }, [&](std::int64_t ring) { return missing_room(rails, ring); });
 }
 
 // --- at the token's rank -------------------------------------------------------------------------

@@ -153,12 +153,7 @@ __device__ void send_rows(const DispatchArgs& args, const Targets& targets) {
         next += role.count;
         return true;
       },
-      [&](int lane, int peer) {
-        const std::int64_t ring = rails.ring(lane, peer);
-        raise_missing(args.comm, rails.rank_of_peer(peer), 0, Wait::kRoom,
-                      rails.state.rings[ring].sent,
-                      nvshmem_signal_fetch(rails.block.credits + ring));
-      });
+      [&](std::int64_t ring) { return missing_room(rails, ring); });
 }
 
 // --- passing on ----------------------------------------------------------------------------------
@@ -199,10 +194,9 @@ __device__ void pass_rows_on(const DispatchArgs& args, const Targets& targets) {
       args.comm, rails, role,
       [&](int lane, int peer) { return pass_on_item(args, targets, lane, peer); },
       [] { return false; },
-      [&](int lane, int peer) {
-        const std::int64_t ring = rails.ring(lane, peer);
+      [&](std::int64_t ring) {
         const std::uint64_t consumed = rails.state.rings[ring].consumed;
-        raise_missing(args.comm, rails.rank_of_peer(peer), 0, Wait::kRows, consumed + 1, consumed);
+        return Awaited{Wait::kRows, consumed + 1, consumed};
       });
 }
 

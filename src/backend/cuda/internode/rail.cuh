@@ -49,19 +49,28 @@ __device__ inline bool faulted(const Comm& comm, const Rails& rails) {
          (nvshmem_signal_fetch(rails.block.num_faults) != 0 && adopt_fault(comm, rails));
 }
 
-/// The Waiter of one thread that waits for a rail peer. Nobody sees those go.
+/// The Waiter of one thread that waits for rank `awaited` of another node, which is seen to leave
+/// in good order, but not to die.
 struct RailWaiter {
   const Comm& comm;
   const Rails& rails;
+  int awaited;
   std::int64_t started = 0;
+  bool gone = false;
 
   __device__ void begin() { started = globaltimer(); }
   __device__ bool faulted() const { return internode::faulted(comm, rails); }
-  __device__ bool expired() const { return globaltimer() - started > comm.timeout_ns; }
+  __device__ bool expired() {
+    gone = reached(rails.block.left + awaited, 1);
+    return gone || globaltimer() - started > rails.timeout_ns;
+  }
   template <class Ready>
   __device__ bool pause(Ready&&) const {
     __nanosleep(40);
     return false;
+  }
+  __device__ void report(Wait what, std::uint64_t expected, std::uint64_t seen) const {
+    raise_missing(comm, awaited, gone ? kGoneOrderly : 0, what, expected, seen);
   }
 };
 
@@ -69,36 +78,48 @@ struct RailWaiter {
 /// and returns false.
 __device__ inline bool wait_for_rail(const Comm& comm, const Rails& rails, int rank, Wait what,
                                      std::uint64_t* word, std::uint64_t value) {
-  RailWaiter waiter{comm, rails};
+  RailWaiter waiter{comm, rails, rank};
   const protocol::WaitResult result =
       protocol::wait_until(waiter, [&] { return reached(word, value); });
   if (result == protocol::WaitResult::kReady) return true;
   if (result == protocol::WaitResult::kExpired)
-    raise_missing(comm, rank, 0, what, value, nvshmem_signal_fetch(word));
+    waiter.report(what, value, nvshmem_signal_fetch(word));
   return false;
 }
+
+/// What a ring waits for.
+struct Awaited {
+  Wait what;
+  std::uint64_t expected;
+  std::uint64_t seen;
+};
 
 /// Of a warp that looks after several rings, none of which it waits for (I20); by one lane.
 class Patience {
  public:
-  __device__ Patience(const Comm& comm, const Rails& rails) : waiter_{comm, rails} {}
+  __device__ Patience(const Comm& comm, const Rails& rails) : waiter_{comm, rails, 0} {}
   __device__ void moved() {
     waiter_.started = 0;
     last_look_ = false;
   }
-  /// Nothing has moved in a whole turn: false if it is time to leave. blame() reports what is
-  /// missing; once time is up it looks once more first, since ranks may share a GPU.
-  template <class Blame>
-  __device__ bool wait(Blame&& blame) {
+  /// Nothing has moved in a whole turn, for one thing what comes from `rank`: false if it is time
+  /// to leave. awaited() says what is missing; once time is up it looks once more first, since
+  /// ranks may share a GPU.
+  template <class What>
+  __device__ bool wait(int rank, What&& awaited) {
     if (waiter_.started == 0) waiter_.begin();
     if (waiter_.faulted()) return false;
+    waiter_.awaited = rank;
     if (!waiter_.expired()) {
       __nanosleep(40);
       return true;
     }
-    if (last_look_) blame();
     const bool go_on = !last_look_;
     last_look_ = true;
+    if (!go_on) {
+      const Awaited missing = awaited();
+      waiter_.report(missing.what, missing.expected, missing.seen);
+    }
     return go_on;
   }
 
@@ -108,7 +129,7 @@ class Patience {
 };
 
 /// By the last block, before end_kernel(): the ranks of other nodes learn of this one's fault,
-/// once.
+/// once. What is put from is not written again, so nothing is waited for.
 __device__ __noinline__ inline void tell_fault(const Comm& comm, const Rails& rails) {
   __syncthreads();
   if (threadIdx.x != 0) return;
@@ -126,7 +147,6 @@ __device__ __noinline__ inline void tell_fault(const Comm& comm, const Rails& ra
                               rails.block.faulted + rank, 1, NVSHMEM_SIGNAL_SET, i);
     nvshmemx_signal_op(rails.block.num_faults, 1, NVSHMEM_SIGNAL_ADD, i);
   }
-  nvshmem_quiet();
 }
 
 }  // namespace deep_ep::cuda::internode

@@ -52,6 +52,7 @@ struct Announcement {
 /// peer, the other nodes in order, unless they say otherwise. The out_ parts are what this rank
 /// puts from; nobody else touches them.
 struct RailBlock {
+  std::uint64_t* left;        // [R] 1: that rank has destroyed its Buffer
   std::uint64_t* num_faults;  // [1] ranks of other nodes that have told a fault; hint to look below
   std::uint64_t* faulted;     // [R] 1: that rank's record is complete
   protocol::FaultRecord* faults;  // [R]
@@ -73,6 +74,7 @@ struct RailBlock {
     const std::int64_t rings = shape.num_rings();
     RailBlock block;
     block.message_bytes = (Announcement::bytes(shape.topology.ranks_per_node) + 127) / 128 * 128;
+    block.left = carver.take<std::uint64_t>(ranks);
     block.num_faults = carver.take<std::uint64_t>(1);
     block.faulted = carver.take<std::uint64_t>(ranks);
     block.faults = carver.take<protocol::FaultRecord>(ranks);
@@ -142,8 +144,9 @@ struct RailState {
 /// Passed to every kernel by value, beside Comm.
 struct Rails {
   RailShape shape;
-  int node = 0;   // of this rank
-  int index = 0;  // in it
+  int node = 0;                 // of this rank
+  int index = 0;                // in it
+  std::int64_t timeout_ns = 0;  // of a wait for a rail peer
   RailBlock block;
   RailState state;
 

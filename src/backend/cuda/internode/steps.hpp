@@ -119,10 +119,11 @@ struct HandleArgs {
   std::int64_t rows = 0;
 };
 
-/// Tells the ranks of other nodes what this rank's fault record says.
-struct TellFaultArgs {
+/// Tells the ranks of other nodes what this rank's fault record says, or that it leaves.
+struct TellArgs {
   Comm comm;
   Rails rails;
+  bool leaves = false;
 };
 
 cudaError_t launch_notify(const NotifyArgs& args, int num_sms, cudaStream_t stream);
@@ -130,12 +131,12 @@ cudaError_t launch_dispatch(const DispatchArgs& args, int num_sms, cudaStream_t 
 cudaError_t launch_combine(const CombineArgs& args, intranode::SumType type, int num_sms,
                            cudaStream_t stream);
 cudaError_t launch_handle(const HandleArgs& args, cudaStream_t stream);
-cudaError_t launch_tell_fault(const TellFaultArgs& args, cudaStream_t stream);
+cudaError_t launch_tell(const TellArgs& args, cudaStream_t stream);
 
 cudaError_t load_notify();
 cudaError_t load_dispatch();
 cudaError_t load_combine();
 cudaError_t load_handle();
-cudaError_t load_tell_fault();
+cudaError_t load_tell();
 
 }  // namespace deep_ep::cuda::internode

@@ -109,8 +109,8 @@ __device__ inline void release_item(const Rails& rails, int lane, int peer) {
 }
 
 /// By a warp that has a role: turn(ring's lane, peer) for each of its rings, over and over, until
-/// all are done and `rest()`, work that waits for nobody, has no more to do. missing(lane, peer)
-/// reports a ring that has not moved for too long. False if it left for a fault.
+/// all are done and `rest()`, work that waits for nobody, has no more to do. missing(ring) gives
+/// what one that has not moved waits for. False if it left for a fault.
 template <class TakeTurn, class Rest, class Missing>
 __device__ bool serve_rings(const Comm& comm, const Rails& rails, const Role& role, TakeTurn&& turn,
                             Rest&& rest, Missing&& missing) {
@@ -133,10 +133,16 @@ __device__ bool serve_rings(const Comm& comm, const Rails& rails, const Role& ro
     if (stuck < 0) return true;
     bool go_on = false;
     if (threadIdx.x % 32 == 0)
-      go_on = patience.wait(
-          [&] { missing(static_cast<int>(stuck / peers), static_cast<int>(stuck % peers)); });
+      go_on = patience.wait(rails.rank_of_peer(static_cast<int>(stuck % peers)),
+                            [&] { return missing(stuck); });
     if (!__shfl_sync(0xffffffff, go_on, 0)) return false;
   }
+}
+
+/// What the sending end of a ring waits for.
+__device__ inline Awaited missing_room(const Rails& rails, std::int64_t ring) {
+  return {Wait::kRoom, rails.state.rings[ring].sent,
+          nvshmem_signal_fetch(rails.block.credits + ring)};
 }
 
 /// By a warp, before it serves its rings in one of the two roles.

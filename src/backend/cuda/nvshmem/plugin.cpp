@@ -16,7 +16,7 @@ class Parts final : public NvshmemParts {
     use_device();
     for (const auto load :
          {internode::load_notify, internode::load_dispatch, internode::load_combine,
-          internode::load_handle, internode::load_tell_fault}) {
+          internode::load_handle, internode::load_tell}) {
       const cudaError_t status = load();
       if (status != cudaSuccess) return status;
     }
@@ -40,9 +40,9 @@ class Parts final : public NvshmemParts {
     use_device();
     return internode::launch_handle(args, stream);
   }
-  cudaError_t launch(const internode::TellFaultArgs& args, cudaStream_t stream) override {
+  cudaError_t launch(const internode::TellArgs& args, cudaStream_t stream) override {
     use_device();
-    return internode::launch_tell_fault(args, stream);
+    return internode::launch_tell(args, stream);
   }
 
  private:

@@ -25,7 +25,7 @@ class NvshmemParts {
   virtual cudaError_t launch(const internode::CombineArgs& args, intranode::SumType type,
                              int num_sms, cudaStream_t stream) = 0;
   virtual cudaError_t launch(const internode::HandleArgs& args, cudaStream_t stream) = 0;
-  virtual cudaError_t launch(const internode::TellFaultArgs& args, cudaStream_t stream) = 0;
+  virtual cudaError_t launch(const internode::TellArgs& args, cudaStream_t stream) = 0;
 };
 
 }  // namespace deep_ep::cuda::nvshmem
