@@ -4,11 +4,13 @@ usage: kernels_test.py NVCC SOURCE_DIR INCLUDE_DIR... [--nvshmem INCLUDE_DIR]
 
 Without NVSHMEM's folder kernels that need it are left out."""
 
+import os
 import re
 import subprocess
 import sys
 import tempfile
 import unittest
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 NVCC, SOURCE, *INCLUDES = sys.argv[1:]
@@ -67,23 +69,26 @@ def demangle(name):
     return run.stdout.strip()
 
 
+def compile_source(source):
+    linked = source.parent.name == "internode"
+    if linked and not WITH_NVSHMEM:
+        return []
+    with tempfile.TemporaryDirectory() as folder:
+        command = [NVCC, "-std=c++20", "-O3", "-arch=sm_90", "--fmad=false", "-cubin",
+                   "-DDEEP_EP_HAS_LIBCUDACXX", "-Xptxas", "-v", "-o", f"{folder}/out.cubin"]
+        command += ["-rdc=true"] if linked else []
+        command += [f"-I{path}" for path in (f"{SOURCE}/src", f"{SOURCE}/include", *INCLUDES)]
+        command.append(str(source))
+        report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    parts = re.split(r"Compiling entry function '(\w+)'", report)[1:]
+    return [Kernel(source.parent.name, demangle(name), text)
+            for name, text in zip(parts[::2], parts[1::2])]
+
+
 def compile_kernels():
-    kernels = []
-    for source in sorted(KERNELS.glob("*/*.cu")):
-        linked = source.parent.name == "internode"
-        if linked and not WITH_NVSHMEM:
-            continue
-        with tempfile.TemporaryDirectory() as folder:
-            command = [NVCC, "-std=c++20", "-O3", "-arch=sm_90", "--fmad=false", "-cubin",
-                       "-DDEEP_EP_HAS_LIBCUDACXX", "-Xptxas", "-v", "-o", f"{folder}/out.cubin"]
-            command += ["-rdc=true"] if linked else []
-            command += [f"-I{path}" for path in (f"{SOURCE}/src", f"{SOURCE}/include", *INCLUDES)]
-            command.append(str(source))
-            report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-        parts = re.split(r"Compiling entry function '(\w+)'", report)[1:]
-        kernels += [Kernel(source.parent.name, demangle(name), text)
-                    for name, text in zip(parts[::2], parts[1::2])]
-    return kernels
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = pool.map(compile_source, sorted(KERNELS.glob("*/*.cu")))
+        return [kernel for kernels in found for kernel in kernels]
 
 
 class Kernels(unittest.TestCase):
