@@ -189,6 +189,22 @@ std::string refuse_others(Worker& worker, const std::vector<int>& others, Buffer
   }
 }
 
+/// What is wrong with the Error of a rank that is not the victim.
+std::string check_error(const Error& error, const Scenario& scenario) {
+  const std::string text = error.what();
+  std::string wrong;
+  if (error.code() != scenario.code)
+    wrong += fmt::format("code {}: {}; ", to_string(error.code()), text);
+  if (text.find(scenario.word) == std::string::npos)
+    wrong += fmt::format("'{}' is missing in '{}'; ", scenario.word, text);
+  // Of two ranks that disagree each may be the one that finds it, and blames the other.
+  const bool sure =
+      error.code() != ErrorCode::kDisagreement && std::string(scenario.name) != "capacity";
+  if (error.ranks().empty() || (sure && error.ranks() != std::vector{kVictim}))
+    wrong += fmt::format("ranks() is not the victim: {}; ", text);
+  return wrong;
+}
+
 std::string play(Worker& worker, const std::string& job) {
   const Scenario& scenario = kScenarios[std::stoi(job)];
   const std::string name = scenario.name;
@@ -226,15 +242,7 @@ std::string play(Worker& worker, const std::string& job) {
       }
       if (!victim) wrong += "no Error; ";
     } catch (const Error& error) {
-      const std::string text = error.what();
-      if (!victim && error.code() != scenario.code)
-        wrong += fmt::format("code {}: {}; ", to_string(error.code()), text);
-      if (!victim && text.find(scenario.word) == std::string::npos)
-        wrong += fmt::format("'{}' is missing in '{}'; ", scenario.word, text);
-      // Of two ranks that disagree each may be the one that finds it, and blames the other.
-      const bool sure = error.code() != ErrorCode::kDisagreement && name != "capacity";
-      if (!victim && (error.ranks().empty() || (sure && error.ranks() != std::vector{kVictim})))
-        wrong += fmt::format("ranks() is not the victim: {}; ", text);
+      if (!victim) wrong += check_error(error, scenario);
       try {
         buffer.barrier();
         wrong += "a call after the fault succeeds; ";

@@ -33,8 +33,8 @@ probe() { # command: counts as one
   esac
 }
 
-# Between nodes, which ranks pose as: NVSHMEM as Python has it, or as NVSHMEM_HOME says. Its parts for
-# networks and for NVLink multicast are not what is tested.
+# Between nodes, which ranks pose as: NVSHMEM as Python has it, or as NVSHMEM_HOME says. Its parts
+# for networks and for NVLink multicast are not what is tested.
 nvshmem=$(python3 -c "import importlib.util as u; s = u.find_spec('nvidia.nvshmem')
 print(s.submodule_search_locations[0] if s else '')" 2>/dev/null)
 export LD_LIBRARY_PATH=${NVSHMEM_HOME:-$nvshmem}/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
@@ -48,7 +48,7 @@ if [[ -x bin/gpu_nvshmem_probe && -e ${NVSHMEM_HOME:-$nvshmem}/lib/libnvshmem_ho
   run bin/gpu_nvshmem_probe 4
   run bin/contract_suite --backend cuda --mode internode --timeout-ms 20000
 else
-  printf '== several nodes: SKIPPED, no NVSHMEM (pip install nvidia-nvshmem-cu13, or NVSHMEM_HOME)\n'
+  printf '== several nodes: SKIPPED, no NVSHMEM (nvidia-nvshmem-cu13 from pip, or NVSHMEM_HOME)\n'
   skipped=$((skipped + 2))
 fi
 run bin/gpu_faults $times
