@@ -73,13 +73,17 @@ void Internode::alloc(Bootstrap& bootstrap, std::int64_t bytes) {
     log::info("num_rdma_bytes raised from {} to {}: rings between {} nodes of {} ranks need that",
               bytes, needed, shape_.topology.num_nodes(), shape_.topology.ranks_per_node);
   }
-  heap_ = parts_->allocate(bootstrap, context_.device(), needed);
   fabric::together(bootstrap, [&] {
     const DeviceGuard guard(context_.device());
     state_base_ = static_cast<std::byte*>(state_.get(internode::RailState::bytes(shape_)));
+  });
+  auto heap = parts_->allocate(bootstrap, context_.device(), needed);
+  fabric::together(bootstrap, [&] {
+    const DeviceGuard guard(context_.device());
     // Loading a kernel later could wait for those that run, which may wait for it.
     check(parts_->load_kernels(), "loading of the kernels");
   });
+  heap_ = std::move(heap);  // from here on kernels may be launched
   log::debug("rank {}: {} lanes to each of {} other nodes", context_.global_rank(),
              shape_.num_lanes, shape_.num_peers());
 }
