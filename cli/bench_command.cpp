@@ -231,6 +231,7 @@ void add_bench_internode(CLI::App& bench, int& status) {
   options->command = "bench internode";
   options->nodes.emplace();
   command->option_defaults()->always_capture_default();
+  command->add_option("--backend", options->backend, kBackends);
   add_node_options(*command, *options->nodes);
   add_shape_options(*command, *options);
   add_run_options(*command, *options);

@@ -9,6 +9,7 @@
 
 #include <nlohmann/json.hpp>
 
+#include "backend/plugin.hpp"
 #include "base/env.hpp"
 #include "base/error.hpp"
 #include "commands.hpp"
@@ -83,11 +84,13 @@ Part probe_ucx() {
   return {"UCX", why.empty(), why.empty() ? "between nodes of the host backend" : why};
 }
 
+Part probe_nvshmem() {
+  const std::string why = why_no_nvshmem();
+  return {"NVSHMEM", why.empty(), why.empty() ? "between nodes of GPUs" : why};
+}
+
 std::vector<Part> transports() {
-  return {probe_shared_memory(),
-          probe_process_memory(),
-          {"NVSHMEM", false, "this version has no internode mode for GPUs"},
-          probe_ucx()};
+  return {probe_shared_memory(), probe_process_memory(), probe_nvshmem(), probe_ucx()};
 }
 
 nlohmann::ordered_json to_json(const std::vector<Part>& parts) {

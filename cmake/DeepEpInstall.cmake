@@ -28,7 +28,7 @@ if(TARGET deepep)
   install(TARGETS deepep RUNTIME DESTINATION ${CMAKE_INSTALL_BINDIR})
 endif()
 # Loaded at run time, from beside libdeep_ep.so or from lib/ beside the tool's folder.
-foreach(plugin deep_ep_cuda deep_ep_ucx)
+foreach(plugin deep_ep_cuda deep_ep_nvshmem deep_ep_ucx)
   if(TARGET ${plugin})
     install(TARGETS ${plugin} LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR})
   endif()

@@ -59,11 +59,4 @@ endif()
 
 include(DeepEpUcx)
 
-# Low latency over a network is not built yet for GPUs; say whether its transport is here, since that
-# is what users of a new machine look for.
-find_package(NVSHMEM QUIET CONFIG HINTS $ENV{NVSHMEM_HOME} $ENV{NVSHMEM_DIR})
-if(NVSHMEM_FOUND)
-  deep_ep_part("NVSHMEM" OFF "found ${NVSHMEM_VERSION}; this version has no part that uses it")
-else()
-  deep_ep_part("NVSHMEM" OFF "not found (set NVSHMEM_HOME); this version has no part that uses it")
-endif()
+include(DeepEpNvshmem)

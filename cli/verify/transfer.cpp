@@ -27,6 +27,7 @@ DispatchLayout on_host(DispatchLayout layout) {
   layout.num_tokens_per_rank = on_host(layout.num_tokens_per_rank);
   layout.num_tokens_per_expert = on_host(layout.num_tokens_per_expert);
   layout.is_token_in_rank = on_host(layout.is_token_in_rank);
+  layout.num_tokens_per_rdma_rank = on_host(layout.num_tokens_per_rdma_rank);
   return layout;
 }
 

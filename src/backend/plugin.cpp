@@ -1,6 +1,7 @@
 #include "backend/plugin.hpp"
 
 #include "base/plugin.hpp"
+#include "deep_ep/error.hpp"
 
 namespace deep_ep {
 
@@ -21,6 +22,14 @@ CudaParts& load() {
 CudaParts& cuda_parts() {
   static CudaParts& parts = load();
   return parts;
+}
+
+std::string why_no_nvshmem() {
+  try {
+    return cuda_parts().why_no_nvshmem();
+  } catch (const Error& error) {
+    return error.what();
+  }
 }
 
 }  // namespace deep_ep

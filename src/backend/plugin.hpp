@@ -36,11 +36,16 @@ class CudaParts {
   virtual std::unique_ptr<CapturedCalls> capture(Stream stream,
                                                  const std::function<void()>& calls) = 0;
   virtual int num_devices() = 0;
+  /// Why GPUs of several nodes cannot be used; empty if they can. Loads NVSHMEM.
+  virtual std::string why_no_nvshmem() = 0;
   /// A line for each GPU and for each pair of them.
   virtual std::vector<std::string> describe() = 0;
 };
 
 /// Loads the library at the first call. Throws Error(kUnsupported) saying what is missing.
 CudaParts& cuda_parts();
+
+/// As CudaParts, and where these are missing themselves.
+std::string why_no_nvshmem();
 
 }  // namespace deep_ep

@@ -25,10 +25,20 @@ enum class Finding : std::uint32_t {
   kOtherRouting,   // values: token of a source, its expert here, row, what src_info says; rank:
                    // source
   kThirdLive,      // value: ticket that has not been received
+  // Over several nodes.
+  kHandleCounts,  // values: rank, rows by the handle, by is_token_in_rank
+  kBadRecord,     // values: token, node, send_rdma_head, what it must be
+  kOtherHandle,  // values: tensor (0: rows, 1: records), index, mine, what ranks send; rank: source
+  kHandleRoom,   // values: tensor (0: recv_src_meta, 1: send_nvl_head, 2: x), rows that it has,
+                 // needed
+  kNodeCapacity,  // values: rows, records, num_worst_tokens
+  kBadArrival,  // values: record or row, rank of the node or -1, what came, how many; rank: source
+  kOtherHeads,  // value: row of send_nvl_head; rank: source
+  kBadNvlHead,  // values: row, rank of the node, send_nvl_head, rows that go there
 };
 
 /// What a wait waits for.
-enum class Wait : std::uint32_t { kCall, kPlace, kRows, kConsumed };
+enum class Wait : std::uint32_t { kCall, kPlace, kRows, kConsumed, kRoom };
 
 /// Why a rank's Buffer no longer works, in that rank's control block. Anyone may write it, once:
 /// the first writer wins, and everything that waits reads it at each turn. claim() needs memory

@@ -95,6 +95,7 @@ int main(int argc, char** argv) {
   app.add_option("--combine", combine, "how combine fetches rows: auto, pull or ring");
   app.add_option("--inbox-bytes", inbox_bytes, "DEEP_EP_INBOX_BYTES of the ranks");
   app.add_option("--timeout-ms", timeout_ms, "of each wait")->capture_default_str();
+  app.add_option("--seconds", options.max_seconds, "stop after so long; 0: no limit");
   app.add_flag("--full", full, "more programs, with up to 1 GiB each (or DEEP_EP_TEST_FULL=1)");
   app.add_flag("--list", list, "print the programs and run none");
   CLI11_PARSE(app, argc, argv);
@@ -108,6 +109,7 @@ int main(int argc, char** argv) {
   test::Target target;
   target.device.type = backend == "cuda" ? DeviceType::kCuda : DeviceType::kHost;
   target.timeout = std::chrono::milliseconds(timeout_ms);
+  options.one_world = backend == "cuda" && mode == "internode";
   options.replay = fmt::format("{} --backend {} --mode {} --seed {}{}", argv[0], backend, mode,
                                seed, full ? " --full" : "");
   // The ranks are forked later.

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <memory>
 #include <set>
 
 #include "contract/pool.hpp"
@@ -29,26 +30,18 @@ class Suite {
       : source_(source),
         options_(options),
         limit_(target.timeout * kTimeoutsAProgram),
-        pool_(kPoolRanks, [&source, runner = std::make_shared<Runner>(target)](
-                              Worker& worker, const std::string& job) {
-          std::size_t number_ends = 0;
-          const std::int64_t number = std::stoll(job, &number_ends);
-          return runner->run(worker, source.at(number), std::stoll(job.substr(number_ends)));
-        }) {}
+        target_(target) {}
 
   int run() {
     const auto begin = Clock::now();
     const std::int64_t end = options_.count < 0
                                  ? source_.size()
                                  : std::min(source_.size(), options_.from + options_.count);
-    std::int64_t i = options_.from;
-    for (; i < end; ++i) {
-      if (options_.max_seconds > 0 && seconds_since(begin) > options_.max_seconds) break;
-      const Program program = source_.at(i);
-      if (program.name.find(options_.filter) == std::string::npos) continue;
-      run_one(i, program);
+    if (options_.one_world) {
+      for (int ranks = 1; ranks <= kPoolRanks; ++ranks) run_programs(begin, end, ranks);
+    } else {
+      run_programs(begin, end, 0);
     }
-    if (i < end) fmt::print("time is up before program {}: go on with --from {}\n", i, i);
     for (const std::string& reason : reasons_) fmt::print("skipped: {}\n", reason);
     fmt::print("ran for {:.1f} s\n{} passed, {} failed, {} skipped\n", seconds_since(begin),
                passed_, failed_, skipped_);
@@ -57,14 +50,41 @@ class Suite {
   }
 
  private:
+  /// Those of `ranks` ranks; 0: all.
+  void run_programs(Clock::time_point begin, std::int64_t end, int ranks) {
+    pool_.reset();
+    for (std::int64_t i = options_.from; i < end; ++i) {
+      const Program program = source_.at(i);
+      if (program.name.find(options_.filter) == std::string::npos) continue;
+      if (ranks != 0 && program.ranks != ranks) continue;
+      if (options_.max_seconds > 0 && seconds_since(begin) > options_.max_seconds) {
+        fmt::print("time is up before program {}: go on with --from {}\n", i, i);
+        return;
+      }
+      if (pool_ == nullptr || (ranks != 0 && broken_)) start(ranks == 0 ? kPoolRanks : ranks);
+      run_one(i, program);
+    }
+  }
+
+  void start(int ranks) {
+    pool_.reset();
+    pool_ = std::make_unique<Pool>(
+        ranks, [&source = source_, runner = std::make_shared<Runner>(target_)](
+                   Worker& worker, const std::string& job) {
+          std::size_t number_ends = 0;
+          const std::int64_t number = std::stoll(job, &number_ends);
+          return runner->run(worker, source.at(number), std::stoll(job.substr(number_ends)));
+        });
+  }
+
   void run_one(std::int64_t i, const Program& program) {
     const auto begin = Clock::now();
-    if (broken_ || pool_.has_fresh_ranks()) {
+    if (broken_ || pool_->has_fresh_ranks()) {
       ++generation_;
       history_begin_ = i;
     }
     broken_ = false;
-    const auto outcomes = pool_.run(program.ranks, fmt::format("{} {}", i, generation_), limit_);
+    const auto outcomes = pool_->run(program.ranks, fmt::format("{} {}", i, generation_), limit_);
     std::string wrong;
     bool skipped = false;
     for (std::size_t rank = 0; rank < outcomes.size(); ++rank) {
@@ -102,7 +122,8 @@ class Suite {
   const ProgramSource& source_;
   SuiteOptions options_;
   std::chrono::milliseconds limit_;
-  Pool pool_;
+  Target target_;
+  std::unique_ptr<Pool> pool_;
   bool broken_ = false;
   std::int64_t generation_ = 0;  // of all ranks' Buffers
   std::int64_t history_begin_ = 0;

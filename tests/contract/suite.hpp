@@ -13,8 +13,11 @@ struct SuiteOptions {
   std::int64_t from = 0;
   std::int64_t count = -1;  ///< -1: to the end
   std::string filter{};     ///< only programs whose name contains it
-  double max_seconds = 0;   ///< stop before the next program after so long; 0: no limit
-  std::string replay{};     ///< flags that select the same list of programs again
+  /// The ranks' processes can be joined once only, all of them: programs run by number of ranks,
+  /// and new processes are forked for another number, or after a failure.
+  bool one_world = false;
+  double max_seconds = 0;  ///< stop before the next program after so long; 0: no limit
+  std::string replay{};    ///< flags that select the same list of programs again
 };
 
 /// Where the programs come from: a list, or a function of the seed.

@@ -1,15 +1,22 @@
 """What the compiler says of the kernels: names, which profilers' searches go by, and resources.
 
-usage: kernels_test.py NVCC SOURCE_DIR INCLUDE_DIR..."""
+usage: kernels_test.py NVCC SOURCE_DIR INCLUDE_DIR... [--nvshmem INCLUDE_DIR]
 
+Without NVSHMEM's folder kernels that need it are left out."""
+
+import os
 import re
 import subprocess
 import sys
 import tempfile
 import unittest
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 NVCC, SOURCE, *INCLUDES = sys.argv[1:]
+WITH_NVSHMEM = "--nvshmem" in INCLUDES
+if WITH_NVSHMEM:
+    INCLUDES.remove("--nvshmem")
 KERNELS = Path(SOURCE) / "src/backend/cuda"
 
 # Registers a thread and static shared memory a block, at most; raise them knowingly. An SM has
@@ -29,6 +36,15 @@ BUDGETS = {
     "internode_ll/combine": (128, 512),  # twice 256 threads
     "internode_ll/set_mask": (64, 512),
 }
+BUDGETS_OF_NVSHMEM = {
+    "internode/notify": (96, 512),  # 256 threads
+    "internode/dispatch": (128, 4096),  # 512 threads
+    "internode/combine": (168, 4096),  # 384 threads
+    "internode/fill_handle": (64, 512),
+    "internode/tell": (64, 512),
+}
+if WITH_NVSHMEM:
+    BUDGETS |= BUDGETS_OF_NVSHMEM
 
 
 class Kernel:
@@ -53,19 +69,26 @@ def demangle(name):
     return run.stdout.strip()
 
 
+def compile_source(source):
+    linked = source.parent.name == "internode"
+    if linked and not WITH_NVSHMEM:
+        return []
+    with tempfile.TemporaryDirectory() as folder:
+        command = [NVCC, "-std=c++20", "-O3", "-arch=sm_90", "--fmad=false", "-cubin",
+                   "-DDEEP_EP_HAS_LIBCUDACXX", "-Xptxas", "-v", "-o", f"{folder}/out.cubin"]
+        command += ["-rdc=true"] if linked else []
+        command += [f"-I{path}" for path in (f"{SOURCE}/src", f"{SOURCE}/include", *INCLUDES)]
+        command.append(str(source))
+        report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    parts = re.split(r"Compiling entry function '(\w+)'", report)[1:]
+    return [Kernel(source.parent.name, demangle(name), text)
+            for name, text in zip(parts[::2], parts[1::2])]
+
+
 def compile_kernels():
-    kernels = []
-    for source in sorted(KERNELS.glob("*/*.cu")):
-        with tempfile.TemporaryDirectory() as folder:
-            command = [NVCC, "-std=c++20", "-O3", "-arch=sm_90", "--fmad=false", "-cubin",
-                       "-DDEEP_EP_HAS_LIBCUDACXX", "-Xptxas", "-v", "-o", f"{folder}/out.cubin"]
-            command += [f"-I{path}" for path in (f"{SOURCE}/src", f"{SOURCE}/include", *INCLUDES)]
-            command.append(str(source))
-            report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-        parts = re.split(r"Compiling entry function '(\w+)'", report)[1:]
-        kernels += [Kernel(source.parent.name, demangle(name), text)
-                    for name, text in zip(parts[::2], parts[1::2])]
-    return kernels
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = pool.map(compile_source, sorted(KERNELS.glob("*/*.cu")))
+        return [kernel for kernels in found for kernel in kernels]
 
 
 class Kernels(unittest.TestCase):

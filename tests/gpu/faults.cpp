@@ -4,6 +4,7 @@
 #include <chrono>
 #include <csignal>
 #include <cstdio>
+#include <cstdlib>
 #include <random>
 #include <sstream>
 #include <thread>
@@ -24,18 +25,28 @@ using std::chrono_literals::operator""s;
 using std::chrono_literals::operator""ms;
 using Clock = std::chrono::steady_clock;
 
-constexpr int kRanks = 3;
 constexpr int kVictim = 1;
 constexpr auto kJobLimit = 60s;
 constexpr auto kTimeout = 3000ms;
 constexpr const char* kSkip = "skip: ";
 
+enum class Mode { kIntranode, kInternode, kLowLatency };
+
 struct Scenario {
   const char* name;
   ErrorCode code;
   const char* word;  ///< that the Errors of the others contain
-  bool low_latency = false;
+  Mode mode = Mode::kIntranode;
+
+  int ranks() const { return mode == Mode::kInternode ? 4 : 3; }
+  const char* mode_name() const {
+    return mode == Mode::kInternode    ? "internode: "
+           : mode == Mode::kLowLatency ? "low latency: "
+                                       : "";
+  }
 };
+/// The victim, a rank of its node and its rail peer are three that learn of it in three ways.
+constexpr int kRanksPerNode = 2;
 
 constexpr Scenario kScenarios[] = {
     {"killed", ErrorCode::kPeerFailed, "rank 1"},
@@ -47,16 +58,27 @@ constexpr Scenario kScenarios[] = {
     {"capacity", ErrorCode::kCapacity, "num_worst_tokens"},
     {"expert_id", ErrorCode::kPeerFailed, "topk_idx"},
     {"refused", ErrorCode::kPeerFailed, "expert_alignment"},
-    {"killed", ErrorCode::kPeerFailed, "rank 1", true},
-    {"left", ErrorCode::kPeerFailed, "rank 1", true},
-    {"asleep", ErrorCode::kTimeout, "rank 1", true},
-    {"hidden", ErrorCode::kDisagreement, "hidden", true},
-    {"expert_id", ErrorCode::kPeerFailed, "topk_idx", true},
+    {"killed", ErrorCode::kPeerFailed, "rank 1", Mode::kInternode},
+    {"left", ErrorCode::kPeerFailed, "rank 1", Mode::kInternode},
+    {"asleep", ErrorCode::kTimeout, "rank 1", Mode::kInternode},
+    {"hidden", ErrorCode::kDisagreement, "hidden", Mode::kInternode},
+    {"combine_dtype", ErrorCode::kDisagreement, "dtype of x", Mode::kInternode},
+    {"barrier", ErrorCode::kDisagreement, "operation", Mode::kInternode},
+    {"capacity", ErrorCode::kCapacity, "num_worst_tokens", Mode::kInternode},
+    {"expert_id", ErrorCode::kPeerFailed, "topk_idx", Mode::kInternode},
+    {"refused", ErrorCode::kPeerFailed, "expert_alignment", Mode::kInternode},
+    {"killed", ErrorCode::kPeerFailed, "rank 1", Mode::kLowLatency},
+    {"left", ErrorCode::kPeerFailed, "rank 1", Mode::kLowLatency},
+    {"asleep", ErrorCode::kTimeout, "rank 1", Mode::kLowLatency},
+    {"hidden", ErrorCode::kDisagreement, "hidden", Mode::kLowLatency},
+    {"expert_id", ErrorCode::kPeerFailed, "topk_idx", Mode::kLowLatency},
 };
 
-verify::Case exchange_of(int ranks) {
+verify::Case exchange_of(const Buffer& buffer) {
   verify::Case exchange;
+  const int ranks = buffer.num_ranks();
   exchange.ranks = ranks;
+  if (buffer.num_nodes() > 1) exchange.ranks_per_node = buffer.num_ranks_per_node();
   exchange.experts = 4 * ranks;
   exchange.topk = 3;
   exchange.tokens = {200};
@@ -78,9 +100,9 @@ verify::LowLatencyCase low_latency_of(int ranks) {
 }
 
 /// What a rank does while nothing is wrong.
-verify::CaseResult run_exchange(Buffer& buffer, bool low_latency) {
-  return low_latency ? verify::run_case(buffer, low_latency_of(buffer.num_ranks()))
-                     : verify::run_case(buffer, exchange_of(buffer.num_ranks()));
+verify::CaseResult run_exchange(Buffer& buffer, Mode mode) {
+  return mode == Mode::kLowLatency ? verify::run_case(buffer, low_latency_of(buffer.num_ranks()))
+                                   : verify::run_case(buffer, exchange_of(buffer));
 }
 
 /// A low-latency dispatch with an expert that does not exist.
@@ -132,18 +154,18 @@ void dispatch_wrongly(Buffer& buffer, const std::string& scenario) {
 /// What the victim does; throws as the others do if it learns of it.
 void act(Buffer& buffer, const Scenario& what) {
   const std::string scenario = what.name;
-  verify::Case exchange = exchange_of(buffer.num_ranks());
+  verify::Case exchange = exchange_of(buffer);
   if (scenario == "killed") {
     std::thread([] {
       usleep(std::random_device{}() % 200'000);
       kill(getpid(), SIGKILL);
     }).detach();
-    for (;;) (void)run_exchange(buffer, what.low_latency);
+    for (;;) (void)run_exchange(buffer, what.mode);
   }
   if (scenario == "left") return buffer.destroy();
   if (scenario == "asleep") std::this_thread::sleep_for(kTimeout * 2);
   if (scenario == "barrier") return buffer.barrier();
-  if (what.low_latency) {
+  if (what.mode == Mode::kLowLatency) {
     verify::LowLatencyCase other = low_latency_of(buffer.num_ranks());
     if (scenario == "hidden") other.hidden = 2048;
     (void)verify::run_case(buffer, other);
@@ -154,6 +176,35 @@ void act(Buffer& buffer, const Scenario& what) {
   (void)verify::run_case(buffer, exchange);
 }
 
+/// Without one of those that have joined it NVSHMEM serves no Buffer over several nodes.
+std::string refuse_others(Worker& worker, const std::vector<int>& others, BufferOptions options) {
+  setenv("DEEP_EP_RANKS_PER_NODE", "1", 1);
+  try {
+    const Buffer fresh(worker.bootstrap_among(others), options);
+    return "a Buffer of other ranks works; ";
+  } catch (const Error& error) {
+    const bool right = error.code() == ErrorCode::kUnsupported &&
+                       std::string(error.what()).find("NVSHMEM") != std::string::npos;
+    return right ? "" : fmt::format("a Buffer of other ranks: {}; ", error.what());
+  }
+}
+
+/// What is wrong with the Error of a rank that is not the victim.
+std::string check_error(const Error& error, const Scenario& scenario) {
+  const std::string text = error.what();
+  std::string wrong;
+  if (error.code() != scenario.code)
+    wrong += fmt::format("code {}: {}; ", to_string(error.code()), text);
+  if (text.find(scenario.word) == std::string::npos)
+    wrong += fmt::format("'{}' is missing in '{}'; ", scenario.word, text);
+  // Of two ranks that disagree each may be the one that finds it, and blames the other.
+  const bool sure =
+      error.code() != ErrorCode::kDisagreement && std::string(scenario.name) != "capacity";
+  if (error.ranks().empty() || (sure && error.ranks() != std::vector{kVictim}))
+    wrong += fmt::format("ranks() is not the victim: {}; ", text);
+  return wrong;
+}
+
 std::string play(Worker& worker, const std::string& job) {
   const Scenario& scenario = kScenarios[std::stoi(job)];
   const std::string name = scenario.name;
@@ -162,35 +213,36 @@ std::string play(Worker& worker, const std::string& job) {
   BufferOptions options;
   options.device = {DeviceType::kCuda, worker.rank() % gpus};
   options.timeout = kTimeout;
-  options.num_rdma_bytes = 2 * low_latency_of(kRanks).buffer_bytes();
+  options.num_rdma_bytes = 2 * low_latency_of(scenario.ranks()).buffer_bytes();
+  const bool internode = scenario.mode == Mode::kInternode;
+  // The processes of a scenario are its own.
+  if (internode) setenv("DEEP_EP_RANKS_PER_NODE", std::to_string(kRanksPerNode).c_str(), 1);
   const bool victim = worker.rank() == kVictim;
   std::string wrong;
+  try {
+    (void)Buffer(worker.bootstrap(), options);
+  } catch (const Error& error) {
+    if (error.code() == ErrorCode::kUnsupported) return kSkip + std::string(error.what());
+    throw;
+  }
   {
     Buffer buffer(worker.bootstrap(), options);
-    if (!run_exchange(buffer, scenario.low_latency).passed()) return "wrong before the fault";
+    if (!run_exchange(buffer, scenario.mode).passed()) return "wrong before the fault";
     buffer.barrier();
     const auto begin = Clock::now();
     try {
-      if (scenario.low_latency && name == "expert_id") {
+      if (scenario.mode == Mode::kLowLatency && name == "expert_id") {
         low_latency_dispatch_wrongly(buffer);
       } else if (name == "capacity" || name == "expert_id" || name == "refused") {
         dispatch_wrongly(buffer, name);
       } else if (victim) {
         act(buffer, scenario);
       } else {
-        while (Clock::now() - begin < 20s) (void)run_exchange(buffer, scenario.low_latency);
+        while (Clock::now() - begin < 20s) (void)run_exchange(buffer, scenario.mode);
       }
       if (!victim) wrong += "no Error; ";
     } catch (const Error& error) {
-      const std::string text = error.what();
-      if (!victim && error.code() != scenario.code)
-        wrong += fmt::format("code {}: {}; ", to_string(error.code()), text);
-      if (!victim && text.find(scenario.word) == std::string::npos)
-        wrong += fmt::format("'{}' is missing in '{}'; ", scenario.word, text);
-      // Of two ranks that disagree each may be the one that finds it, and blames the other.
-      const bool sure = error.code() != ErrorCode::kDisagreement && name != "capacity";
-      if (!victim && (error.ranks().empty() || (sure && error.ranks() != std::vector{kVictim})))
-        wrong += fmt::format("ranks() is not the victim: {}; ", text);
+      if (!victim) wrong += check_error(error, scenario);
       try {
         buffer.barrier();
         wrong += "a call after the fault succeeds; ";
@@ -202,38 +254,51 @@ std::string play(Worker& worker, const std::string& job) {
     if (Clock::now() - before > kTimeout * 2) wrong += "destroy waits; ";
   }
   std::vector<int> others;
-  for (int rank = 0; rank < kRanks; ++rank) {
+  for (int rank = 0; rank < scenario.ranks(); ++rank) {
     if (rank != kVictim || name != "killed") others.push_back(rank);
   }
+  if (internode && name == "killed") return wrong + refuse_others(worker, others, options);
   Buffer fresh(worker.bootstrap_among(others), options);
-  const auto result = run_exchange(fresh, scenario.low_latency);
+  const auto result = run_exchange(fresh, scenario.mode);
   if (!result.passed()) wrong += "a new Buffer is wrong: " + result.first_mismatch;
   return wrong;
 }
 
-int run(int rounds) {
-  Pool pool(kRanks, play);
+/// What is wrong, "", or why it was skipped.
+std::string run_scenario(Pool& pool, int number) {
+  const Scenario& scenario = kScenarios[number];
+  std::string wrong;
+  const auto outcomes = pool.run(scenario.ranks(), std::to_string(number), kJobLimit);
+  for (int rank = 0; rank < scenario.ranks(); ++rank) {
+    const Outcome& outcome = outcomes[static_cast<std::size_t>(rank)];
+    if (outcome.answer.starts_with(kSkip)) return outcome.answer;
+    const bool expected_death =
+        rank == kVictim && outcome.signal == SIGKILL && std::string(scenario.name) == "killed";
+    if (expected_death || (outcome.answered && outcome.answer.empty())) continue;
+    wrong += fmt::format("\n  rank {}: {}", rank,
+                         outcome.timed_out ? "hangs" : outcome.answer + outcome.failure);
+  }
+  return wrong;
+}
+
+int run(int rounds, const std::string& filter) {
+  Pool shared(3, play);
   int passed = 0;
   int failed = 0;
   int skipped = 0;
   for (int round = 0; round < rounds; ++round) {
     for (int i = 0; i < static_cast<int>(std::size(kScenarios)); ++i) {
+      const std::string name = std::string(kScenarios[i].mode_name()) + kScenarios[i].name;
+      if (name.find(filter) == std::string::npos) continue;
       std::string wrong;
-      bool skip = false;
-      const auto outcomes = pool.run(kRanks, std::to_string(i), kJobLimit);
-      for (int rank = 0; rank < kRanks; ++rank) {
-        const Outcome& outcome = outcomes[static_cast<std::size_t>(rank)];
-        skip = skip || outcome.answer.starts_with(kSkip);
-        const bool expected_death = rank == kVictim && outcome.signal == SIGKILL &&
-                                    std::string(kScenarios[i].name) == "killed";
-        if (skip || expected_death || (outcome.answered && outcome.answer.empty())) continue;
-        wrong += fmt::format("\n  rank {}: {}", rank,
-                             outcome.timed_out ? "hangs" : outcome.answer + outcome.failure);
+      if (kScenarios[i].mode == Mode::kInternode) {
+        Pool own(kScenarios[i].ranks(), play);
+        wrong = run_scenario(own, i);
+      } else {
+        wrong = run_scenario(shared, i);
       }
-      if (!wrong.empty()) {
-        fmt::print("FAILED {}{}{}\n", kScenarios[i].low_latency ? "low latency: " : "",
-                   kScenarios[i].name, wrong);
-      }
+      const bool skip = wrong.starts_with(kSkip);
+      if (!skip && !wrong.empty()) fmt::print("FAILED {}{}\n", name, wrong);
       ++(skip ? skipped : wrong.empty() ? passed : failed);
       std::fflush(stdout);
     }
@@ -245,4 +310,7 @@ int run(int rounds) {
 }  // namespace
 }  // namespace deep_ep::test
 
-int main(int argc, char** argv) { return deep_ep::test::run(argc > 1 ? std::stoi(argv[1]) : 1); }
+/// Arguments: rounds, and what the names of scenarios contain.
+int main(int argc, char** argv) {
+  return deep_ep::test::run(argc > 1 ? std::stoi(argv[1]) : 1, argc > 2 ? argv[2] : "");
+}

@@ -1,10 +1,11 @@
 #include <cmath>
+#include <memory>
 
 #include "identity.hpp"
 
-// Layout, dispatch without counts, combine, cached dispatch and combine, and a combine of grouped
-// rows in one CUDA graph, replayed over routing and rows that change; then once without one of the
-// ranks.
+// Layout, dispatch without counts, combine, cached dispatch and combine, and, within one node, a
+// combine of grouped rows in one CUDA graph, replayed over routing and rows that change; then once
+// without one of the ranks.
 namespace deep_ep::test {
 namespace {
 
@@ -32,8 +33,8 @@ class Replay {
   std::string run(int number) {
     const Round round = load(number);
     check(cudaGraphLaunch(graph_, stream_), "cudaGraphLaunch");
-    for (const CombineResult* result : {&first_, &second_, &grouped_}) {
-      const Tensor here = result->combined_x.to({}, {stream_});
+    for (const CombineResult& result : results_) {
+      const Tensor here = result.combined_x.to({}, {stream_});
       buffer_.check();
       const std::string wrong =
           round.check_sums(kShape, here.as<float>(), fmt::format("round {}", number).c_str());
@@ -46,8 +47,8 @@ class Replay {
   /// the Error is seen.
   std::string run_alone() {
     check(cudaGraphLaunch(graph_, stream_), "cudaGraphLaunch");
-    for (const CombineResult* result : {&first_, &second_, &grouped_}) {
-      const Tensor here = result->combined_x.to({}, {stream_});
+    for (const CombineResult& result : results_) {
+      const Tensor here = result.combined_x.to({}, {stream_});
       for (std::int64_t i = 0; i < here.numel(); ++i) {
         if (!std::isnan(here.as<float>()[i]))
           return fmt::format("alone: combined_x holds {} at {}", here.as<float>()[i], i);
@@ -78,44 +79,59 @@ class Replay {
     args.layout = buffer_.get_dispatch_layout(ids_, 2 * buffer_.num_ranks(), options);
     args.num_worst_tokens = kShape.tokens * buffer_.num_ranks();
     args.topk_weights = weights_;
-    args.group_rows = true;
+    args.group_rows = buffer_.num_nodes() == 1;
     args.expert_alignment = 16;
     args.options = options;
     const DispatchResult got = buffer_.dispatch(args);
     CombineArgs back;
     back.x = got.recv_x;
     back.handle = got.handle;
+    back.internode_handle = got.internode_handle;
     back.options = options;
-    first_ = buffer_.combine(back);
+    results_ = {buffer_.combine(back)};
     DispatchArgs again;
     again.x = x_;
-    again.handle = got.handle;
+    if (buffer_.num_nodes() == 1) {
+      again.handle = got.handle;
+    } else {
+      again.internode_handle = got.internode_handle;
+    }
     again.options = options;
     const DispatchResult cached = buffer_.dispatch(again);
     back.x = cached.recv_x;
-    second_ = buffer_.combine(back);
+    results_.push_back(buffer_.combine(back));
+    if (!args.group_rows) return;
     back.x = got.grouped_x;
     back.groups = got.groups;
-    grouped_ = buffer_.combine(back);
+    results_.push_back(buffer_.combine(back));
   }
 
   Buffer& buffer_;
   cudaStream_t stream_;
   Tensor x_, ids_, weights_;
-  CombineResult first_{}, second_{}, grouped_{};
+  std::vector<CombineResult> results_{};
   cudaGraphExec_t graph_ = nullptr;
 };
 
 std::string play(Worker& worker, const std::string& job) {
   const Device device = device_of(worker);
   cudaStream_t stream = make_stream();
-  Buffer buffer(worker.bootstrap(), {.device = device, .timeout = 20s});
+  std::unique_ptr<Buffer> made;
+  try {
+    made = std::make_unique<Buffer>(worker.bootstrap(),
+                                    BufferOptions{.device = device, .timeout = 20s});
+  } catch (const Error& error) {
+    if (error.code() == ErrorCode::kUnsupported) return kSkip + std::string(error.what());
+    throw;
+  }
+  Buffer& buffer = *made;
   Replay replay(buffer, stream);
   for (int round = 1; round <= std::stoi(job); ++round) {
     const std::string wrong = replay.run(round);
     if (!wrong.empty()) return wrong;
   }
-  // The last rank leaves.
+  // The last rank leaves, when all have checked what it had a part in.
+  worker.bootstrap()->barrier();
   if (worker.rank() + 1 == worker.num_ranks()) return "";
   return replay.run_alone();
 }
@@ -123,6 +139,12 @@ std::string play(Worker& worker, const std::string& job) {
 }  // namespace
 }  // namespace deep_ep::test
 
+/// Arguments: rounds, and anything, to leave out what is of one node.
 int main(int argc, char** argv) {
-  return deep_ep::test::run_on_ranks(4, deep_ep::test::play, argc > 1 ? argv[1] : "200");
+  const std::string rounds = argc > 1 ? argv[1] : "200";
+  deep_ep::test::GroupRunner runner(deep_ep::test::play);
+  if (argc <= 2) runner.run_on_ranks(4, rounds);
+  runner.run_on_nodes(2, 1, rounds);
+  runner.run_on_nodes(2, 2, rounds);
+  return runner.finish();
 }

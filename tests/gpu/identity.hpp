@@ -7,6 +7,7 @@
 #include <chrono>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <string>
 #include <vector>
 
@@ -69,30 +70,64 @@ struct Round {
 
 constexpr const char* kSkip = "skip: ";
 
-/// Runs `play` on 1 to most_ranks ranks; prints "N passed, N failed, N skipped". Exit status.
-inline int run_on_ranks(int most_ranks, const Pool::Work& play, const std::string& job) {
-  using std::chrono_literals::operator""s;
-  Pool pool(most_ranks, [&play](Worker& worker, const std::string& text) -> std::string {
-    if (num_devices(DeviceType::kCuda) == 0) return std::string(kSkip) + "no GPU";
-    return play(worker, text);
-  });
-  int passed = 0;
-  int failed = 0;
-  int skipped = 0;
-  for (int ranks = 1; ranks <= most_ranks; ++ranks) {
+/// Runs `play` on groups of ranks, counting how they end.
+class GroupRunner {
+ public:
+  explicit GroupRunner(Pool::Work play)
+      : play_([play = std::move(play)](Worker& worker, const std::string& text) -> std::string {
+          if (num_devices(DeviceType::kCuda) == 0) return std::string(kSkip) + "no GPU";
+          return play(worker, text);
+        }) {}
+
+  /// Ranks of one node, 1 to most_ranks of them.
+  void run_on_ranks(int most_ranks, const std::string& job) {
+    Pool pool(most_ranks, play_);
+    for (int ranks = 1; ranks <= most_ranks; ++ranks)
+      count(pool.run(ranks, job, kLimit), fmt::format("{} ranks", ranks));
+  }
+  /// Ranks that pose as several nodes, in processes of their own.
+  void run_on_nodes(int nodes, int ranks_per_node, const std::string& job) {
+    setenv("DEEP_EP_RANKS_PER_NODE", std::to_string(ranks_per_node).c_str(), 1);
+    {
+      Pool pool(nodes * ranks_per_node, play_);
+      count(pool.run(nodes * ranks_per_node, job, kLimit),
+            fmt::format("{} nodes of {} ranks", nodes, ranks_per_node));
+    }
+    unsetenv("DEEP_EP_RANKS_PER_NODE");
+  }
+  /// Prints "N passed, N failed, N skipped". Exit status.
+  int finish() const {
+    fmt::print("{} passed, {} failed, {} skipped\n", passed_, failed_, skipped_);
+    return failed_ != 0 ? 1 : passed_ == 0 ? 77 : 0;
+  }
+
+ private:
+  static constexpr std::chrono::seconds kLimit{400};
+
+  void count(const std::vector<Outcome>& outcomes, const std::string& where) {
     std::string wrong;
     bool skip = false;
-    for (const Outcome& outcome : pool.run(ranks, job, 400s)) {
+    for (const Outcome& outcome : outcomes) {
       skip = skip || outcome.answer.starts_with(kSkip);
       if (skip || (outcome.answered && outcome.answer.empty())) continue;
       wrong += "\n  " + (outcome.timed_out ? "hangs" : outcome.answer + outcome.failure);
     }
-    if (!wrong.empty()) fmt::print("FAILED {} ranks{}\n", ranks, wrong);
-    ++(skip ? skipped : wrong.empty() ? passed : failed);
+    if (!wrong.empty()) fmt::print("FAILED {}{}\n", where, wrong);
+    ++(skip ? skipped_ : wrong.empty() ? passed_ : failed_);
     std::fflush(stdout);
   }
-  fmt::print("{} passed, {} failed, {} skipped\n", passed, failed, skipped);
-  return failed != 0 ? 1 : passed == 0 ? 77 : 0;
+
+  Pool::Work play_;
+  int passed_ = 0;
+  int failed_ = 0;
+  int skipped_ = 0;
+};
+
+/// Runs `play` on 1 to most_ranks ranks; prints "N passed, N failed, N skipped". Exit status.
+inline int run_on_ranks(int most_ranks, const Pool::Work& play, const std::string& job) {
+  GroupRunner runner(play);
+  runner.run_on_ranks(most_ranks, job);
+  return runner.finish();
 }
 
 /// The GPU of a rank, made current; ranks share GPUs when there are fewer.

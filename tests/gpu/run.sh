@@ -33,10 +33,24 @@ probe() { # command: counts as one
   esac
 }
 
+# Between nodes, which ranks pose as: NVSHMEM as Python has it, or as NVSHMEM_HOME says. Its parts
+# for networks and for NVLink multicast are not what is tested.
+nvshmem=$(python3 -c "import importlib.util as u; s = u.find_spec('nvidia.nvshmem')
+print(s.submodule_search_locations[0] if s else '')" 2>/dev/null)
+export LD_LIBRARY_PATH=${NVSHMEM_HOME:-$nvshmem}/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
+export NVSHMEM_DISABLE_NVLS=1 NVSHMEM_DISABLE_NCCL=1 NVSHMEM_REMOTE_TRANSPORT=none
+
 probe bin/gpu_owner_death
 probe bin/cuda_shared_headers
 run bin/contract_suite --backend cuda --timeout-ms 20000
 run bin/contract_suite --backend cuda --mode low-latency --timeout-ms 20000
+if [[ -x bin/gpu_nvshmem_probe && -e ${NVSHMEM_HOME:-$nvshmem}/lib/libnvshmem_host.so.3 ]]; then
+  run bin/gpu_nvshmem_probe 4
+  run bin/contract_suite --backend cuda --mode internode --timeout-ms 20000
+else
+  printf '== several nodes: SKIPPED, no NVSHMEM (nvidia-nvshmem-cu13 from pip, or NVSHMEM_HOME)\n'
+  skipped=$((skipped + 2))
+fi
 run bin/gpu_faults $times
 run bin/gpu_growth
 run bin/gpu_graph $((100 * times))

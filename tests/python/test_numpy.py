@@ -62,9 +62,6 @@ except TypeError as error:
     assert "numpy.ndarray" in str(error)
 buffer.destroy()
 recv_x[:] = 0  # still ours
-if buffer.runtime.get_num_rdma_ranks() > 1:
-    print(json.dumps([rank, len(recv_x)]))
-    raise SystemExit  # low latency is for one node
 
 size_hint = deep_ep.Buffer.get_low_latency_rdma_size_hint(9, 256, size, 2 * size)
 buffer = deep_ep.Buffer(deep_ep.Group.tcp(rank, size, port=port), 0, size_hint,

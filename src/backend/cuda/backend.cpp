@@ -5,6 +5,7 @@
 #include "backend/cuda/context.hpp"
 #include "backend/cuda/device_heap.hpp"
 #include "backend/cuda/groups.hpp"
+#include "backend/cuda/internode.hpp"
 #include "backend/cuda/intranode/steps.hpp"
 #include "backend/cuda/low_latency.hpp"
 #include "backend/cuda/make_backend.hpp"
@@ -27,6 +28,7 @@ class CudaBackend final : public Backend {
       : options_(options),
         context_(options),
         low_latency_(context_, options),
+        internode_(context_, options),
         heap_(std::make_shared<DeviceHeap>(
             context_, [this](std::int64_t bytes) { return grow(bytes); },
             [this](int segment) { return context_.fabric().own_segment(segment); })),
@@ -38,7 +40,7 @@ class CudaBackend final : public Backend {
   ~CudaBackend() override { close(); }
 
   std::string export_handles() override {
-    const std::int64_t control = Context::control_bytes(options_.num_ranks);
+    const std::int64_t control = Context::control_bytes(options_.topology);
     const std::int64_t bytes = std::max(options_.heap_bytes, control);
     if (options_.heap_bytes < control && options_.heap_bytes > 0) {
       log::info("num_nvl_bytes raised from {} to {}: the control block needs that",
@@ -54,8 +56,12 @@ class CudaBackend final : public Backend {
   }
 
   std::string transport() const override {
-    return has_vmm(context_.device()) ? "GPU memory mapped by file descriptor, rows pushed by SMs"
-                                      : "GPU memory mapped by CUDA IPC, rows pushed by SMs";
+    const char* inside = has_vmm(context_.device())
+                             ? "GPU memory mapped by file descriptor, rows pushed by SMs"
+                             : "GPU memory mapped by CUDA IPC, rows pushed by SMs";
+    if (!internode_.open()) return inside;
+    return fmt::format("{} nodes of {} ranks: {}; NVSHMEM between them",
+                       options_.topology.num_nodes(), options_.topology.ranks_per_node, inside);
   }
 
   Results allocate_results(std::int64_t bytes, Stream stream) override {
@@ -80,14 +86,16 @@ class CudaBackend final : public Backend {
 
   void wait_mapped(const std::vector<int>& num_segments) override {
     const auto deadline = std::chrono::steady_clock::now() + options_.timeout;
-    for (int i = 0; i < options_.num_ranks; ++i) {
-      while (context_.fabric().base(i, num_segments[i] - 1) == nullptr) {
+    for (int i = 0; i < context_.num_ranks(); ++i) {
+      const int rank = context_.global_rank() - context_.rank() + i;
+      while (context_.fabric().base(i, num_segments[rank] - 1) == nullptr) {
         if (std::chrono::steady_clock::now() > deadline) {
-          throw Error(ErrorCode::kTimeout,
-                      fmt::format("reserve on rank {}: segment {} of rank {} was not mapped within "
-                                  "{} ms",
-                                  options_.rank, num_segments[i] - 1, i, options_.timeout.count()),
-                      {i});
+          throw Error(
+              ErrorCode::kTimeout,
+              fmt::format("reserve on rank {}: segment {} of rank {} was not mapped within "
+                          "{} ms",
+                          options_.rank, num_segments[rank] - 1, rank, options_.timeout.count()),
+              {rank});
         }
         std::this_thread::sleep_for(std::chrono::microseconds(100));
       }
@@ -99,7 +107,7 @@ class CudaBackend final : public Backend {
 
   Tensor heap() const override {
     std::shared_ptr<fabric::Mapping> mapping = context_.fabric().own_segment(0);
-    const std::int64_t begin = words_bytes(options_, Context::control_bytes(options_.num_ranks));
+    const std::int64_t begin = words_bytes(options_, Context::control_bytes(options_.topology));
     return {TensorView(mapping->base() + begin, DType::kUint8, {mapping->bytes() - begin},
                        options_.device),
             mapping};
@@ -138,19 +146,23 @@ class CudaBackend final : public Backend {
 
   void synchronize() override { context_.synchronize(); }
 
-  void raise_fault(const Error& error) noexcept override { context_.raise_fault(error); }
+  void raise_fault(const Error& error) noexcept override {
+    context_.raise_fault(error);
+    internode_.tell_fault();
+  }
   std::optional<Error> fault(const char* operation) const override {
     return context_.faults()->error(operation);
   }
 
   void close() override {
     synchronize();
+    internode_.free();
     heap_->close();
     private_heap_->close();
     context_.fabric().close();
   }
 
-  void get_dispatch_layout(const internode::LayoutParams& params) override;
+  void get_dispatch_layout(const deep_ep::internode::LayoutParams& params) override;
   void barrier(const deep_ep::intranode::BarrierParams& params) override;
   void notify_dispatch(const deep_ep::intranode::NotifyDispatchParams& params) override;
   void dispatch(const deep_ep::intranode::DispatchParams& params) override;
@@ -174,6 +186,28 @@ class CudaBackend final : public Backend {
     require_aligned(params.x, "x");
     require_aligned(params.combined_x, "out");
     low_latency_.combine(params);
+  }
+  void alloc_symmetric(Bootstrap& bootstrap, std::int64_t bytes) override {
+    internode_.alloc(bootstrap, bytes);
+  }
+  void free_symmetric() noexcept override { internode_.free(); }
+  void barrier(const deep_ep::internode::BarrierParams& params) override {
+    internode_.barrier(params);
+  }
+  void notify_dispatch(const deep_ep::internode::NotifyDispatchParams& params) override {
+    internode_.notify_dispatch(params);
+  }
+  void dispatch(const deep_ep::internode::DispatchParams& params) override {
+    internode_.dispatch(params);
+  }
+  void cached_notify(const deep_ep::internode::CombineParams& params) override {
+    internode_.cached_notify(params);
+  }
+  void combine(const deep_ep::internode::CombineParams& params) override {
+    internode_.combine(params,
+                       allocate_results(plan::RecvArrays::bytes(Internode::combine_format(params),
+                                                                Internode::combine_rows(params)),
+                                        comm_stream()));
   }
   void update_mask(int rank, bool masked, Stream stream) override {
     const DeviceGuard guard(context_.device());
@@ -220,9 +254,6 @@ class CudaBackend final : public Backend {
       check(cudaStreamWaitEvent(comm, before.get(), 0), "cudaStreamWaitEvent");
     }
   }
-  void await_counts(const deep_ep::intranode::NotifyDispatchParams& params,
-                    std::uint64_t ticket) const;
-
   fabric::Heap::NewSegment grow(std::int64_t bytes) {
     const RelaxedCapture relaxed;
     const std::int64_t rounded = (bytes + kGrowthBytes - 1) / kGrowthBytes * kGrowthBytes;
@@ -243,21 +274,25 @@ class CudaBackend final : public Backend {
   BackendOptions options_;
   mutable Context context_;
   LowLatency low_latency_;
+  Internode internode_;
   std::unique_ptr<fabric::Memory> private_memory_;
   std::vector<std::shared_ptr<fabric::Mapping>> private_segments_;
   std::shared_ptr<DeviceHeap> heap_;
   std::shared_ptr<DeviceHeap> private_heap_;
-  std::uint64_t ticket_ = 0;
 };
 
-void CudaBackend::get_dispatch_layout(const internode::LayoutParams& params) {
+void CudaBackend::get_dispatch_layout(const deep_ep::internode::LayoutParams& params) {
   intranode::LayoutArgs args;
   args.comm = context_.comm({});
   args.topk_idx = ids_of(params.topk_idx);
   args.num_tokens = params.shape.num_tokens;
   args.num_topk = params.shape.num_topk;
   args.num_experts = params.shape.num_experts;
-  args.sums = context_.sum_words(params.shape.num_ranks + params.shape.num_experts);
+  args.num_ranks = params.shape.num_ranks;
+  args.ranks_per_node = options_.topology.ranks_per_node;
+  args.sums = context_.sum_words(params.shape.num_ranks + params.shape.num_experts +
+                                 options_.topology.num_nodes());
+  args.num_tokens_per_node = params.num_tokens_per_rdma_rank;
   args.num_tokens_per_rank = params.num_tokens_per_rank;
   args.num_tokens_per_expert = params.num_tokens_per_expert;
   args.is_token_in_rank = params.is_token_in_rank;
@@ -267,9 +302,7 @@ void CudaBackend::get_dispatch_layout(const internode::LayoutParams& params) {
 void CudaBackend::barrier(const deep_ep::intranode::BarrierParams& params) {
   check(intranode::launch_barrier({context_.comm(params.call)}, context_.comm_stream()),
         "launch of barrier");
-  check(cudaStreamSynchronize(context_.comm_stream()), "barrier");
-  if (std::optional<Error> error = context_.faults()->error(params.call.operation))
-    throw Error(*error);
+  context_.finish(params.call.operation);
 }
 
 void CudaBackend::notify_dispatch(const deep_ep::intranode::NotifyDispatchParams& params) {
@@ -291,43 +324,14 @@ void CudaBackend::notify_dispatch(const deep_ep::intranode::NotifyDispatchParams
       context_.count_words((record.num_tokens / kTokensPerCount + 1) * options_.num_ranks);
   args.max_rows = params.max_rows;
   const bool counted = params.num_recv_rows != nullptr;
-  if (counted) {
-    if (is_capturing(context_.comm_stream())) {
-      throw Error(ErrorCode::kUsage,
-                  "intranode_dispatch waits for counts on the host, which a stream that is being "
-                  "captured cannot: pass num_worst_tokens or a handle");
-    }
-    args.ticket = ++ticket_;
-  }
+  if (counted) args.ticket = context_.take_ticket("intranode_dispatch");
   check(intranode::launch_notify(args, sms_of(context_, params.call), context_.comm_stream()),
         "launch of notify");
-  if (counted) await_counts(params, args.ticket);
-}
-
-void CudaBackend::await_counts(const deep_ep::intranode::NotifyDispatchParams& params,
-                               std::uint64_t ticket) const {
-  const HostStatus& status = context_.faults()->status();
-  using Clock = std::chrono::steady_clock;
-  // The kernel has a timeout of its own; here it is only looked at whether it still runs.
-  constexpr std::chrono::milliseconds kLookEvery{1};
-  Clock::time_point next_look = Clock::now() + kLookEvery;
-  // acquire: pairs with the release in tell_host().
-  while (protocol::load_acquire(&status.ticket) != ticket) {
-    if (Clock::now() < next_look) continue;
-    next_look += kLookEvery;
-    const cudaError_t running = cudaStreamQuery(context_.comm_stream());
-    if (running == cudaErrorNotReady) continue;
-    check(running, "notify");
-    if (protocol::load_acquire(&status.ticket) == ticket) break;
-    if (std::optional<Error> error = context_.faults()->error(params.call.operation))
-      throw Error(*error);
-    throw Error(ErrorCode::kSystem, "notify ended without counts");
-  }
-  if (std::optional<Error> error = context_.faults()->error(params.call.operation))
-    throw Error(*error);
+  if (!counted) return;
+  const HostStatus& status = context_.await_ticket(params.call.operation, args.ticket);
   *params.num_recv_rows = status.num_recv_rows;
   if (params.num_tokens_per_expert == nullptr) return;
-  std::copy_n(status.tokens_per_expert, params.call.record.num_experts / options_.num_ranks,
+  std::copy_n(status.tokens_per_expert, record.num_experts / options_.num_ranks,
               params.recv_tokens_per_expert);
 }
 

@@ -25,9 +25,12 @@ struct DeviceControl {
   protocol::InboxPlace* places;
   std::uint64_t* chunks;  // [R, kMaxChunks] epoch of the combine whose rows are here
 
-  DEEP_EP_HD static DeviceControl carve(Carver& carver, int num_ranks) {
+  /// `num_ranks` of a node. Over several nodes a rank tells, for itself and its rail peers, rows
+  /// for each rank of the node and tokens.
+  DEEP_EP_HD static DeviceControl carve(Carver& carver, int num_ranks, int num_nodes = 1) {
     DeviceControl control;
-    control.block = protocol::ControlBlock::carve(carver, {num_ranks, 0, 0});
+    control.block = protocol::ControlBlock::carve(
+        carver, {num_ranks, 0, 0, num_nodes > 1 ? num_nodes * (num_ranks + 1) : 0});
     control.places = carver.take<protocol::InboxPlace>(std::int64_t{2} * num_ranks);
     control.chunks = carver.take<std::uint64_t>(std::int64_t{num_ranks} * kMaxChunks);
     return control;
@@ -35,9 +38,9 @@ struct DeviceControl {
   DEEP_EP_HD protocol::InboxPlace& place(std::uint64_t epoch, int rank, int num_ranks) const {
     return places[static_cast<std::int64_t>(epoch % 2) * num_ranks + rank];
   }
-  static std::int64_t bytes(int num_ranks) {
+  static std::int64_t bytes(int num_ranks, int num_nodes) {
     Carver carver(nullptr);
-    (void)carve(carver, num_ranks);
+    (void)carve(carver, num_ranks, num_nodes);
     return carver.used();
   }
 };
@@ -75,12 +78,13 @@ struct HostStatus {
   // The last notify that the host waits for: its ticket, then what it counted.
   std::uint64_t ticket;
   std::int64_t num_recv_rows;
+  std::int64_t num_recv_records;  // over several nodes
   std::int64_t tokens_per_expert[protocol::ControlBlock::kMaxLocalExperts];
 };
 constexpr std::uint32_t kGoneOrderly = 1;
 constexpr std::uint32_t kGoneDead = 2;
 
-/// Passed to every kernel by value.
+/// Passed to every kernel by value. Ranks are those of this rank's node, numbered from 0.
 struct Comm {
   int rank = 0;
   int num_ranks = 1;
@@ -93,12 +97,16 @@ struct Comm {
   LocalState* local = nullptr;
   HostStatus* status = nullptr;
   std::int64_t timeout_ns = 0;
+  int num_nodes = 1;
+  int first_rank = 0;             // of the node, counted over all nodes, as in what faults name
   protocol::CallRecord record{};  // of the call that the kernel is part of
+
+  DEEP_EP_HD int global_rank(int i) const { return first_rank + i; }
 
   /// Arithmetic alone: a table in memory would have to be waited for.
   DEEP_EP_HD DeviceControl control(int i) const {
     Carver carver(bases[i]);
-    return DeviceControl::carve(carver, num_ranks);
+    return DeviceControl::carve(carver, num_ranks, num_nodes);
   }
 };
 

@@ -108,11 +108,13 @@ CommStreams& comm_streams() {
 }  // namespace
 
 Context::Context(const BackendOptions& options)
-    : rank_(options.rank),
-      num_ranks_(options.num_ranks),
+    : topology_(options.topology),
+      first_rank_(options.rank - topology_.index_of(options.rank)),
+      rank_(topology_.index_of(options.rank)),
+      num_ranks_(topology_.ranks_per_node),
       device_(options.device.index),
       timeout_(options.timeout),
-      fabric_(options.rank, options.num_ranks, make_checked_memory(options.device.index)) {
+      fabric_(rank_, num_ranks_, make_checked_memory(options.device.index)) {
   if (num_ranks_ > kMaxRanks) {
     throw Error(ErrorCode::kUnsupported,
                 fmt::format("{} ranks; one node of GPUs has {} at most", num_ranks_, kMaxRanks));
@@ -123,7 +125,7 @@ Context::Context(const BackendOptions& options)
   comm_stream_ = comm_streams().take(device_);
   fault_stream_ = make_stream();
   events_ = std::make_shared<EventPool>(device_);
-  faults_ = std::make_shared<Faults>(rank_);
+  faults_ = std::make_shared<Faults>(global_rank(), topology_.num_nodes() > 1);
   const std::size_t num_segments = static_cast<std::size_t>(num_ranks_) * kMaxSegments;
   void* mapped = nullptr;
   check(cudaHostAlloc(&mapped, num_segments * sizeof(std::byte*), cudaHostAllocMapped),
@@ -170,8 +172,9 @@ std::string Context::export_handles(std::int64_t heap_bytes) {
 }
 
 void Context::open_handles(const std::vector<std::string>& exported) {
+  const auto first = exported.begin() + first_rank_;
   fabric_.open_handles(
-      exported, timeout_,
+      {first, first + num_ranks_}, timeout_,
       {.peer_gone =
            [this](int rank, bool orderly) {
              protocol::store_release(&faults_->status().gone[rank],
@@ -185,6 +188,8 @@ Comm Context::comm(const Call& call) const {
   Comm comm;
   comm.rank = rank_;
   comm.num_ranks = num_ranks_;
+  comm.num_nodes = topology_.num_nodes();
+  comm.first_rank = first_rank_;
   for (int i = 0; i < num_ranks_; ++i) comm.bases[i] = fabric_.base(i, 0);
   comm.mapped_segments = mapped_segments_;
   comm.known_segments = known_segments_;
@@ -194,6 +199,43 @@ Comm Context::comm(const Call& call) const {
   comm.timeout_ns = std::chrono::nanoseconds(call.timeout).count();
   comm.record = call.record;
   return comm;
+}
+
+std::uint64_t Context::take_ticket(const char* operation) {
+  if (is_capturing(comm_stream_)) {
+    throw Error(
+        ErrorCode::kUsage,
+        fmt::format("{} waits for counts on the host, which a stream that is being captured "
+                    "cannot: pass num_worst_tokens or a handle",
+                    operation));
+  }
+  return ++ticket_;
+}
+
+const HostStatus& Context::await_ticket(const char* operation, std::uint64_t ticket) const {
+  const HostStatus& status = faults_->status();
+  using Clock = std::chrono::steady_clock;
+  // The kernel has a timeout of its own; here it is only looked at whether it still runs.
+  constexpr std::chrono::milliseconds kLookEvery{1};
+  Clock::time_point next_look = Clock::now() + kLookEvery;
+  // acquire: pairs with the release in tell_host().
+  while (protocol::load_acquire(&status.ticket) != ticket) {
+    if (Clock::now() < next_look) continue;
+    next_look += kLookEvery;
+    const cudaError_t running = cudaStreamQuery(comm_stream_);
+    if (running == cudaErrorNotReady) continue;
+    check(running, "notify");
+    if (protocol::load_acquire(&status.ticket) == ticket) break;
+    if (std::optional<Error> error = faults_->error(operation)) throw Error(*error);
+    throw Error(ErrorCode::kSystem, "notify ended without counts");
+  }
+  if (std::optional<Error> error = faults_->error(operation)) throw Error(*error);
+  return status;
+}
+
+void Context::finish(const char* operation) const {
+  check(cudaStreamSynchronize(comm_stream_), operation);
+  if (std::optional<Error> error = faults_->error(operation)) throw Error(*error);
 }
 
 void Context::synchronize() noexcept {
@@ -210,7 +252,7 @@ void Context::raise_fault(const Error& error) noexcept {
     protocol::FaultRecord& record = args.record;
     std::memset(&record, 0, sizeof record);
     record.code = static_cast<std::uint32_t>(error.code());
-    record.origin = rank_;
+    record.origin = global_rank();
     record.num_ranks = static_cast<std::int32_t>(
         std::min<std::size_t>(error.ranks().size(), protocol::FaultRecord::kMaxRanks));
     std::copy_n(error.ranks().begin(), record.num_ranks, record.ranks);
@@ -218,7 +260,8 @@ void Context::raise_fault(const Error& error) noexcept {
     std::strncpy(record.text, error.what(), protocol::FaultRecord::kTextBytes - 1);
     check(intranode::launch_fault(args, fault_stream_), "launch of fault");
   } catch (const std::exception& failure) {
-    log::warn("rank {}: the other ranks cannot be told of a fault: {}", rank_, failure.what());
+    log::warn("rank {}: the other ranks cannot be told of a fault: {}", global_rank(),
+              failure.what());
   }
 }
 

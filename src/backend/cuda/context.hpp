@@ -42,15 +42,23 @@ class Context {
   Context(const Context&) = delete;
   Context& operator=(const Context&) = delete;
 
-  static std::int64_t control_bytes(int num_ranks) { return DeviceControl::bytes(num_ranks); }
+  static std::int64_t control_bytes(const plan::Topology& topology) {
+    return DeviceControl::bytes(topology.ranks_per_node, topology.num_nodes());
+  }
   std::string export_handles(std::int64_t heap_bytes);
   void open_handles(const std::vector<std::string>& exported);
   /// A new segment of this rank; its index.
   int add_segment(std::int64_t bytes);
 
   int device() const { return device_; }
+  const plan::Topology& topology() const { return topology_; }
+  int rank() const { return rank_; }  // of the node, as below
+  int num_ranks() const { return num_ranks_; }
+  int global_rank() const { return first_rank_ + rank_; }
   int num_sms() const { return num_sms_; }
   cudaStream_t comm_stream() const { return comm_stream_; }
+  /// What faults are told on, beside whatever runs.
+  cudaStream_t fault_stream() const { return fault_stream_; }
   fabric::Fabric& fabric() { return fabric_; }
   const std::shared_ptr<EventPool>& events() const { return events_; }
   const std::shared_ptr<Faults>& faults() const { return faults_; }
@@ -66,6 +74,13 @@ class Context {
     return static_cast<std::int32_t*>(sum_words_.get(count * 4));
   }
 
+  /// A number for a notify whose counts the host waits for. Throws Error(kUsage) in a capture.
+  std::uint64_t take_ticket(const char* operation);
+  /// Waits until the kernel with the ticket has told its counts, and gives them.
+  const HostStatus& await_ticket(const char* operation, std::uint64_t ticket) const;
+  /// Waits for the communication stream and throws what kernels have found.
+  void finish(const char* operation) const;
+
   /// Waits for the calls and for what was told of faults.
   void synchronize() noexcept;
   /// Tells all ranks, from a stream of its own, beside whatever runs.
@@ -74,6 +89,8 @@ class Context {
  private:
   void set_base(int rank, int segment, std::byte* base) noexcept;
 
+  plan::Topology topology_;
+  int first_rank_;  // of the node; other ranks are counted from there
   int rank_;
   int num_ranks_;
   int device_;
@@ -88,6 +105,7 @@ class Context {
   LocalState* local_ = nullptr;            // GPU memory
   ZeroedWords count_words_;
   ZeroedWords sum_words_;
+  std::uint64_t ticket_ = 0;
   fabric::Fabric fabric_;  // last: its helper thread uses the rest
 };
 

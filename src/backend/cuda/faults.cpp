@@ -21,18 +21,18 @@ static_assert(static_cast<int>(ErrorCode::kTimeout) == 3);
 static_assert(static_cast<int>(ErrorCode::kPeerFailed) == 4);
 static_assert(static_cast<int>(ErrorCode::kCapacity) == 6);
 
-const char* operation_of(std::uint32_t kind) {
+const char* operation_of(std::uint32_t kind, bool several_nodes) {
   switch (static_cast<OpKind>(kind)) {
     case OpKind::kBarrier:
       return "barrier";
     case OpKind::kDispatch:
     case OpKind::kCachedDispatch:
     case OpKind::kPreparedDispatch:
-      return "intranode_dispatch";
+      return several_nodes ? "internode_dispatch" : "intranode_dispatch";
     case OpKind::kPrepareDispatch:
       return "prepare_dispatch";
     case OpKind::kCombine:
-      return "intranode_combine";
+      return several_nodes ? "internode_combine" : "intranode_combine";
     case OpKind::kLowLatencyDispatch:
       return "low_latency_dispatch";
     case OpKind::kLowLatencyCombine:
@@ -50,6 +50,8 @@ const char* describe(protocol::Wait wait) {
       return "the place of its results";
     case protocol::Wait::kConsumed:
       return "it to have received the call before the last";
+    case protocol::Wait::kRoom:
+      return "room for rows";
     default:
       return "its rows";
   }
@@ -112,6 +114,51 @@ std::string describe_argument(const FaultRecord& record) {
   }
 }
 
+/// The same over several nodes.
+std::string describe_between_nodes(const FaultRecord& record) {
+  const std::int64_t* v = record.values;
+  switch (record.finding) {
+    case Finding::kHandleCounts:
+      return fmt::format(
+          "internode_handle.gbl_channel_prefix_matrix sends {} tokens to rank {}, "
+          "is_token_in_rank {}",
+          v[1], v[0], v[2]);
+    case Finding::kBadRecord:
+      return fmt::format(
+          "internode_handle.send_rdma_head[{}, {}] is {}, must be {} by is_token_in_rank", v[0],
+          v[1], v[2], v[3]);
+    case Finding::kOtherHandle:
+      return fmt::format(
+          "internode_handle.{}[{}] on rank {} says {}, what the ranks send gives {}: is the "
+          "handle of rank {} of the same dispatch?",
+          v[0] == 0 ? "recv_gbl_rank_prefix_sum" : "recv_rdma_rank_prefix_sum", v[1], record.origin,
+          v[2], v[3], record.ranks[0]);
+    case Finding::kHandleRoom:
+      return fmt::format("{} has {} rows, but {} were received by internode_handle.{}",
+                         v[0] == 0   ? "internode_handle.recv_src_meta"
+                         : v[0] == 1 ? "internode_handle.send_nvl_head"
+                                     : "x",
+                         v[1], v[2],
+                         v[0] == 1 ? "recv_rdma_rank_prefix_sum" : "recv_gbl_rank_prefix_sum");
+    case Finding::kNodeCapacity:
+      return fmt::format("rank {} receives {} rows and passes {} tokens on, num_worst_tokens is {}",
+                         record.ranks[0], v[0], v[1], v[2]);
+    case Finding::kBadArrival:
+      if (v[1] < 0) return fmt::format("record {} of rank {}, of {}", v[2], record.ranks[0], v[3]);
+      return fmt::format("row {} of rank {} for rank {} of this node, of {}", v[2], record.ranks[0],
+                         v[1], v[3]);
+    case Finding::kOtherHeads:
+      return fmt::format(
+          "internode_handle.send_nvl_head[{}] is of another routing than the handle of rank {}",
+          v[0], record.ranks[0]);
+    case Finding::kBadNvlHead:
+      return fmt::format("internode_handle.send_nvl_head[{}, {}] is {}, allowed are -1 and 0 to {}",
+                         v[0], v[1], v[2], v[3] - 1);
+    default:
+      return describe_argument(record);
+  }
+}
+
 /// What a kernel found, in words.
 std::string describe(const FaultRecord& record) {
   const std::int64_t* v = record.values;
@@ -133,13 +180,13 @@ std::string describe(const FaultRecord& record) {
       return fmt::format("call {} has not been received, the call after the next cannot be sent",
                          v[0]);
     default:
-      return describe_argument(record);
+      return describe_between_nodes(record);
   }
 }
 
 }  // namespace
 
-Faults::Faults(int rank) : rank_(rank) {
+Faults::Faults(int rank, bool several_nodes) : rank_(rank), several_nodes_(several_nodes) {
   void* memory = nullptr;
   check(cudaHostAlloc(&memory, sizeof(HostStatus), cudaHostAllocMapped), "cudaHostAlloc");
   std::memset(memory, 0, sizeof(HostStatus));
@@ -161,8 +208,9 @@ std::optional<Error> Faults::error(const char* operation) const {
   auto code = static_cast<ErrorCode>(record.code);
   std::string text = describe(record);
   if (record.finding != Finding::kText) {
-    text = fmt::format("{} (kernel {}) on rank {}: {}", operation_of(record.operation),
-                       record.epoch, record.origin, text);
+    text =
+        fmt::format("{} (kernel {}) on rank {}: {}", operation_of(record.operation, several_nodes_),
+                    record.epoch, record.origin, text);
   }
   if (record.origin == rank_) return Error(code, text, std::move(ranks));
   // Another rank's invalid argument is not this caller's.

@@ -11,7 +11,7 @@ namespace deep_ep::cuda {
 /// The words that the GPU shares with the host, for as long as somebody may ask what went wrong.
 class Faults {
  public:
-  explicit Faults(int rank);
+  Faults(int rank, bool several_nodes);
   ~Faults();
   Faults(const Faults&) = delete;
   Faults& operator=(const Faults&) = delete;
@@ -22,6 +22,7 @@ class Faults {
 
  private:
   int rank_;
+  bool several_nodes_;
   HostStatus* status_ = nullptr;
 };
 

@@ -11,7 +11,7 @@ void require_aligned(const void* data, const char* name) {
           "{} begins at {}, on GPUs it must be a multiple of {} bytes", name, data, kAlignment);
 }
 
-void copy_outputs(Context& context, const deep_ep::intranode::DispatchParams& params) {
+void copy_outputs(Context& context, const DispatchStep& params) {
   const auto copy = [&](std::byte* to, const std::byte* from, std::int64_t row_bytes) {
     if (to == nullptr || params.block_rows * row_bytes == 0) return;
     check(cudaMemcpyAsync(to, from, static_cast<std::size_t>(params.block_rows * row_bytes),

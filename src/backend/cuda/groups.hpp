@@ -26,7 +26,7 @@ inline intranode::SumType sum_type(DType dtype) {
 }
 
 /// Behind a dispatch: results to where peers could not write them.
-void copy_outputs(Context& context, const deep_ep::intranode::DispatchParams& params);
+void copy_outputs(Context& context, const DispatchStep& params);
 
 /// `counts`: intranode::group_count_bytes(), unless the groups are known.
 void group_rows(Context& context, const deep_ep::intranode::GroupParams& params,

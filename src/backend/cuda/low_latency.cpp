@@ -66,7 +66,7 @@ void LowLatency::fill(const deep_ep::internode_ll::Step& step, plan::LowLatencyK
                             step.shape.num_experts, internode_ll::StepArgs::kMaxExperts));
   }
   args.set_experts(step.shape.num_local_experts());
-  std::byte* base = args.comm.bases[args.comm.rank] + Context::control_bytes(num_ranks_);
+  std::byte* base = args.comm.bases[args.comm.rank] + Context::control_bytes(context_.topology());
   args.layout = plan::LowLatencyLayout::carve(base, bytes_, num_ranks_);
   args.places = args.layout.places(kind, 0, step.shape);
   args.topk_idx = {step.topk_idx.data, step.topk_idx.dtype == DType::kInt64};

@@ -1,6 +1,7 @@
 #include "backend/cuda/captured_calls.hpp"
 #include "backend/cuda/check.hpp"
 #include "backend/cuda/event.hpp"
+#include "backend/cuda/internode.hpp"
 #include "backend/cuda/make_backend.hpp"
 #include "backend/cuda/memory/memory.hpp"
 #include "backend/plugin.hpp"
@@ -88,6 +89,15 @@ class Parts final : public CudaParts {
     }
     if (lines.empty()) lines.emplace_back("no GPU, or no driver for it");
     return lines;
+  }
+
+  std::string why_no_nvshmem() override {
+    try {
+      (void)cuda::nvshmem_parts();
+      return {};
+    } catch (const Error& error) {
+      return error.what();
+    }
   }
 
   int num_devices() override {

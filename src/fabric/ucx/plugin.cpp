@@ -1,5 +1,4 @@
 #include <cstring>
-#include <optional>
 
 #include "base/error.hpp"
 #include "fabric/agree.hpp"
@@ -7,20 +6,6 @@
 
 namespace deep_ep::fabric::ucx {
 namespace {
-
-/// Runs a step of this rank, then throws on all ranks if it failed on one.
-template <class Step>
-void together(Bootstrap& bootstrap, Step&& step) {
-  std::optional<Error> trouble;
-  try {
-    step();
-  } catch (const Error& error) {
-    trouble = error;
-  } catch (const std::exception& error) {
-    trouble = Error(ErrorCode::kOutOfMemory, error.what());
-  }
-  fail_together(bootstrap, trouble);
-}
 
 void compare_sizes(const std::vector<std::string>& sizes, std::int64_t mine) {
   for (std::size_t rank = 0; rank < sizes.size(); ++rank) {

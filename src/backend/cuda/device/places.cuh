@@ -94,7 +94,8 @@ __device__ inline std::byte* wait_place(const Comm& comm, std::uint64_t epoch,
       },
       [&] { return place.ready.seen(); });
   note_wait(comm, rank, begin);
-  if (!ready || !agrees(comm, record, own.block.mailbox_of(epoch).record[rank], rank))
+  if (!ready ||
+      !agrees(comm, record, own.block.mailbox_of(epoch).record[rank], comm.global_rank(rank)))
     return nullptr;
   return base + place.offset;
 }

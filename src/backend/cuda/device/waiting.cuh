@@ -46,7 +46,7 @@ struct Report {
   Finding finding = Finding::kText;
   std::uint32_t code = 0;  // ErrorCode
   std::int64_t values[4] = {0, 0, 0, 0};
-  int rank = -1;  // to blame
+  int rank = -1;  // to blame, counted over all nodes
 };
 
 /// Writes the report into every rank's fault record that has none yet. Any thread.
@@ -57,7 +57,7 @@ __device__ __noinline__ inline void raise(const Comm& comm, const Report& report
         *comm.control((comm.rank + i) % comm.num_ranks).block.fault;  // this rank's first
     if (!record.claim()) continue;
     record.code = report.code;
-    record.origin = comm.rank;
+    record.origin = comm.global_rank(comm.rank);
     record.num_ranks = report.rank < 0 ? 0 : 1;
     record.ranks[0] = report.rank;
     record.finding = report.finding;
@@ -90,17 +90,19 @@ __device__ __noinline__ inline void raise_invalid(const Comm& comm, Finding find
   raise(comm, report);
 }
 
-/// What a wait for `rank` that did not end well has to tell.
-__device__ __noinline__ inline void raise_missing(const Comm& comm, int rank, bool gone, Wait what,
-                                                  std::uint64_t expected, std::uint64_t seen) {
+/// What a wait for `rank`, counted over all nodes, that did not end well has to tell. `gone`: as
+/// the helper thread saw it, or 0.
+__device__ __noinline__ inline void raise_missing(const Comm& comm, int rank, std::uint32_t gone,
+                                                  Wait what, std::uint64_t expected,
+                                                  std::uint64_t seen) {
   Report report;
-  report.finding = gone ? Finding::kGone : Finding::kTimeout;
-  report.code = gone ? kPeerFailedCode : kTimeoutCode;
+  report.finding = gone != 0 ? Finding::kGone : Finding::kTimeout;
+  report.code = gone != 0 ? kPeerFailedCode : kTimeoutCode;
   report.rank = rank;
   report.values[0] = static_cast<std::int64_t>(what);
   report.values[1] = static_cast<std::int64_t>(expected);
   report.values[2] = static_cast<std::int64_t>(seen);
-  report.values[3] = comm.status->gone[rank] == kGoneOrderly;
+  report.values[3] = gone == kGoneOrderly;
   raise(comm, report);
 }
 
@@ -113,11 +115,12 @@ __device__ bool wait_for(const Comm& comm, int rank, Wait what, std::uint64_t ex
   const protocol::WaitResult result = protocol::wait_until(waiter, ready);
   if (result == protocol::WaitResult::kReady) return true;
   if (result == protocol::WaitResult::kFaulted) return false;
-  raise_missing(comm, rank, waiter.gone, what, expected, seen());
+  raise_missing(comm, comm.global_rank(rank), waiter.gone ? comm.status->gone[rank] : 0, what,
+                expected, seen());
   return false;
 }
 
-/// Reports the first field on which two records differ.
+/// Reports the first field on which two records differ; `rank` is counted over all nodes.
 __device__ __noinline__ inline void raise_disagreement(const Comm& comm,
                                                        const protocol::CallRecord& mine,
                                                        const protocol::CallRecord& theirs,
@@ -136,7 +139,8 @@ __device__ __noinline__ inline void raise_disagreement(const Comm& comm,
   }
 }
 
-/// True if `rank`, whose record of this epoch is here, called with what this rank called with.
+/// True if `rank`, counted over all nodes, whose record of the call is here, called with what this
+/// rank called with.
 __device__ inline bool agrees(const Comm& comm, const protocol::CallRecord& mine,
                               const protocol::CallRecord& theirs, int rank) {
   // All words that must agree, loaded before the first is looked at.

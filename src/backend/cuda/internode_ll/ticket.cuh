@@ -157,7 +157,7 @@ __device__ __noinline__ inline Arrival go_on(const StepArgs& args, int rank, Wai
     protocol::store_relaxed(&args.masks[rank], std::int32_t{1});
     return Arrival::kAbsent;
   }
-  raise_missing(args.comm, rank, waiter.gone, what, expected, 0);
+  raise_missing(args.comm, rank, waiter.gone ? args.comm.status->gone[rank] : 0, what, expected, 0);
   return Arrival::kFailed;
 }
 

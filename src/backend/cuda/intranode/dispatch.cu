@@ -1,6 +1,7 @@
 #include "backend/cuda/device/launch.cuh"
 #include "backend/cuda/device/places.cuh"
 #include "backend/cuda/device/pump.cuh"
+#include "backend/cuda/intranode/exchange.cuh"
 #include "backend/cuda/intranode/steps.hpp"
 #include "plan/layout.hpp"
 
@@ -301,30 +302,6 @@ __device__ void void_results(const DispatchArgs& args, int block, int blocks) {
   if (!x_is_there) make_void(args.x_segment, args.x_offset, args.block_rows * args.format.x_bytes);
   if (!args.fills_handle) return;
   for (std::int64_t i = begin; i < args.block_rows; i += step) args.recv_src_idx[i] = -1;
-}
-
-// --- by the last block -----------------------------------------------------------------
-
-/// Tells each receiver that all rows of this rank are there, and waits for all that come here; true
-/// in every thread if they came.
-__device__ bool exchange_landed(const Comm& comm, std::uint64_t epoch) {
-  for (int i = threadIdx.x; i < comm.num_ranks; i += blockDim.x) {
-    const int rank = (comm.rank + 1 + i) % comm.num_ranks;
-    // release: every block's rows are complete (Pump::finish()) and acquired in is_last_block().
-    comm.control(rank).block.landed[comm.rank].publish(epoch);
-  }
-  bool good = true;
-  for (int i = threadIdx.x; i < comm.num_ranks; i += blockDim.x) {
-    const long long begin = clock64();
-    const protocol::EpochFlag& landed = comm.control(comm.rank).block.landed[i];
-    // acquire: pairs with publish() above at rank i.
-    good = wait_for(
-               comm, i, Wait::kRows, epoch, [&] { return landed.reached(epoch); },
-               [&] { return landed.seen(); }) &&
-           good;
-    note_wait(comm, i, begin);
-  }
-  return __syncthreads_and(good) != 0;
 }
 
 __global__ void __launch_bounds__(kMaxThreads, 1)

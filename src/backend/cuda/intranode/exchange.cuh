@@ -2,7 +2,8 @@
 
 #include "backend/cuda/device/waiting.cuh"
 
-// All ranks tell each other that they are in a kernel, and with what: barrier and notify.
+// All ranks tell each other that they are in a kernel, and with what: barrier and notify; and that
+// their rows have landed.
 namespace deep_ep::cuda::intranode {
 
 /// By the threads of one block: this rank's record, and whatever it wrote to the mailboxes before
@@ -30,7 +31,29 @@ __device__ inline bool wait_posted(const Comm& comm, std::uint64_t epoch) {
     good = wait_for(
                comm, i, Wait::kCall, epoch, [&] { return posted.reached(epoch); },
                [&] { return posted.seen(); }) &&
-           agrees(comm, comm.record, mailbox.record[i], i);
+           agrees(comm, comm.record, mailbox.record[i], comm.global_rank(i));
+  }
+  return __syncthreads_and(good) != 0;
+}
+
+/// By the last block: tells each receiver that all rows of this rank are there, and waits for all
+/// that come here; true in every thread if they came.
+__device__ inline bool exchange_landed(const Comm& comm, std::uint64_t epoch) {
+  for (int i = threadIdx.x; i < comm.num_ranks; i += blockDim.x) {
+    const int rank = (comm.rank + 1 + i) % comm.num_ranks;
+    // release: every block's rows are complete (Pump::finish()) and acquired in is_last_block().
+    comm.control(rank).block.landed[comm.rank].publish(epoch);
+  }
+  bool good = true;
+  for (int i = threadIdx.x; i < comm.num_ranks; i += blockDim.x) {
+    const long long begin = clock64();
+    const protocol::EpochFlag& landed = comm.control(comm.rank).block.landed[i];
+    // acquire: pairs with publish() above at rank i.
+    good = wait_for(
+               comm, i, Wait::kRows, epoch, [&] { return landed.reached(epoch); },
+               [&] { return landed.seen(); }) &&
+           good;
+    note_wait(comm, i, begin);
   }
   return __syncthreads_and(good) != 0;
 }

@@ -123,7 +123,7 @@ __device__ void place_groups(const GroupArgs& args, const std::int32_t* room) {
   Report report;
   report.finding = Finding::kGroupCapacity;
   report.code = kCapacityCode;
-  report.rank = args.comm.rank;
+  report.rank = args.comm.global_rank(args.comm.rank);
   report.values[0] = begin;
   report.values[1] = args.shape.num_grouped_rows;
   raise(args.comm, report);
@@ -220,8 +220,7 @@ __global__ void __launch_bounds__(kIndexThreads, 1)
   const std::int64_t thread = blockIdx.x * std::int64_t{kIndexThreads} + threadIdx.x;
   const std::int64_t threads = std::int64_t{gridDim.x} * kIndexThreads;
   const bool good = fits(args) != 0;
-  const std::int64_t rows =
-      good ? received_rows(args.num_received_rows, args.shape.num_rows) : 0;
+  const std::int64_t rows = good ? received_rows(args.num_received_rows, args.shape.num_rows) : 0;
   std::int32_t* next = shared + own * experts;
   for (std::int64_t part = warp; part < parts_of(rows); part += warps)
     place_part(args, part, rows, next);

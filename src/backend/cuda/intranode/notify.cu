@@ -1,7 +1,7 @@
 #include "backend/cuda/device/launch.cuh"
+#include "backend/cuda/device/routing.cuh"
 #include "backend/cuda/intranode/exchange.cuh"
 #include "backend/cuda/intranode/steps.hpp"
-#include "plan/layout.hpp"
 
 namespace deep_ep::cuda::intranode {
 
@@ -10,144 +10,27 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kMaxLocalExperts = protocol::ControlBlock::kMaxLocalExperts;
-constexpr int kGroups = kTokensPerCount / 32;  // of 32 tokens, whose bits a word holds
-
-// --- positions: which of the rows for a rank each token is -----------------------------
-
-/// A count and the kernel that it is of, in one word that is read and written whole.
-__device__ std::uint64_t tagged(std::uint64_t epoch, std::uint32_t count) {
-  return epoch << 32 | count;
-}
-
-/// By a warp: how many of the tokens before part `part` go to `rank`. Parts are counted by warps of
-/// this or an earlier turn, which never wait for a later part.
-__device__ std::int32_t count_before(const NotifyArgs& args, std::int64_t part, int rank,
-                                     std::uint64_t epoch) {
-  std::int32_t sum = 0;
-  for (std::int64_t i = threadIdx.x % 32; i < part; i += 32) {
-    const std::uint64_t* word = args.counts + i * args.comm.num_ranks + rank;
-    std::uint64_t value;
-    // The word holds all that there is to know, so its order with other words does not matter.
-    while ((value = protocol::load_relaxed(word)) >> 32 != (epoch & 0xffffffff)) {
-    }
-    sum += static_cast<std::int32_t>(value);
-  }
-  for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffff, sum, step);
-  return sum;
-}
-
-/// Rows for `rank` among the tokens before `end` of this part.
-__device__ std::int32_t count_until(const std::uint32_t* bits, std::int64_t end) {
-  std::int32_t sum = 0;
-  for (int group = 0; group < kGroups && group * 32 < end; ++group) {
-    const std::int64_t left = end - group * 32;
-    sum += __popc(left >= 32 ? bits[group] : bits[group] & ((1u << left) - 1));
-  }
-  return sum;
-}
-
-__device__ void write_channels(const NotifyArgs& args, int rank, std::int64_t begin,
-                               std::int64_t end, std::int32_t before, const std::uint32_t* bits) {
-  const std::int64_t tokens = args.comm.record.num_tokens;
-  for (int c = threadIdx.x % 32; c < args.num_channels; c += 32) {
-    const std::int64_t last = plan::channel_begin(tokens, c + 1, args.num_channels);
-    // Each boundary belongs to the part that ends at it or behind it; 0 to the first.
-    if (last > end || (last <= begin && begin > 0)) continue;
-    args.channel_prefix_matrix[std::int64_t{rank} * args.num_channels + c] =
-        before + count_until(bits, last - begin);
-  }
-}
-
-/// By a warp: the positions of one part's tokens among the rows for `rank`.
-__device__ void place_part(const NotifyArgs& args, std::int64_t part, int rank,
-                           std::uint64_t epoch) {
-  const int ranks = args.comm.num_ranks;
-  const std::int64_t tokens = args.comm.record.num_tokens;
-  const std::int64_t begin = part * kTokensPerCount;
-  const std::int64_t end = begin + kTokensPerCount < tokens ? begin + kTokensPerCount : tokens;
-  const int lane = threadIdx.x % 32;
-  std::uint32_t bits[kGroups];
-  std::int32_t count = 0;
-#pragma unroll
-  for (int group = 0; group < kGroups; ++group) {
-    const std::int64_t token = begin + group * 32 + lane;
-    const bool goes = token < end && args.is_token_in_rank[token * ranks + rank];
-    bits[group] = __ballot_sync(0xffffffff, goes);
-    count += __popc(bits[group]);
-  }
-  if (lane == 0) protocol::store_relaxed(args.counts + part * ranks + rank, tagged(epoch, count));
-  const std::int32_t before = count_before(args, part, rank, epoch);
-  std::int32_t at = before;
-#pragma unroll
-  for (int group = 0; group < kGroups; ++group) {
-    const std::int64_t token = begin + group * 32 + lane;
-    const bool goes = (bits[group] >> lane & 1) != 0;
-    if (token < end) {
-      args.send_head[token * ranks + rank] =
-          goes ? at + __popc(bits[group] & ((1u << lane) - 1)) : -1;
-    }
-    at += __popc(bits[group]);
-  }
-  write_channels(args, rank, begin, end, before, bits);
-  if (end == tokens && at != args.num_tokens_per_rank[rank] && lane == 0) {
-    raise_invalid(args.comm, Finding::kCounts, rank, args.num_tokens_per_rank[rank], at);
-  }
-}
 
 /// By all warps of the grid, in turn: part by part, so that no warp waits for a later turn.
 __device__ void place_tokens(const NotifyArgs& args, std::uint64_t epoch, int blocks) {
-  const std::int64_t tokens = args.comm.record.num_tokens;
-  const std::int64_t parts = tokens == 0 ? 1 : (tokens + kTokensPerCount - 1) / kTokensPerCount;
   const int ranks = args.comm.num_ranks;
-  for (std::int64_t unit = blockIdx.x * kWarps + threadIdx.x / 32; unit < parts * ranks;
+  const PartTable table{args.counts, ranks, args.comm.record.num_tokens};
+  const std::int64_t units = table.parts() * ranks;
+  for (std::int64_t unit = blockIdx.x * kWarps + threadIdx.x / 32; unit < units;
        unit += std::int64_t{blocks} * kWarps) {
-    place_part(args, unit / ranks, static_cast<int>(unit % ranks), epoch);
-  }
-}
-
-// --- checks ----------------------------------------------------------------------------
-
-__device__ __noinline__ void raise_bad_id(const NotifyArgs& args, std::int64_t entry,
-                                          std::int64_t id) {
-  const protocol::CallRecord& record = args.comm.record;
-  const bool known = id >= 0 && id < record.num_experts;
-  raise_invalid(
-      args.comm, known ? Finding::kNotInRank : Finding::kBadExpert, entry / record.num_topk,
-      entry % record.num_topk, id,
-      known ? id / (record.num_experts / args.comm.num_ranks) : std::int64_t{record.num_experts});
-}
-
-/// By all threads but those of the block that exchanges: ids in range, and in is_token_in_rank.
-__device__ void check_ids(const NotifyArgs& args, int blocks) {
-  if (args.topk_idx.data == nullptr) return;
-  constexpr int kTogether = 4;  // loads under way at once
-  const protocol::CallRecord& record = args.comm.record;
-  const std::uint32_t experts = record.num_experts;
-  const std::uint32_t local_experts = experts / args.comm.num_ranks;
-  const std::uint32_t topk = record.num_topk;
-  // Below 2^31: validated with the call.
-  const auto count = static_cast<std::uint32_t>(record.num_tokens * topk);
-  const std::uint32_t step = blocks * kThreads;
-  for (std::uint32_t base = blockIdx.x * kThreads + threadIdx.x; base < count;
-       base += step * kTogether) {
-    std::int64_t ids[kTogether];
-#pragma unroll
-    for (int i = 0; i < kTogether; ++i)
-      ids[i] = base + i * step < count ? args.topk_idx[base + i * step] : -1;
-    bool in_rank[kTogether];
-#pragma unroll
-    for (int i = 0; i < kTogether; ++i) {
-      const bool known = ids[i] >= 0 && ids[i] < experts;
-      const std::uint32_t token = (base + i * step) / topk;
-      in_rank[i] =
-          ids[i] == -1 ||
-          (known && args.is_token_in_rank[std::int64_t{token} * args.comm.num_ranks +
-                                          static_cast<std::uint32_t>(ids[i]) / local_experts]);
-    }
-#pragma unroll
-    for (int i = 0; i < kTogether; ++i) {
-      if (!in_rank[i]) raise_bad_id(args, base + i * step, ids[i]);
-    }
+    const int rank = static_cast<int>(unit % ranks);
+    const Part part = place_part(
+        table, unit / ranks, rank, epoch,
+        [&](std::int64_t token) { return args.is_token_in_rank[token * ranks + rank]; },
+        [&](std::int64_t token, std::int32_t position) {
+          args.send_head[token * ranks + rank] = position;
+        });
+    write_prefix(part, table.tokens, args.num_channels,
+                 args.channel_prefix_matrix + std::int64_t{rank} * args.num_channels);
+    if (part.end != table.tokens || threadIdx.x % 32 != 0) continue;
+    const std::int32_t rows = part.rows_until(part.end);
+    if (rows != args.num_tokens_per_rank[rank])
+      raise_invalid(args.comm, Finding::kCounts, rank, args.num_tokens_per_rank[rank], rows);
   }
 }
 
@@ -188,7 +71,7 @@ __device__ void read_counts(const NotifyArgs& args, const protocol::Mailbox& mai
       Report report;
       report.finding = Finding::kCapacity;
       report.code = kCapacityCode;
-      report.rank = to;
+      report.rank = args.comm.global_rank(to);
       report.values[0] = sum;
       report.values[1] = args.max_rows;
       raise(args.comm, report);
@@ -248,7 +131,7 @@ __global__ void __launch_bounds__(kThreads) notify(const __grid_constant__ Notif
   // and each block would see a fault at another time.
   if (blockIdx.x < blocks) {
     place_tokens(args, epoch, blocks);
-    check_ids(args, blocks);
+    check_ids(comm, args.topk_idx, args.is_token_in_rank, comm.num_ranks, blocks);
   }
   if (blockIdx.x + 1 == gridDim.x && __syncthreads_and(may_start(comm)) != 0)
     exchange_counts(args, epoch);

@@ -22,10 +22,13 @@ struct LayoutArgs {
   std::int64_t num_tokens = 0;
   int num_topk = 0;
   int num_experts = 0;
-  std::int32_t* sums = nullptr;                   // [R + E] zeros, and zeros again afterwards
+  int num_ranks = 0;  // of all nodes
+  int ranks_per_node = 0;
+  std::int32_t* sums = nullptr;                   // [R + E + nodes] zeros, and again afterwards
   std::int32_t* num_tokens_per_rank = nullptr;    // out [R]
   std::int32_t* num_tokens_per_expert = nullptr;  // out [E]
   bool* is_token_in_rank = nullptr;               // out [N, R]
+  std::int32_t* num_tokens_per_node = nullptr;    // out [nodes]; null while there is one
 };
 cudaError_t launch_layout(const LayoutArgs& args, cudaStream_t stream);
 

@@ -1,0 +1,67 @@
+#pragma once
+
+#include <cstdint>
+#include <memory>
+
+#include "backend/cuda/context.hpp"
+#include "backend/cuda/internode/steps.hpp"
+#include "backend/cuda/nvshmem/plugin.hpp"
+#include "deep_ep/bootstrap.hpp"
+
+namespace deep_ep::cuda {
+
+/// Loads libdeep_ep_nvshmem.so at the first call. Throws Error(kUnsupported) saying what is
+/// missing.
+nvshmem::NvshmemParts& nvshmem_parts();
+
+/// The internode mode of a rank: its piece of the symmetric heap, and its kernels' arguments.
+class Internode {
+ public:
+  Internode(Context& context, const BackendOptions& options);
+  ~Internode() { free(); }
+  Internode(const Internode&) = delete;
+  Internode& operator=(const Internode&) = delete;
+
+  /// Collective: loads libdeep_ep_nvshmem.so, joins NVSHMEM, gets at least `bytes` bytes of its
+  /// heap.
+  void alloc(Bootstrap& bootstrap, std::int64_t bytes);
+  void free() noexcept;
+  bool open() const { return heap_ != nullptr; }
+
+  void barrier(const deep_ep::internode::BarrierParams& params);
+  void notify_dispatch(const deep_ep::internode::NotifyDispatchParams& params);
+  void dispatch(const deep_ep::internode::DispatchParams& params);
+  void cached_notify(const deep_ep::internode::CombineParams& params);
+  /// What combine() stages for the other ranks of the node.
+  static plan::RowFormat combine_format(const deep_ep::internode::CombineParams& params);
+  static std::int64_t combine_rows(const deep_ep::internode::CombineParams& params);
+  /// `block`: room for rows of combine_format(), for combine_rows() of them.
+  void combine(const deep_ep::internode::CombineParams& params, const Backend::Results& block);
+  /// Behind the kernel that writes this rank's fault record.
+  void tell_fault() noexcept;
+
+ private:
+  Comm comm(const Call& call) const;
+  internode::Rails rails(const Call& call) const;
+  void tell(bool leaves) noexcept;
+  /// What notify leaves for the kernel behind it, of a call of so many tokens.
+  internode::Workspace workspace(std::int64_t tokens);
+  internode::NotifyArgs notify_args(const Call& call);
+  /// What the ranks tell each other ahead of a call with a handle of room for `rows` received rows.
+  void notify_cached(const Call& call, const deep_ep::internode::Routing& routing,
+                     std::int64_t rows);
+  void launch_notify(const internode::NotifyArgs& args, const Call& call);
+  void fill_handle(const deep_ep::internode::DispatchParams& params,
+                   const internode::DispatchArgs& args);
+
+  Context& context_;
+  nvshmem::NvshmemParts* parts_ = nullptr;
+  internode::RailShape shape_;
+  std::unique_ptr<nvshmem::Heap> heap_;
+  ZeroedWords state_;
+  std::byte* state_base_ = nullptr;
+  ZeroedWords work_;
+  ZeroedWords arrived_;
+};
+
+}  // namespace deep_ep::cuda

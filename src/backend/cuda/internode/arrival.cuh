@@ -1,0 +1,215 @@
+#pragma once
+
+#include "backend/cuda/device/places.cuh"
+#include "backend/cuda/internode/rail.cuh"
+
+// A row of a dispatch on its way into the slots of this node's ranks, by the warp that has it.
+namespace deep_ep::cuda::internode {
+
+/// Results of each rank of the node.
+struct Targets {
+  plan::RecvArrays of[plan::kMaxRanksPerNode];
+};
+
+/// Positions of a record's rows at the ranks that a lane looks after or -1.
+struct Positions {
+  std::int32_t at[kRanksALane];
+
+  __device__ Positions(const std::int32_t* positions, int ranks) {
+#pragma unroll
+    for (int set = 0; set < kRanksALane; ++set) {
+      const int rank = set * 32 + lane_id();
+      at[set] = rank < ranks ? positions[rank] : -1;
+    }
+  }
+  /// Bit i: rank i has a row.
+  __device__ std::uint64_t ranks() const {
+    std::uint64_t bits = 0;
+#pragma unroll
+    for (int set = 0; set < kRanksALane; ++set)
+      bits |= std::uint64_t{__ballot_sync(0xffffffff, at[set] >= 0)} << set * 32;
+    return bits;
+  }
+};
+
+/// One item, from a ring or of this rank's own tokens.
+struct Arrival {
+  int source;  // counted over all nodes
+  plan::SourceMeta meta;
+  std::int32_t record;
+  Positions positions;
+  Ids topk_idx;               // [K]
+  const float* topk_weights;  // [K]
+  const std::uint32_t* scales;
+  std::int64_t scale_stride;
+  const std::byte* x;
+  std::int64_t x_begin;  // of the part that this is of x
+  std::int64_t x_bytes;
+};
+
+/// Slots of the rows at the ranks that a lane looks after, or -1; what does not fit is reported.
+struct Slots {
+  std::int32_t at[kRanksALane];
+  std::uint32_t set[kRanksALane];  // ranks that have one, the same in all lanes
+
+  __device__ Slots(const DispatchArgs& args, const Arrival& row) {
+    const int all = args.rails.shape.topology.num_ranks;
+#pragma unroll
+    for (int i = 0; i < kRanksALane; ++i) {
+      const int rank = i * 32 + lane_id();
+      at[i] = -1;
+      if (row.positions.at[i] >= 0) {
+        const auto rows =
+            plan::part_of(args.rails.state.prefix + std::int64_t{rank} * all, row.source);
+        const std::int64_t slot = rows.begin + row.positions.at[i];
+        if (slot < rows.end) at[i] = static_cast<std::int32_t>(slot);
+        if (slot >= rows.end) report(args, row, rank, row.positions.at[i], rows.end - rows.begin);
+      }
+      set[i] = __ballot_sync(0xffffffff, at[i] >= 0);
+    }
+  }
+  __device__ static void report(const DispatchArgs& args, const Arrival& row, int rank,
+                                std::int64_t came, std::int64_t count) {
+    Report report;
+    report.finding = Finding::kBadArrival;
+    report.code = kPeerFailedCode;
+    report.rank = row.source;
+    report.values[0] = row.record;
+    report.values[1] = rank;
+    report.values[2] = came;
+    report.values[3] = count;
+    raise(args.comm, report);
+  }
+  /// Calls body(rank, slot) in all lanes, for each rank that has one.
+  template <class Body>
+  __device__ void for_each(Body&& body) const {
+#pragma unroll
+    for (int i = 0; i < kRanksALane; ++i) {
+      for (std::uint32_t left = set[i]; left != 0; left &= left - 1) {
+        const int lane = __ffs(static_cast<int>(left)) - 1;
+        body(i * 32 + lane, __shfl_sync(0xffffffff, at[i], lane));
+      }
+    }
+  }
+};
+
+/// The forwarder's part of the handle. False, and reported, if the record is none of its source's.
+__device__ inline bool note_record(const DispatchArgs& args, const Arrival& row) {
+  const Comm& comm = args.comm;
+  const auto records = plan::part_of(args.rails.state.records, row.meta.node);
+  const std::int64_t at = records.begin + row.record;
+  if (row.record < 0 || at >= records.end || at >= args.routing.nvl_head_rows) {
+    if (lane_id() == 0) Slots::report(args, row, -1, row.record, records.end - records.begin);
+    return false;
+  }
+  std::int32_t* heads = args.routing.send_nvl_head + at * comm.num_ranks;
+  bool same = true;
+#pragma unroll
+  for (int i = 0; i < kRanksALane; ++i) {
+    const int rank = i * 32 + lane_id();
+    if (rank >= comm.num_ranks) continue;
+    if (!args.cached) heads[rank] = row.positions.at[i];
+    same = same && heads[rank] == row.positions.at[i];
+  }
+  if (!args.cached && lane_id() == 0) args.work.arrived_tokens[at] = row.meta.token;
+  if (__all_sync(0xffffffff, same)) return true;
+  if (lane_id() == 0) {
+    Report report;
+    report.finding = Finding::kOtherHeads;
+    report.code = kDisagreementCode;
+    report.rank = row.source;
+    report.values[0] = at;
+    raise(comm, report);
+  }
+  return false;
+}
+
+/// Entries for experts of other ranks become -1 with weight 0.
+__device__ inline void place_topk(const DispatchArgs& args, const Targets& targets,
+                                  const Arrival& row, const Slots& slots) {
+  const int topk = args.comm.record.num_topk;
+  // This rank may have no tokens, and no arrays, yet pass on others'.
+  const bool weighted = args.format.topk_weights_bytes != 0;
+  const std::int64_t local_experts =
+      topk == 0 ? 0 : args.comm.record.num_experts / args.rails.shape.topology.num_ranks;
+  for (int base = 0; base < topk; base += 32) {
+    const int k = base + lane_id();
+    const std::int64_t id = k < topk ? row.topk_idx[k] : -1;
+    const float weight = k < topk && weighted ? row.topk_weights[k] : 0.0f;
+    slots.for_each([&](int rank, std::int64_t slot) {
+      if (k >= topk) return;
+      const std::int64_t local = id - args.comm.global_rank(rank) * local_experts;
+      const bool here = id >= 0 && local >= 0 && local < local_experts;
+      const plan::RecvArrays& to = targets.of[rank];
+      const std::int64_t at = slot * topk + k;
+      if (row.topk_idx.wide) {
+        reinterpret_cast<std::int64_t*>(to.topk_idx)[at] = here ? local : -1;
+      } else {
+        reinterpret_cast<std::int32_t*>(to.topk_idx)[at] =
+            here ? static_cast<std::int32_t>(local) : -1;
+      }
+      if (weighted) reinterpret_cast<float*>(to.topk_weights)[at] = here ? weight : 0.0f;
+    });
+  }
+}
+
+/// All but x.
+__device__ inline void place_small(const DispatchArgs& args, const Targets& targets,
+                                   const Arrival& row, const Slots& slots) {
+#pragma unroll
+  for (int i = 0; i < kRanksALane; ++i) {
+    if (slots.at[i] < 0) continue;
+    const plan::RecvArrays& to = targets.of[i * 32 + lane_id()];
+    to.src_idx[slots.at[i]] = row.meta.token;
+    reinterpret_cast<plan::SourceMeta*>(to.src_meta)[slots.at[i]] = row.meta;
+  }
+  place_topk(args, targets, row, slots);
+  const auto scales = static_cast<int>(args.format.scale_bytes / 4);
+  for (int base = 0; base < scales; base += 32) {
+    const int s = base + lane_id();
+    const std::uint32_t word = s < scales ? row.scales[s * row.scale_stride] : 0;
+    slots.for_each([&](int rank, std::int64_t slot) {
+      if (s < scales)
+        reinterpret_cast<std::uint32_t*>(targets.of[rank].scales)[slot * scales + s] = word;
+    });
+  }
+}
+
+/// By a lane: kSteps times 16 bytes of x, read once and written to each slot.
+template <int kSteps>
+__device__ void place_columns(const DispatchArgs& args, const Targets& targets, const Arrival& row,
+                              const Slots& slots, std::int64_t at) {
+  uint4 bytes[kSteps];
+#pragma unroll
+  for (int i = 0; i < kSteps; ++i) bytes[i] = *reinterpret_cast<const uint4*>(row.x + at + i * 512);
+  slots.for_each([&](int rank, std::int64_t slot) {
+    std::byte* to = targets.of[rank].x + slot * args.format.x_bytes + row.x_begin + at;
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) *reinterpret_cast<uint4*>(to + i * 512) = bytes[i];
+  });
+}
+
+/// By a warp: an item to the slots of the ranks that it names. Only this rank writes these, behind
+/// the acquire in wait_place() (I5, I19).
+__device__ inline void place(const DispatchArgs& args, const Targets& targets, const Arrival& row) {
+  if (row.x_begin == 0 && !note_record(args, row)) return;
+  const Slots slots(args, row);
+  if (row.x_begin == 0) place_small(args, targets, row, slots);
+  constexpr int kUnroll = 4;  // loads of a lane that are under way at once
+  // All lanes take part in each step, those behind the end as well.
+  std::int64_t base = 0;
+  for (; base + kUnroll * 512 <= row.x_bytes; base += kUnroll * 512)
+    place_columns<kUnroll>(args, targets, row, slots, base + lane_id() * 16);
+  for (; base + 512 <= row.x_bytes; base += 512)
+    place_columns<1>(args, targets, row, slots, base + lane_id() * 16);
+  const std::int64_t at = base + lane_id() * 16;
+  const bool inside = at < row.x_bytes;
+  uint4 bytes{};
+  if (inside) bytes = *reinterpret_cast<const uint4*>(row.x + at);
+  slots.for_each([&](int rank, std::int64_t slot) {
+    std::byte* to = targets.of[rank].x + slot * args.format.x_bytes + row.x_begin + at;
+    if (inside) *reinterpret_cast<uint4*>(to) = bytes;
+  });
+}
+
+}  // namespace deep_ep::cuda::internode

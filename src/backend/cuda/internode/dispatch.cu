@@ -1,0 +1,282 @@
+#include "backend/cuda/device/launch.cuh"
+#include "backend/cuda/internode/arrival.cuh"
+#include "backend/cuda/internode/turns.cuh"
+#include "backend/cuda/intranode/exchange.cuh"
+
+namespace deep_ep::cuda::internode {
+
+namespace {
+
+// Warps of a block that send, and those that pass on: of both kinds each block has some, so that
+// one block is enough. Neither kind waits for the other.
+constexpr int kSendWarps = 8;
+constexpr int kPassWarps = 8;
+constexpr int kThreads = (kSendWarps + kPassWarps) * 32;
+
+/// By all threads, true in each: every rank of the node has told where its results go, and they
+/// fit.
+__device__ bool find_targets(const DispatchArgs& args, std::uint64_t epoch, Targets& targets) {
+  const Comm& comm = args.comm;
+  const int all = args.rails.shape.topology.num_ranks;
+  if (blockIdx.x == 0) {
+    publish_place(comm, epoch, comm.record,
+                  {args.block_segment, args.block_offset, args.block_rows, 0, 0, 0, args.x_segment,
+                   args.x_offset});
+  }
+  bool good = true;
+  for (int i = threadIdx.x; good && i < comm.num_ranks; i += kThreads) {
+    std::byte* base = may_start(comm) ? wait_place(comm, epoch, comm.record, i) : nullptr;
+    good = base != nullptr;
+    if (!good) break;
+    const protocol::InboxPlace& place = comm.control(comm.rank).place(epoch, i, comm.num_ranks);
+    std::byte* x =
+        place.x_segment < 0 ? nullptr : segment_base(comm, i, place.x_segment) + place.x_offset;
+    Carver carver(base);
+    targets.of[i] = plan::RecvArrays::carve(carver, args.format, place.rows, x);
+    const std::int64_t rows = args.rails.state.prefix[(std::int64_t{i} + 1) * all - 1];
+    good = check_rows_fit(comm, comm.global_rank(i), 0, rows, place.rows);
+  }
+  return __syncthreads_and(good) != 0;
+}
+
+// --- sending -------------------------------------------------------------------------------------
+
+__device__ plan::SourceMeta meta_of(const DispatchArgs& args, std::int64_t token,
+                                    const Positions& positions) {
+  return {args.rails.node, static_cast<std::int32_t>(token), positions.ranks()};
+}
+
+__device__ const std::int32_t* positions_of(const DispatchArgs& args, std::int64_t token,
+                                            int node) {
+  const plan::Topology& topology = args.rails.shape.topology;
+  return args.work.send_head + token * topology.num_ranks + topology.rank_of(node, 0);
+}
+
+__device__ Ids ids_of(const DispatchArgs& args, std::int64_t token) {
+  Ids ids = args.topk_idx;
+  const std::int64_t at = token * args.comm.record.num_topk * (ids.wide ? 8 : 4);
+  if (ids.data != nullptr) ids.data = static_cast<const std::byte*>(ids.data) + at;
+  return ids;
+}
+
+/// By a warp: a row for ranks of this node.
+__device__ void place_own(const DispatchArgs& args, const Targets& targets, std::int32_t record) {
+  const std::int64_t token =
+      args.work.record_tokens[args.rails.node * args.comm.record.num_tokens + record];
+  const Positions positions(positions_of(args, token, args.rails.node), args.comm.num_ranks);
+  const float* weights = args.topk_weights;
+  place(args, targets,
+        {args.rails.rank(), meta_of(args, token, positions), record, positions, ids_of(args, token),
+         weights == nullptr ? nullptr : weights + token * args.comm.record.num_topk,
+         args.scales.data == nullptr ? nullptr : args.scales.data + token * args.scales.row_stride,
+         args.scales.column_stride, args.x + token * args.format.x_bytes, 0, args.format.x_bytes});
+}
+
+/// By a warp: all of an item but x.
+__device__ void compose_head(const DispatchArgs& args, std::int64_t token, int node,
+                             std::int32_t record, std::byte* to) {
+  const plan::RecordFormat& format = args.record_format;
+  const Positions positions(positions_of(args, token, node), args.comm.num_ranks);
+  const plan::SourceMeta meta = meta_of(args, token, positions);
+  if (lane_id() == 0) *reinterpret_cast<plan::RecordHead*>(to) = {meta, record, 0};
+  auto* heads = reinterpret_cast<std::int32_t*>(to + sizeof(plan::RecordHead));
+#pragma unroll
+  for (int set = 0; set < kRanksALane; ++set) {
+    const int rank = set * 32 + lane_id();
+    if (rank < args.comm.num_ranks) heads[rank] = positions.at[set];
+  }
+  const auto copy_words = [&](const void* from, std::int64_t bytes, std::byte* out) {
+    const auto* words = static_cast<const std::uint32_t*>(from);
+    for (std::int64_t i = lane_id(); i < bytes / 4; i += 32)
+      reinterpret_cast<std::uint32_t*>(out)[i] = words[i];
+  };
+  copy_words(ids_of(args, token).data, args.format.topk_idx_bytes, to + format.topk_idx);
+  copy_words(args.topk_weights + token * args.comm.record.num_topk, args.format.topk_weights_bytes,
+             to + format.topk_weights);
+  auto* scales = reinterpret_cast<std::uint32_t*>(to + format.scales);
+  for (std::int64_t s = lane_id(); s < args.format.scale_bytes / 4; s += 32)
+    scales[s] = args.scales.data[token * args.scales.row_stride + s * args.scales.column_stride];
+}
+
+/// By a warp: 16 bytes a lane and step, several steps under way at once.
+__device__ void copy_part(std::byte* to, const std::byte* from, std::int64_t bytes) {
+  constexpr int kUnroll = 8;
+  std::int64_t at = lane_id() * 16;
+  for (; at + (kUnroll - 1) * 512 < bytes; at += kUnroll * 512) {
+    uint4 words[kUnroll];
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i)
+      words[i] = *reinterpret_cast<const uint4*>(from + at + i * 512);
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) *reinterpret_cast<uint4*>(to + at + i * 512) = words[i];
+  }
+  for (; at < bytes; at += 512)
+    *reinterpret_cast<uint4*>(to + at) = *reinterpret_cast<const uint4*>(from + at);
+}
+
+/// By a warp: the next item of a ring, if there is room.
+__device__ Turn send_item(const DispatchArgs& args, int lane, int peer) {
+  const Rails& rails = args.rails;
+  const ItemShape& item = args.item;
+  const int node = RailShape::node_of_peer(peer, rails.node);
+  const std::int64_t ring = rails.ring(lane, peer);
+  const std::int32_t* first =
+      rails.state.lanes_out + std::int64_t{node} * (rails.shape.num_lanes + 1) + lane;
+  const std::int64_t items = std::int64_t{first[1] - first[0]} * item.pieces;
+  const std::int64_t number = rails.state.rings[ring].out_item;
+  const std::uint64_t in_flight = items_in_flight(rails, ring);
+  if (number == items) return in_flight == 0 ? Turn::kDone : Turn::kStuck;
+  if (in_flight >= static_cast<std::uint64_t>(item.slots)) return Turn::kStuck;
+  const auto record = static_cast<std::int32_t>(first[0] + number / item.pieces);
+  const auto piece = static_cast<int>(number % item.pieces);
+  const std::int64_t token = args.work.record_tokens[node * args.comm.record.num_tokens + record];
+  std::byte* to = out_slot(rails, item, ring);
+  compose_head(args, token, node, record, to);
+  copy_part(to + item.head_bytes, args.x + token * args.format.x_bytes + item.x_begin(piece),
+            item.x_size(piece));
+  put_item(rails, item, lane, peer, item.head_bytes + item.x_size(piece));
+  return Turn::kMoved;
+}
+
+/// By a sending warp: its rings, and its share of the rows for this node while those are full.
+__device__ void send_rows(const DispatchArgs& args, const Targets& targets) {
+  const Rails& rails = args.rails;
+  const Role role(0, kSendWarps);
+  begin_rings<&RailState::Ring::out_item>(rails, role);
+  const std::int64_t own = rails.state.totals[rails.shape.topology.num_ranks + rails.node];
+  std::int64_t next = role.number;
+  (void)serve_rings(
+      args.comm, rails, role, [&](int lane, int peer) { return send_item(args, lane, peer); },
+      [&] {
+        if (next >= own) return false;
+        place_own(args, targets, static_cast<std::int32_t>(next));
+        next += role.count;
+        return true;
+      },
+      [&](std::int64_t ring) { return missing_room(rails, ring); });
+}
+
+// --- passing on ----------------------------------------------------------------------------------
+
+/// By a warp: the next item of a ring, if it is here.
+__device__ Turn pass_on_item(const DispatchArgs& args, const Targets& targets, int lane, int peer) {
+  const Rails& rails = args.rails;
+  const ItemShape& item = args.item;
+  const plan::RecordFormat& format = args.record_format;
+  const int node = RailShape::node_of_peer(peer, rails.node);
+  const std::int64_t ring = rails.ring(lane, peer);
+  const std::int32_t* first =
+      rails.state.lanes_in + std::int64_t{node} * (rails.shape.num_lanes + 1) + lane;
+  const std::int64_t items = std::int64_t{first[1] - first[0]} * item.pieces;
+  const std::int64_t number = rails.state.rings[ring].in_item;
+  if (number == items) return Turn::kDone;
+  const std::byte* from = next_item(rails, item, ring);
+  if (from == nullptr) return Turn::kStuck;
+  const plan::RecordHead head = *reinterpret_cast<const plan::RecordHead*>(from);
+  const auto piece = static_cast<int>(number % item.pieces);
+  place(args, targets,
+        {rails.rank_of_peer(peer), head.meta, head.record,
+         Positions(reinterpret_cast<const std::int32_t*>(from + sizeof head), args.comm.num_ranks),
+         Ids{from + format.topk_idx, args.topk_idx.wide},
+         reinterpret_cast<const float*>(from + format.topk_weights),
+         reinterpret_cast<const std::uint32_t*>(from + format.scales), 1, from + item.head_bytes,
+         item.x_begin(piece), item.x_size(piece)});
+  release_item(rails, lane, peer);
+  return Turn::kMoved;
+}
+
+/// By a passing warp: its rings.
+__device__ void pass_rows_on(const DispatchArgs& args, const Targets& targets) {
+  const Rails& rails = args.rails;
+  const Role role(kSendWarps, kPassWarps);
+  begin_rings<&RailState::Ring::in_item>(rails, role);
+  (void)serve_rings(
+      args.comm, rails, role,
+      [&](int lane, int peer) { return pass_on_item(args, targets, lane, peer); },
+      [] { return false; },
+      [&](std::int64_t ring) {
+        const std::uint64_t consumed = rails.state.rings[ring].consumed;
+        return Awaited{Wait::kRows, consumed + 1, consumed};
+      });
+}
+
+// --- this rank's results -------------------------------------------------------------------------
+
+/// Rows behind the received ones, which no peer writes.
+__device__ void fill_unused_rows(const DispatchArgs& args, const plan::RecvArrays& own) {
+  const int all = args.rails.shape.topology.num_ranks;
+  const std::int64_t received =
+      args.rails.state.prefix[(std::int64_t{args.comm.rank} + 1) * all - 1];
+  const std::int64_t step = std::int64_t{gridDim.x} * kThreads;
+  const std::int64_t begin = blockIdx.x * std::int64_t{kThreads} + threadIdx.x;
+  const auto fill = [&](void* array, std::int64_t row_bytes, std::uint32_t value) {
+    const std::int64_t words = row_bytes / 4;
+    auto* to = static_cast<std::uint32_t*>(array);
+    for (std::int64_t i = received * words + begin; i < args.block_rows * words; i += step)
+      to[i] = value;
+  };
+  fill(own.topk_idx, args.format.topk_idx_bytes, 0xffffffff);
+  fill(own.topk_weights, args.format.topk_weights_bytes, 0);
+  fill(own.src_idx, 4, 0xffffffff);
+  fill(own.src_meta, args.format.src_meta_bytes, 0xffffffff);
+}
+
+/// By all threads of `blocks` blocks: results that are not there are not a number, and of no
+/// expert.
+__device__ void void_results(const DispatchArgs& args, int block, int blocks) {
+  const Comm& comm = args.comm;
+  const std::int64_t step = std::int64_t{blocks} * kThreads;
+  const std::int64_t begin = block * std::int64_t{kThreads} + threadIdx.x;
+  const auto make_void = [&](int segment, std::int64_t offset, std::int64_t bytes) {
+    auto* words = reinterpret_cast<uint4*>(segment_base(comm, comm.rank, segment) + offset);
+    for (std::int64_t i = begin; i < bytes / 16; i += step)
+      words[i] = {0xffffffff, 0xffffffff, 0xffffffff, 0xffffffff};
+  };
+  const bool x_is_there = args.x_segment < 0;
+  make_void(
+      args.block_segment, args.block_offset,
+      plan::RecvArrays::bytes(x_is_there ? args.format : args.format.without_x(), args.block_rows));
+  if (!x_is_there) make_void(args.x_segment, args.x_offset, args.block_rows * args.format.x_bytes);
+}
+
+}  // namespace
+
+// See notify.cu.
+__global__ void __launch_bounds__(kThreads, 1) dispatch(const __grid_constant__ DispatchArgs args) {
+  __shared__ Targets targets;
+  const Comm& comm = args.comm;
+  const std::uint64_t epoch = comm.local->epoch + 1;
+  const bool good = find_targets(args, epoch, targets);
+  if (good) {
+    fill_unused_rows(args, targets.of[comm.rank]);
+    if (threadIdx.x < kSendWarps * 32) {
+      send_rows(args, targets);
+    } else {
+      pass_rows_on(args, targets);
+    }
+    if (threadIdx.x % 32 == 0) nvshmem_quiet();
+  } else {
+    void_results(args, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
+  }
+  if (!is_last_block(comm)) return;
+  bool complete =
+      __syncthreads_and(good && may_start(comm)) != 0 && intranode::exchange_landed(comm, epoch);
+  complete = __syncthreads_and(complete && may_start(comm)) != 0;
+  if (complete) {
+    flush_waits(comm, args.wait_stats == nullptr ? nullptr : args.wait_stats + comm.first_rank);
+  } else {
+    void_results(args, 0, 1);  // what other blocks wrote, too
+    tell_fault(comm, args.rails);
+  }
+  end_kernel(comm);
+}
+
+cudaError_t load_dispatch() { return load<dispatch>(); }
+
+cudaError_t launch_dispatch(const DispatchArgs& args, int num_sms, cudaStream_t stream) {
+  // Warps wait for those of other ranks, so that all blocks must fit: one an SM.
+  dispatch<<<num_sms, kThreads, 0, stream>>>(args);
+  return cudaGetLastError();
+}
+
+}  // namespace deep_ep::cuda::internode

@@ -1,0 +1,152 @@
+#pragma once
+
+#include <nvshmem.h>
+#include <nvshmemx.h>
+
+#include "backend/cuda/device/waiting.cuh"
+#include "backend/cuda/internode/steps.hpp"
+
+// How kernels talk to other nodes: puts whose signals order nothing but their own data, so that
+// each item has a signal word of its own; and waits that never block in NVSHMEM.
+namespace deep_ep::cuda::internode {
+
+/// What a lane looks after: ranks of the node with rank % 32 == lane.
+constexpr int kRanksALane = (plan::kMaxRanksPerNode + 31) / 32;
+
+__device__ inline int lane_id() { return static_cast<int>(threadIdx.x % 32); }
+
+/// Acquire of a word of this rank's heap that others set: what was put with the signal is here.
+/// nvshmem_signal_fetch() alone promises the word, nvshmem_uint64_test() the data as well.
+__device__ inline bool reached(std::uint64_t* word, std::uint64_t value) {
+  if (nvshmem_signal_fetch(word) < value || nvshmem_uint64_test(word, NVSHMEM_CMP_GE, value) == 0)
+    return false;
+  fence_acq_rel_sys();
+  return true;
+}
+
+/// Takes over what a rank of another node has told, if there is anything: as a fault of this node's
+/// ranks. True if there was.
+__device__ __noinline__ inline bool adopt_fault(const Comm& comm, const Rails& rails) {
+  for (int rank = 0; rank < rails.shape.topology.num_ranks; ++rank) {
+    if (!reached(rails.block.faulted + rank, 1)) continue;
+    const auto* from = reinterpret_cast<const std::uint32_t*>(rails.block.faults + rank);
+    for (int i = 0; i < comm.num_ranks; ++i) {
+      protocol::FaultRecord& record = *comm.control((comm.rank + i) % comm.num_ranks).block.fault;
+      if (!record.claim()) continue;
+      // All but the first word, the state, which publish() sets.
+      for (unsigned word = 1; word < sizeof record / 4; ++word)
+        reinterpret_cast<std::uint32_t*>(&record)[word] = from[word];
+      record.publish();
+    }
+    return true;
+  }
+  return false;
+}
+
+/// Some rank of some node has a fault that this one has seen.
+__device__ inline bool faulted(const Comm& comm, const Rails& rails) {
+  return comm.control(comm.rank).block.fault->load() == protocol::FaultRecord::kWritten ||
+         (nvshmem_signal_fetch(rails.block.num_faults) != 0 && adopt_fault(comm, rails));
+}
+
+/// The Waiter of one thread that waits for rank `awaited` of another node, which is seen to leave
+/// in good order, but not to die.
+struct RailWaiter {
+  const Comm& comm;
+  const Rails& rails;
+  int awaited;
+  std::int64_t started = 0;
+  bool gone = false;
+
+  __device__ void begin() { started = globaltimer(); }
+  __device__ bool faulted() const { return internode::faulted(comm, rails); }
+  __device__ bool expired() {
+    gone = reached(rails.block.left + awaited, 1);
+    return gone || globaltimer() - started > rails.timeout_ns;
+  }
+  template <class Ready>
+  __device__ bool pause(Ready&&) const {
+    __nanosleep(40);
+    return false;
+  }
+  __device__ void report(Wait what, std::uint64_t expected, std::uint64_t seen) const {
+    raise_missing(comm, awaited, gone ? kGoneOrderly : 0, what, expected, seen);
+  }
+};
+
+/// Waits until a word that `rank`, of another node, sets has reached `value`; on failure reports it
+/// and returns false.
+__device__ inline bool wait_for_rail(const Comm& comm, const Rails& rails, int rank, Wait what,
+                                     std::uint64_t* word, std::uint64_t value) {
+  RailWaiter waiter{comm, rails, rank};
+  const protocol::WaitResult result =
+      protocol::wait_until(waiter, [&] { return reached(word, value); });
+  if (result == protocol::WaitResult::kReady) return true;
+  if (result == protocol::WaitResult::kExpired)
+    waiter.report(what, value, nvshmem_signal_fetch(word));
+  return false;
+}
+
+/// What a ring waits for.
+struct Awaited {
+  Wait what;
+  std::uint64_t expected;
+  std::uint64_t seen;
+};
+
+/// Of a warp that looks after several rings, none of which it waits for (I20); by one lane.
+class Patience {
+ public:
+  __device__ Patience(const Comm& comm, const Rails& rails) : waiter_{comm, rails, 0} {}
+  __device__ void moved() {
+    waiter_.started = 0;
+    last_look_ = false;
+  }
+  /// Nothing has moved in a whole turn, for one thing what comes from `rank`: false if it is time
+  /// to leave. awaited() says what is missing; once time is up it looks once more first, since
+  /// ranks may share a GPU.
+  template <class What>
+  __device__ bool wait(int rank, What&& awaited) {
+    if (waiter_.started == 0) waiter_.begin();
+    if (waiter_.faulted()) return false;
+    waiter_.awaited = rank;
+    if (!waiter_.expired()) {
+      __nanosleep(40);
+      return true;
+    }
+    const bool go_on = !last_look_;
+    last_look_ = true;
+    if (!go_on) {
+      const Awaited missing = awaited();
+      waiter_.report(missing.what, missing.expected, missing.seen);
+    }
+    return go_on;
+  }
+
+ private:
+  RailWaiter waiter_;
+  bool last_look_ = false;
+};
+
+/// By the last block, before end_kernel(): the ranks of other nodes learn of this one's fault,
+/// once. What is put from is not written again, so nothing is waited for.
+__device__ __noinline__ inline void tell_fault(const Comm& comm, const Rails& rails) {
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  const protocol::FaultRecord& own = *comm.control(comm.rank).block.fault;
+  if (own.load() != protocol::FaultRecord::kWritten || *rails.state.told_fault != 0) return;
+  *rails.state.told_fault = 1;
+  const auto* from = reinterpret_cast<const std::uint64_t*>(&own);
+  auto* to = reinterpret_cast<std::uint64_t*>(rails.block.out_fault);
+  for (unsigned i = 0; i < sizeof own / sizeof *from; ++i) to[i] = from[i];
+  fence_acq_rel_sys();
+  const int rank = rails.rank();
+  for (int i = 0; i < rails.shape.topology.num_ranks; ++i) {
+    if (rails.shape.topology.node_of(i) == rails.node) continue;
+    nvshmem_putmem_signal_nbi(rails.block.faults + rank, rails.block.out_fault, sizeof own,
+                              rails.block.faulted + rank, 1, NVSHMEM_SIGNAL_SET, i);
+    nvshmemx_signal_op(rails.block.num_faults, 1, NVSHMEM_SIGNAL_ADD, i);
+  }
+}
+
+}  // namespace deep_ep::cuda::internode

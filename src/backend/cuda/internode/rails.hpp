@@ -1,0 +1,197 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "base/carver.hpp"
+#include "plan/topology.hpp"
+#include "protocol/control.hpp"
+#include "protocol/fault.hpp"
+
+// What lies between the nodes: rings of items from a rank to its rail peers, and what ranks tell
+// each other of a call. Compiled by g++ and nvcc.
+namespace deep_ep::cuda::internode {
+
+/// A lane is a contiguous share of every source's tokens, and has a ring to each rail peer. A warp
+/// serves a ring, so lanes are many and their rings small.
+struct RailShape {
+  static constexpr int kMostLanes = 128;
+  static constexpr int kFewestLanes = 32;  // of a Buffer that was given no memory for more
+  static constexpr int kMostSlots = 16;    // of a ring
+  static constexpr std::int64_t kRingBytes = 64 << 10;
+
+  plan::Topology topology;
+  int num_lanes = 1;
+
+  DEEP_EP_HD int num_peers() const { return topology.num_nodes() - 1; }
+  DEEP_EP_HD int num_rings() const { return num_lanes * num_peers(); }
+  /// Index of another node among all others of `at_node`, and back.
+  DEEP_EP_HD static int peer_index(int node, int at_node) {
+    return node < at_node ? node : node - 1;
+  }
+  DEEP_EP_HD static int node_of_peer(int peer, int at_node) {
+    return peer < at_node ? peer : peer + 1;
+  }
+};
+
+/// What a rank tells a rail peer of a call, ahead of all else; behind it the source's entries for
+/// each expert of the peer's node, int32 [num_experts].
+struct Announcement {
+  protocol::CallRecord record;
+  std::int32_t num_experts;                              // 0 without counts
+  std::int32_t rows[plan::kMaxRanksPerNode];             // for each rank of the peer's node
+  std::int32_t lane_records[RailShape::kMostLanes + 1];  // number of each lane's first record
+
+  DEEP_EP_HD static std::int64_t bytes(int ranks_per_node) {
+    return static_cast<std::int64_t>(sizeof(Announcement)) +
+           std::int64_t{4} * ranks_per_node * protocol::ControlBlock::kMaxLocalExperts;
+  }
+};
+
+/// Every rank's piece of the symmetric heap. Others write by put and signal; arrays are by rail
+/// peer, the other nodes in order, unless they say otherwise. The out_ parts are what this rank
+/// puts from; nobody else touches them.
+struct RailBlock {
+  std::uint64_t* left;        // [R] 1: that rank has destroyed its Buffer
+  std::uint64_t* num_faults;  // [1] ranks of other nodes that have told a fault; hint to look below
+  std::uint64_t* faulted;     // [R] 1: that rank's record is complete
+  protocol::FaultRecord* faults;  // [R]
+  protocol::FaultRecord* out_fault;
+  struct Mailbox {          // two alternate by parity of the announcement (I17)
+    std::uint64_t* posted;  // [peers] number of the announcement that is here
+    std::byte* messages;    // [peers, message_bytes]
+    std::byte* out_messages;
+  } mailbox[2];
+  std::uint64_t* filled;   // [rings, kMostSlots] number of the item, from 1, that the slot holds
+  std::uint64_t* credits;  // [rings] items read of the ring that this rank writes
+  std::byte* slots;        // [rings, kRingBytes]
+  std::byte* out_slots;
+  std::int64_t message_bytes;
+
+  DEEP_EP_HD static RailBlock carve(Carver& carver, const RailShape& shape) {
+    const std::int64_t ranks = shape.topology.num_ranks;
+    const std::int64_t peers = shape.num_peers();
+    const std::int64_t rings = shape.num_rings();
+    RailBlock block;
+    block.message_bytes = (Announcement::bytes(shape.topology.ranks_per_node) + 127) / 128 * 128;
+    block.left = carver.take<std::uint64_t>(ranks);
+    block.num_faults = carver.take<std::uint64_t>(1);
+    block.faulted = carver.take<std::uint64_t>(ranks);
+    block.faults = carver.take<protocol::FaultRecord>(ranks);
+    block.out_fault = carver.take<protocol::FaultRecord>(1);
+    for (Mailbox& mailbox : block.mailbox) {
+      mailbox.posted = carver.take<std::uint64_t>(peers);
+      mailbox.messages = carver.take<std::byte>(peers * block.message_bytes);
+      mailbox.out_messages = carver.take<std::byte>(peers * block.message_bytes);
+    }
+    block.filled = carver.take<std::uint64_t>(rings * RailShape::kMostSlots);
+    block.credits = carver.take<std::uint64_t>(rings);
+    block.slots = carver.take<std::byte>(rings * RailShape::kRingBytes);
+    block.out_slots = carver.take<std::byte>(rings * RailShape::kRingBytes);
+    return block;
+  }
+
+  static std::int64_t bytes(const RailShape& shape) {
+    Carver carver(nullptr);
+    (void)carve(carver, shape);
+    return carver.used();
+  }
+};
+
+/// What a rank knows for itself, in its GPU's memory: of the rings, and of the present call since
+/// its notify.
+struct RailState {
+  struct Ring {
+    std::uint64_t sent;      // items put
+    std::uint64_t consumed;  // items read
+    // Of the present kernel: items of this call.
+    std::int64_t out_item;
+    std::int64_t in_item;
+  };
+  std::uint64_t* announced;   // [1] announcements that have ended
+  std::uint64_t* told_fault;  // [1] 1: the other nodes know of this rank's fault
+  Ring* rings;                // [rings]
+  std::int32_t* totals;       // [R + nodes] rows for each rank, records for each node
+  std::int32_t* prefix;       // [ranks of the node, R] rows from the sources up to each one
+  std::int32_t* num_tokens;   // [R] of each source
+  std::int32_t* records;      // [nodes] that come, or stay, up to each node
+  std::int32_t* lanes_out;    // [nodes, lanes + 1] number of each lane's first record for a node
+  std::int32_t* lanes_in;     // [nodes, lanes + 1] from a node
+
+  DEEP_EP_HD static RailState carve(Carver& carver, const RailShape& shape) {
+    const std::int64_t ranks = shape.topology.num_ranks;
+    const std::int64_t nodes = shape.topology.num_nodes();
+    RailState state;
+    state.announced = carver.take<std::uint64_t>(1);
+    state.told_fault = carver.take<std::uint64_t>(1);
+    state.rings = carver.take<Ring>(shape.num_rings());
+    state.totals = carver.take<std::int32_t>(ranks + nodes);
+    state.prefix = carver.take<std::int32_t>(shape.topology.ranks_per_node * ranks);
+    state.num_tokens = carver.take<std::int32_t>(ranks);
+    state.records = carver.take<std::int32_t>(nodes);
+    state.lanes_out = carver.take<std::int32_t>(nodes * (shape.num_lanes + 1));
+    state.lanes_in = carver.take<std::int32_t>(nodes * (shape.num_lanes + 1));
+    return state;
+  }
+
+  static std::int64_t bytes(const RailShape& shape) {
+    Carver carver(nullptr);
+    (void)carve(carver, shape);
+    return carver.used();
+  }
+};
+
+/// Passed to every kernel by value, beside Comm.
+struct Rails {
+  RailShape shape;
+  int node = 0;                 // of this rank
+  int index = 0;                // in it
+  std::int64_t timeout_ns = 0;  // of a wait for a rail peer
+  RailBlock block;
+  RailState state;
+
+  DEEP_EP_HD int rank() const { return shape.topology.rank_of(node, index); }
+  /// The rank that a peer's index stands for.
+  DEEP_EP_HD int rank_of_peer(int peer) const {
+    return shape.topology.rank_of(RailShape::node_of_peer(peer, node), index);
+  }
+  DEEP_EP_HD std::int64_t ring(int lane, int peer) const {
+    return std::int64_t{lane} * shape.num_peers() + peer;
+  }
+};
+
+/// How a row crosses: as one item or, if it is long, as several, which all carry what comes before
+/// x. An item fills a slot. The same on all ranks.
+struct ItemShape {
+  std::int64_t head_bytes = 0;  // before x
+  std::int64_t x_bytes = 0;     // of the row
+  std::int64_t part_bytes = 0;  // of x in an item, but for the last
+  int pieces = 1;               // items of a row
+  std::int64_t slot_bytes = 0;
+  int slots = 1;  // of a ring
+
+  /// pieces = 0: the head alone is too long.
+  static ItemShape make(std::int64_t head_bytes, std::int64_t x_bytes) {
+    constexpr std::int64_t kMost = RailShape::kRingBytes / 4;
+    ItemShape shape;
+    shape.head_bytes = head_bytes;
+    shape.x_bytes = x_bytes;
+    const std::int64_t room = (kMost - head_bytes) / 512 * 512;
+    shape.part_bytes = x_bytes <= kMost - head_bytes ? x_bytes : room;
+    shape.pieces = 0;
+    if (shape.part_bytes <= 0) return shape;
+    shape.pieces = static_cast<int>((x_bytes + shape.part_bytes - 1) / shape.part_bytes);
+    shape.slot_bytes = (head_bytes + shape.part_bytes + 127) / 128 * 128;
+    const std::int64_t slots = RailShape::kRingBytes / shape.slot_bytes;
+    shape.slots = slots < RailShape::kMostSlots ? static_cast<int>(slots) : RailShape::kMostSlots;
+    return shape;
+  }
+
+  DEEP_EP_HD std::int64_t x_begin(int piece) const { return piece * part_bytes; }
+  DEEP_EP_HD std::int64_t x_size(int piece) const {
+    const std::int64_t left = x_bytes - x_begin(piece);
+    return left < part_bytes ? left : part_bytes;
+  }
+};
+
+}  // namespace deep_ep::cuda::internode

@@ -1,0 +1,181 @@
+#include "backend/cuda/nvshmem/world.hpp"
+
+#include <nvshmem_host.h>
+
+#include <algorithm>
+#include <cstring>
+#include <set>
+#include <sstream>
+
+#include "backend/cuda/check.hpp"
+#include "backend/cuda/memory/zero.hpp"
+#include "base/error.hpp"
+#include "base/log.hpp"
+#include "fabric/agree.hpp"
+#include "fabric/mesh.hpp"
+
+namespace deep_ep::cuda::nvshmem {
+
+namespace {
+
+constexpr std::int64_t kAlignment = 128;
+
+/// What a rank says of itself before it joins, or meets others again.
+std::string describe(const std::string& world, int rank) {
+  return fmt::format("{} {} {} {}", fabric::host_id(), fabric::process_id(),
+                     world.empty() ? "-" : world, rank);
+}
+
+std::string hex(const char* bytes, std::size_t count) {
+  std::string text;
+  for (std::size_t i = 0; i < count; ++i)
+    text += fmt::format("{:02x}", static_cast<unsigned char>(bytes[i]));
+  return text;
+}
+
+void require_processes(const std::vector<std::string>& all) {
+  std::set<std::string> processes;
+  for (const std::string& one : all) {
+    std::istringstream words(one);
+    std::string host;
+    std::string process;
+    words >> host >> process;
+    if (processes.insert(host + " " + process).second) continue;
+    throw Error(ErrorCode::kUnsupported,
+                "device cuda: ranks of several nodes are threads of one process; NVSHMEM, which "
+                "connects nodes, serves one rank a process");
+  }
+}
+
+}  // namespace
+
+class World::PieceHeap final : public Heap {
+ public:
+  PieceHeap(World& world, int number) : world_(world), number_(number) {
+    base_ = world.pieces_[number].base;
+    bytes_ = world.pieces_[number].bytes;
+  }
+  ~PieceHeap() override {
+    const std::lock_guard lock(world_.mutex_);
+    world_.pieces_[number_].free = !abandoned_;
+  }
+  std::byte* base() const noexcept override { return base_; }
+  std::int64_t bytes() const noexcept override { return bytes_; }
+  void abandon() noexcept override { abandoned_ = true; }
+
+ private:
+  World& world_;
+  int number_;
+  std::byte* base_;
+  std::int64_t bytes_;
+  bool abandoned_ = false;
+};
+
+World& World::instance() {
+  static auto* world = new World;  // results may outlive main()
+  return *world;
+}
+
+std::unique_ptr<Heap> World::allocate(Bootstrap& bootstrap, int device, std::int64_t bytes) {
+  const DeviceGuard guard(device);
+  const std::lock_guard lock(mutex_);
+  join(bootstrap, device);
+  int number = find_free(bootstrap, bytes);
+  if (number < 0) {
+    number = static_cast<int>(pieces_.size());
+    auto* base = static_cast<std::byte*>(
+        nvshmem_align(kAlignment, static_cast<std::size_t>(bytes)));  // collective
+    fabric::together(bootstrap, [&] {
+      if (base != nullptr) return;
+      throw Error(ErrorCode::kOutOfMemory,
+                  fmt::format("NVSHMEM has no {} bytes for its symmetric heap on GPU {}; where it "
+                              "cannot grow, NVSHMEM_SYMMETRIC_SIZE says how large it is",
+                              bytes, device));
+    });
+    pieces_.push_back({base, bytes, false});
+  }
+  Piece& piece = pieces_[number];
+  piece.free = false;
+  fabric::together(bootstrap, [&] { zero(piece.base, static_cast<std::size_t>(piece.bytes)); });
+  return std::make_unique<PieceHeap>(*this, number);
+}
+
+int World::find_free(Bootstrap& bootstrap, std::int64_t bytes) const {
+  std::string mine;
+  for (const Piece& piece : pieces_) mine += piece.free && piece.bytes >= bytes ? '1' : '0';
+  const std::vector<std::string> all = bootstrap.all_gather(mine);
+  for (std::size_t i = 0; i < mine.size(); ++i) {
+    if (std::all_of(all.begin(), all.end(),
+                    [&](const std::string& one) { return i < one.size() && one[i] == '1'; }))
+      return static_cast<int>(i);
+  }
+  return -1;
+}
+
+void World::join(Bootstrap& bootstrap, int device) {
+  const std::vector<std::string> all = bootstrap.all_gather(describe(name_, bootstrap.rank()));
+  require_processes(all);
+  const bool nobody = std::all_of(all.begin(), all.end(), [](const std::string& one) {
+    return one.find(" - ") != std::string::npos;
+  });
+  if (nobody) {
+    nvshmemx_uniqueid_t id = NVSHMEMX_UNIQUEID_INITIALIZER;
+    fabric::together(bootstrap, [&] {
+      if (bootstrap.rank() == 0 && nvshmemx_get_uniqueid(&id) != 0)
+        throw Error(ErrorCode::kSystem, "nvshmemx_get_uniqueid failed");
+    });
+    const std::string mine(reinterpret_cast<const char*>(&id), sizeof id);
+    init(bootstrap, device, bootstrap.all_gather(mine)[0]);
+    return;
+  }
+  fabric::together(bootstrap, [&] {
+    if (!name_.empty() && size_ == bootstrap.size() && rank_ == bootstrap.rank() &&
+        device_ == device)
+      return;
+    const std::string known = name_.empty()
+                                  ? "this process has not joined it, others have"
+                                  : fmt::format("this process is rank {} of {} there, with GPU {}",
+                                                rank_, size_, device_);
+    throw Error(ErrorCode::kUnsupported,
+                fmt::format("device cuda: NVSHMEM, which connects nodes, is joined once by a "
+                            "process, and {}; a Buffer with rank {} of {} and GPU {} needs other "
+                            "processes",
+                            known, bootstrap.rank(), bootstrap.size(), device));
+  });
+  const std::vector<std::string> names = bootstrap.all_gather(name_);
+  fabric::together(bootstrap, [&] {
+    if (std::all_of(names.begin(), names.end(), [&](const auto& one) { return one == name_; }))
+      return;
+    throw Error(ErrorCode::kUnsupported,
+                "device cuda: the ranks have joined NVSHMEM, which connects nodes, with others "
+                "than these; a Buffer among them needs other processes");
+  });
+}
+
+void World::init(Bootstrap& bootstrap, int device, const std::string& unique_id) {
+  nvshmemx_uniqueid_t id{};
+  std::memcpy(&id, unique_id.data(), sizeof id);
+  nvshmemx_init_attr_t attributes = NVSHMEMX_INIT_ATTR_INITIALIZER;
+  fabric::together(bootstrap, [&] {
+    if (nvshmemx_set_attr_uniqueid_args(bootstrap.rank(), bootstrap.size(), &id, &attributes) != 0)
+      throw Error(ErrorCode::kSystem, "nvshmemx_set_attr_uniqueid_args failed");
+  });
+  int status = 0;
+  fabric::together(bootstrap, [&] {
+    status = nvshmemx_init_attr(NVSHMEMX_INIT_WITH_UNIQUEID, &attributes);
+    if (status != 0)
+      throw Error(ErrorCode::kSystem, fmt::format("nvshmemx_init_attr gives {}", status));
+    if (nvshmem_my_pe() != bootstrap.rank() || nvshmem_n_pes() != bootstrap.size()) {
+      throw Error(ErrorCode::kSystem,
+                  fmt::format("NVSHMEM numbers rank {} of {} as {} of {}", bootstrap.rank(),
+                              bootstrap.size(), nvshmem_my_pe(), nvshmem_n_pes()));
+    }
+  });
+  name_ = hex(unique_id.data(), unique_id.size());
+  rank_ = bootstrap.rank();
+  size_ = bootstrap.size();
+  device_ = device;
+  log::debug("rank {}: NVSHMEM connects {} ranks, GPU {} here", rank_, size_, device_);
+}
+
+}  // namespace deep_ep::cuda::nvshmem
