@@ -54,7 +54,6 @@ class CudaBackend final : public Backend {
   void open_handles(const std::vector<std::string>& exported) override {
     context_.open_handles(exported);
   }
-
   std::string transport() const override {
     const char* inside = has_vmm(context_.device())
                              ? "GPU memory mapped by file descriptor, rows pushed by SMs"
@@ -67,7 +66,6 @@ class CudaBackend final : public Backend {
   Results allocate_results(std::int64_t bytes, Stream stream) override {
     return heap_->allocate(bytes, native(stream));
   }
-
   Results allocate_mapped(std::int64_t bytes) override { return heap_->allocate_raw(bytes); }
   fabric::Block locate(const void* memory, std::int64_t bytes) const override {
     const fabric::Fabric::Spot spot = context_.fabric().locate(memory, bytes);
