@@ -21,14 +21,19 @@ bool allocation_failed() { return failed; }
 
 }  // namespace deep_ep::test
 
-void* operator new(std::size_t bytes) {
+// All forms that are used, so that each piece is freed by what allocated it: sanitizers compare.
+void* operator new(std::size_t bytes, const std::nothrow_t&) noexcept {
   if (left > 0 && --left == 0) {
     failed = true;
-    throw std::bad_alloc();
+    return nullptr;
   }
-  void* memory = std::malloc(bytes == 0 ? 1 : bytes);
+  return std::malloc(bytes == 0 ? 1 : bytes);
+}
+void* operator new(std::size_t bytes) {
+  void* memory = operator new(bytes, std::nothrow);
   if (memory == nullptr) throw std::bad_alloc();
   return memory;
 }
 void operator delete(void* memory) noexcept { std::free(memory); }
 void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
+void operator delete(void* memory, const std::nothrow_t&) noexcept { std::free(memory); }
