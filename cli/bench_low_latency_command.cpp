@@ -141,8 +141,7 @@ nlohmann::ordered_json report_json(const Buffer& buffer, const Options& options)
 
 int run_sweep(const std::shared_ptr<Bootstrap>& bootstrap, const Options& options) {
   std::vector<LowLatencyCase> cases = list_cases(options, bootstrap->size());
-  const int ranks_per_node =
-      options.nodes.several() ? find_nodes(*bootstrap, options.nodes).ranks_per_node : 0;
+  const int ranks_per_node = find_ranks_per_node(*bootstrap, options.nodes);
   for (LowLatencyCase& c : cases) c.ranks_per_node = ranks_per_node;
   const bool first = bootstrap->rank() == 0;
   BufferOptions buffer_options;

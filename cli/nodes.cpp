@@ -74,4 +74,8 @@ plan::Topology find_nodes(Bootstrap& bootstrap, const NodesAsked& asked) {
   return topology;
 }
 
+int find_ranks_per_node(Bootstrap& bootstrap, const NodesAsked& asked) {
+  return asked.several() ? find_nodes(bootstrap, asked).ranks_per_node : 0;
+}
+
 }  // namespace deep_ep::cli

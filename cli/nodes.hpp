@@ -33,4 +33,8 @@ int count_ranks(int ranks, int preset, const NodesAsked& asked);
 /// size hints count these nodes.
 plan::Topology find_nodes(Bootstrap& bootstrap, const NodesAsked& asked);
 
+/// The same where all ranks may be of one node: ranks of a node, or 0 unless several were asked
+/// for.
+int find_ranks_per_node(Bootstrap& bootstrap, const NodesAsked& asked);
+
 }  // namespace deep_ep::cli

@@ -85,8 +85,7 @@ std::vector<LowLatencyCase> covering_cases(const Options& options, int ranks) {
 
 int run_cases(const std::shared_ptr<Bootstrap>& bootstrap, std::vector<LowLatencyCase> cases,
               const Options& options) {
-  const int ranks_per_node =
-      options.nodes.several() ? find_nodes(*bootstrap, options.nodes).ranks_per_node : 0;
+  const int ranks_per_node = find_ranks_per_node(*bootstrap, options.nodes);
   for (LowLatencyCase& c : cases) c.ranks_per_node = ranks_per_node;
   BufferOptions buffer_options;
   buffer_options.device = device_from(options.backend, bootstrap->rank());

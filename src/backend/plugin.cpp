@@ -10,7 +10,7 @@ namespace {
 CudaParts& load() {
   using MakeParts = CudaParts* (*)();
   const auto make = reinterpret_cast<MakeParts>(
-      load_plugin({.library = "libdeep_ep_cuda.so",
+      load_plugin({.file = "libdeep_ep_cuda.so",
                    .symbol = "deep_ep_cuda_parts",
                    .wanted = "device cuda",
                    .remedy = "build with the CUDA toolkit (preset cuda), or use the host device"}));

@@ -29,7 +29,7 @@ void* load_plugin(const Plugin& plugin) {
   void* library = nullptr;
   std::string why;
   for (const std::string& folder : {own_folder(), own_folder() + "../lib/", std::string()}) {
-    const std::string path = folder + plugin.library;
+    const std::string path = folder + plugin.file;
     library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
     if (library != nullptr) break;
     // Of a file that is there but cannot be loaded the reason counts.
@@ -43,7 +43,7 @@ void* load_plugin(const Plugin& plugin) {
   void* symbol = dlsym(library, plugin.symbol);
   if (symbol == nullptr) {
     throw Error(ErrorCode::kUnsupported, fmt::format("{}: {} is not of this version ({})",
-                                                     plugin.wanted, plugin.library, reason()));
+                                                     plugin.wanted, plugin.file, reason()));
   }
   return symbol;
 }

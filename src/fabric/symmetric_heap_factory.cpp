@@ -35,7 +35,7 @@ class KeptSignals {
 MakeHeap load() {
   const KeptSignals kept;
   return reinterpret_cast<MakeHeap>(
-      load_plugin({.library = "libdeep_ep_ucx.so",
+      load_plugin({.file = "libdeep_ep_ucx.so",
                    .symbol = "deep_ep_ucx_heap",
                    .wanted = "symmetric heap over a network",
                    .remedy = "build with UCX (Debian: libucx-dev) and run where it is installed "

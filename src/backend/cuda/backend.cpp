@@ -334,30 +334,17 @@ void CudaBackend::notify_dispatch(const deep_ep::intranode::NotifyDispatchParams
 }
 
 void CudaBackend::dispatch(const deep_ep::intranode::DispatchParams& params) {
-  require_aligned(params.source.x, "x");
   intranode::DispatchArgs args;
+  set_step(params, args);
   args.comm = context_.comm(params.call);
   args.cached = params.cached;
-  args.x = params.source.x;
-  const TensorView& scales = params.source.scales;
-  if (scales.defined())
-    args.scales = {scales.as<const std::uint32_t>(), scales.strides[0], scales.strides[1]};
-  args.topk_idx = ids_of(params.source.topk_idx);
-  args.topk_weights = params.source.topk_weights;
-  args.format = params.format;
   args.rank_prefix_matrix = params.rank_prefix_matrix;
   args.send_head = params.send_head;
-  args.block_segment = params.block.segment;
-  args.block_offset = params.block.offset;
-  args.block_rows = params.block_rows;
-  args.x_segment = params.x_block.segment;
-  args.x_offset = params.x_block.offset;
   args.num_channels = params.num_channels;
   args.fills_handle = params.recv_src_idx != nullptr;
   args.handle_segment = params.handle_block.segment;
   args.handle_offset = params.handle_block.offset;
   args.recv_src_idx = params.recv_src_idx;
-  args.wait_stats = params.wait_stats;
   check(intranode::launch_dispatch(args, sms_of(context_, params.call), context_.comm_stream()),
         "launch of dispatch");
   copy_outputs(context_, params);

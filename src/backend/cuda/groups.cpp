@@ -11,6 +11,23 @@ void require_aligned(const void* data, const char* name) {
           "{} begins at {}, on GPUs it must be a multiple of {} bytes", name, data, kAlignment);
 }
 
+void set_step(const DispatchStep& params, DispatchStepArgs& args) {
+  require_aligned(params.source.x, "x");
+  args.x = params.source.x;
+  const TensorView& scales = params.source.scales;
+  if (scales.defined())
+    args.scales = {scales.as<const std::uint32_t>(), scales.strides[0], scales.strides[1]};
+  args.topk_idx = ids_of(params.source.topk_idx);
+  args.topk_weights = params.source.topk_weights;
+  args.format = params.format;
+  args.block_segment = params.block.segment;
+  args.block_offset = params.block.offset;
+  args.block_rows = params.block_rows;
+  args.x_segment = params.x_block.segment;
+  args.x_offset = params.x_block.offset;
+  args.wait_stats = params.wait_stats;
+}
+
 void copy_outputs(Context& context, const DispatchStep& params) {
   const auto copy = [&](std::byte* to, const std::byte* from, std::int64_t row_bytes) {
     if (to == nullptr || params.block_rows * row_bytes == 0) return;

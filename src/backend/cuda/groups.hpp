@@ -25,6 +25,9 @@ inline intranode::SumType sum_type(DType dtype) {
                                     : intranode::SumType::kFloat32;
 }
 
+/// The part of a dispatch's arguments that all modes have.
+void set_step(const DispatchStep& params, DispatchStepArgs& args);
+
 /// Behind a dispatch: results to where peers could not write them.
 void copy_outputs(Context& context, const DispatchStep& params);
 

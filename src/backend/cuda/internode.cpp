@@ -13,7 +13,7 @@ namespace deep_ep::cuda {
 nvshmem::NvshmemParts& nvshmem_parts() {
   using GetParts = nvshmem::NvshmemParts* (*)();
   static nvshmem::NvshmemParts& parts = *reinterpret_cast<GetParts>(load_plugin(
-      {.library = "libdeep_ep_nvshmem.so",
+      {.file = "libdeep_ep_nvshmem.so",
        .symbol = "deep_ep_nvshmem",
        .wanted = "device cuda over several nodes",
        .remedy =
@@ -173,33 +173,20 @@ void Internode::notify_cached(const Call& call, const deep_ep::internode::Routin
 }
 
 void Internode::dispatch(const deep_ep::internode::DispatchParams& params) {
-  require_aligned(params.source.x, "x");
   internode::DispatchArgs args;
+  set_step(params, args);
   args.record_format = plan::RecordFormat(params.format, shape_.topology.ranks_per_node);
   args.item = make_item(args.record_format.x, params.format.x_bytes);
   if (params.cached) notify_cached(params.call, params.routing, params.block_rows);
   args.comm = comm(params.call);
   args.rails = rails(params.call);
   args.cached = params.cached;
-  args.x = params.source.x;
-  const TensorView& scales = params.source.scales;
-  if (scales.defined())
-    args.scales = {scales.as<const std::uint32_t>(), scales.strides[0], scales.strides[1]};
-  args.topk_idx = ids_of(params.source.topk_idx);
-  args.topk_weights = params.source.topk_weights;
-  args.format = params.format;
   args.routing = arrays_of(params.routing);
   args.work = workspace(params.call.record.num_tokens);
   if (!params.cached) {
     args.work.arrived_tokens = static_cast<std::int32_t*>(
         arrived_.get(4 * std::max<std::int64_t>(params.routing.nvl_head_rows, 1)));
   }
-  args.block_segment = params.block.segment;
-  args.block_offset = params.block.offset;
-  args.block_rows = params.block_rows;
-  args.x_segment = params.x_block.segment;
-  args.x_offset = params.x_block.offset;
-  args.wait_stats = params.wait_stats;
   check(parts_->launch(args, sms_of(context_, params.call), context_.comm_stream()),
         "launch of dispatch");
   if (!params.cached) fill_handle(params, args);

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "backend/cuda/arrays.hpp"
 #include "backend/cuda/device/waiting.cuh"
 #include "plan/recv_arrays.hpp"
 
@@ -98,6 +99,24 @@ __device__ inline std::byte* wait_place(const Comm& comm, std::uint64_t epoch,
       !agrees(comm, record, own.block.mailbox_of(epoch).record[rank], comm.global_rank(rank)))
     return nullptr;
   return base + place.offset;
+}
+
+/// By all threads of `blocks` blocks: results that are not there are not a number, and of no
+/// expert, so that nobody takes what the memory holds for results.
+__device__ inline void void_block(const Comm& comm, const DispatchStepArgs& args, int block,
+                                  int blocks) {
+  const std::int64_t step = std::int64_t{blocks} * blockDim.x;
+  const std::int64_t begin = block * std::int64_t{blockDim.x} + threadIdx.x;
+  const auto make_void = [&](int segment, std::int64_t offset, std::int64_t bytes) {
+    auto* words = reinterpret_cast<uint4*>(segment_base(comm, comm.rank, segment) + offset);
+    for (std::int64_t i = begin; i < bytes / 16; i += step)
+      words[i] = {0xffffffff, 0xffffffff, 0xffffffff, 0xffffffff};
+  };
+  const bool x_is_there = args.x_segment < 0;
+  make_void(
+      args.block_segment, args.block_offset,
+      plan::RecvArrays::bytes(x_is_there ? args.format : args.format.without_x(), args.block_rows));
+  if (!x_is_there) make_void(args.x_segment, args.x_offset, args.block_rows * args.format.x_bytes);
 }
 
 /// False, and reported, unless rows [first, first + count) of `rank` lie in its block.

@@ -1,15 +1,9 @@
 #pragma once
 
-#include "backend/cuda/device/places.cuh"
-#include "backend/cuda/internode/rail.cuh"
+#include "backend/cuda/internode/blocks.cuh"
 
 // A row of a dispatch on its way into the slots of this node's ranks, by the warp that has it.
 namespace deep_ep::cuda::internode {
-
-/// Results of each rank of the node.
-struct Targets {
-  plan::RecvArrays of[plan::kMaxRanksPerNode];
-};
 
 /// Positions of a record's rows at the ranks that a lane looks after or -1.
 struct Positions {
@@ -83,13 +77,7 @@ struct Slots {
   /// Calls body(rank, slot) in all lanes, for each rank that has one.
   template <class Body>
   __device__ void for_each(Body&& body) const {
-#pragma unroll
-    for (int i = 0; i < kRanksALane; ++i) {
-      for (std::uint32_t left = set[i]; left != 0; left &= left - 1) {
-        const int lane = __ffs(static_cast<int>(left)) - 1;
-        body(i * 32 + lane, __shfl_sync(0xffffffff, at[i], lane));
-      }
-    }
+    for_each_rank(set, at, body);
   }
 };
 
@@ -125,7 +113,7 @@ __device__ inline bool note_record(const DispatchArgs& args, const Arrival& row)
 }
 
 /// Entries for experts of other ranks become -1 with weight 0.
-__device__ inline void place_topk(const DispatchArgs& args, const Targets& targets,
+__device__ inline void place_topk(const DispatchArgs& args, const Blocks& targets,
                                   const Arrival& row, const Slots& slots) {
   const int topk = args.comm.record.num_topk;
   // This rank may have no tokens, and no arrays, yet pass on others'.
@@ -154,7 +142,7 @@ __device__ inline void place_topk(const DispatchArgs& args, const Targets& targe
 }
 
 /// All but x.
-__device__ inline void place_small(const DispatchArgs& args, const Targets& targets,
+__device__ inline void place_small(const DispatchArgs& args, const Blocks& targets,
                                    const Arrival& row, const Slots& slots) {
 #pragma unroll
   for (int i = 0; i < kRanksALane; ++i) {
@@ -177,7 +165,7 @@ __device__ inline void place_small(const DispatchArgs& args, const Targets& targ
 
 /// By a lane: kSteps times 16 bytes of x, read once and written to each slot.
 template <int kSteps>
-__device__ void place_columns(const DispatchArgs& args, const Targets& targets, const Arrival& row,
+__device__ void place_columns(const DispatchArgs& args, const Blocks& targets, const Arrival& row,
                               const Slots& slots, std::int64_t at) {
   uint4 bytes[kSteps];
 #pragma unroll
@@ -191,7 +179,7 @@ __device__ void place_columns(const DispatchArgs& args, const Targets& targets, 
 
 /// By a warp: an item to the slots of the ranks that it names. Only this rank writes these, behind
 /// the acquire in wait_place() (I5, I19).
-__device__ inline void place(const DispatchArgs& args, const Targets& targets, const Arrival& row) {
+__device__ inline void place(const DispatchArgs& args, const Blocks& targets, const Arrival& row) {
   if (row.x_begin == 0 && !note_record(args, row)) return;
   const Slots slots(args, row);
   if (row.x_begin == 0) place_small(args, targets, row, slots);

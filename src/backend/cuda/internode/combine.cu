@@ -1,5 +1,4 @@
 #include "backend/cuda/device/launch.cuh"
-#include "backend/cuda/device/places.cuh"
 #include "backend/cuda/internode/node_sums.cuh"
 #include "backend/cuda/internode/turns.cuh"
 #include "backend/cuda/intranode/exchange.cuh"
@@ -16,63 +15,31 @@ constexpr int kAddWarps = 6;
 constexpr int kThreads = (kSumWarps + kAddWarps) * 32;
 constexpr int kNodesALane = (plan::kMaxNodes + 31) / 32;
 
-/// By all threads, true in each: every rank of the node has told where its rows are.
-__device__ bool find_sources(const CombineArgs& args, std::uint64_t epoch, Sources& sources) {
-  const Comm& comm = args.comm;
-  const int all = args.rails.shape.topology.num_ranks;
-  if (blockIdx.x == 0) {
-    publish_place(comm, epoch, comm.record,
-                  {args.block_segment, args.block_offset, args.block_rows, 0, 0, 0, args.x_segment,
-                   args.x_offset});
-  }
-  bool good = true;
-  for (int i = threadIdx.x; good && i < comm.num_ranks; i += kThreads) {
-    std::byte* base = may_start(comm) ? wait_place(comm, epoch, comm.record, i) : nullptr;
-    good = base != nullptr;
-    if (!good) break;
-    const protocol::InboxPlace& place = comm.control(comm.rank).place(epoch, i, comm.num_ranks);
-    std::byte* x =
-        place.x_segment < 0 ? nullptr : segment_base(comm, i, place.x_segment) + place.x_offset;
-    Carver carver(base);
-    sources.of[i] = plan::RecvArrays::carve(carver, args.format, place.rows, x);
-    const std::int64_t rows = args.rails.state.prefix[(std::int64_t{i} + 1) * all - 1];
-    good = rows <= place.rows;
-    if (!good && i == comm.rank) raise_invalid(comm, Finding::kHandleRoom, 2, place.rows, rows);
-    if (!good && i != comm.rank)
-      (void)check_rows_fit(comm, comm.global_rank(i), 0, rows, place.rows);
-  }
-  return __syncthreads_and(good) != 0;
-}
-
 // --- inside the node -----------------------------------------------------------------------------
 
 /// By a warp: the next item of a ring, if there is room. A record that is not allowed goes as
 /// zeros: its fault is known.
 template <class T>
-__device__ Turn send_sum(const CombineArgs& args, const Sources& sources, int lane, int peer) {
+__device__ Turn send_sum(const CombineArgs& args, const Blocks& sources, int lane, int peer) {
   const Rails& rails = args.rails;
   const ItemShape& item = args.item;
-  const int node = RailShape::node_of_peer(peer, rails.node);
-  const std::int64_t ring = rails.ring(lane, peer);
-  const std::int32_t* first =
-      rails.state.lanes_in + std::int64_t{node} * (rails.shape.num_lanes + 1) + lane;
-  const std::int64_t items = std::int64_t{first[1] - first[0]} * item.pieces;
-  const std::int64_t number = rails.state.rings[ring].out_item;
-  const std::uint64_t in_flight = items_in_flight(rails, ring);
-  if (number == items) return in_flight == 0 ? Turn::kDone : Turn::kStuck;
+  const RingItems items(rails, item, rails.state.lanes_in, lane, peer);
+  const std::int64_t number = rails.state.rings[items.ring].out_item;
+  const std::uint64_t in_flight = items_in_flight(rails, items.ring);
+  if (number == items.count) return in_flight == 0 ? Turn::kDone : Turn::kStuck;
   if (in_flight >= static_cast<std::uint64_t>(item.slots)) return Turn::kStuck;
   const auto piece = static_cast<int>(number % item.pieces);
   const std::int64_t record =
-      plan::part_of(rails.state.records, node).begin + first[0] + number / item.pieces;
+      plan::part_of(rails.state.records, items.node).begin + items.record + number / item.pieces;
   const Rows rows(args, record, rails.rank_of_peer(peer));
-  compose_sum<T>(args, sources, rows, piece, out_slot(rails, item, ring));
+  compose_sum<T>(args, sources, rows, piece, out_slot(rails, item, items.ring));
   put_item(rails, item, lane, peer, item.head_bytes + item.x_size(piece));
   return Turn::kMoved;
 }
 
 /// By a summing warp: its rings.
 template <class T>
-__device__ void send_sums(const CombineArgs& args, const Sources& sources) {
+__device__ void send_sums(const CombineArgs& args, const Blocks& sources) {
   const Rails& rails = args.rails;
   const Role role(0, kSumWarps);
   begin_rings<&RailState::Ring::out_item>(rails, role);
@@ -113,7 +80,7 @@ struct Items {
 /// By a lane: kSteps times 16 bytes of a token's sum; `at` in the row, `in_item` in the item's
 /// part.
 template <class T, int kSteps>
-__device__ void add_columns(const CombineArgs& args, const Sources& sources, const Items& items,
+__device__ void add_columns(const CombineArgs& args, const Blocks& sources, const Items& items,
                             const Rows* own_rows, std::int64_t token, std::int64_t at,
                             std::int64_t in_item, bool inside) {
   Sum16<T> sums[kSteps];
@@ -141,7 +108,7 @@ __device__ void add_columns(const CombineArgs& args, const Sources& sources, con
 
 /// By a warp: a part of a token's sum.
 template <class T>
-__device__ void add_piece(const CombineArgs& args, const Sources& sources, const Items& items,
+__device__ void add_piece(const CombineArgs& args, const Blocks& sources, const Items& items,
                           const Rows* own_rows, std::int64_t token, int piece) {
   const std::int64_t begin = args.item.x_begin(piece);
   const std::int64_t bytes = args.item.x_size(piece);
@@ -197,7 +164,7 @@ __device__ void release_items(const CombineArgs& args, int lane, std::int64_t to
 
 /// By a warp: a token of a lane; false if it cannot be summed.
 template <class T>
-__device__ bool add_token(const CombineArgs& args, const Sources& sources, int lane,
+__device__ bool add_token(const CombineArgs& args, const Blocks& sources, int lane,
                           std::int64_t token) {
   const Rails& rails = args.rails;
   const int nodes = rails.shape.topology.num_nodes();
@@ -230,7 +197,7 @@ __device__ void void_token(const CombineArgs& args, std::int64_t token) {
 
 /// By an adding warp: the tokens of its lanes; `good` as long as nothing has failed.
 template <class T>
-__device__ void add_tokens(const CombineArgs& args, const Sources& sources, bool good) {
+__device__ void add_tokens(const CombineArgs& args, const Blocks& sources, bool good) {
   const Role role(kSumWarps, kAddWarps);
   const int lanes = args.rails.shape.num_lanes;
   const std::int64_t tokens = args.comm.record.num_tokens;
@@ -249,10 +216,14 @@ __device__ void add_tokens(const CombineArgs& args, const Sources& sources, bool
 // See notify.cu.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1) combine(const __grid_constant__ CombineArgs args) {
-  __shared__ Sources sources;
+  __shared__ Blocks sources;
   const Comm& comm = args.comm;
   const std::uint64_t epoch = comm.local->epoch + 1;
-  const bool good = find_sources(args, epoch, sources);
+  const bool good = find_blocks(args, epoch, sources, [&](int rank, auto rows, auto room) {
+    if (rank != comm.rank) return check_rows_fit(comm, comm.global_rank(rank), 0, rows, room);
+    if (rows > room) raise_invalid(comm, Finding::kHandleRoom, 2, room, rows);
+    return rows <= room;
+  });
   if (threadIdx.x >= kSumWarps * 32) {
     add_tokens<T>(args, sources, good);
   } else if (good) {

@@ -13,32 +13,6 @@ constexpr int kSendWarps = 8;
 constexpr int kPassWarps = 8;
 constexpr int kThreads = (kSendWarps + kPassWarps) * 32;
 
-/// By all threads, true in each: every rank of the node has told where its results go, and they
-/// fit.
-__device__ bool find_targets(const DispatchArgs& args, std::uint64_t epoch, Targets& targets) {
-  const Comm& comm = args.comm;
-  const int all = args.rails.shape.topology.num_ranks;
-  if (blockIdx.x == 0) {
-    publish_place(comm, epoch, comm.record,
-                  {args.block_segment, args.block_offset, args.block_rows, 0, 0, 0, args.x_segment,
-                   args.x_offset});
-  }
-  bool good = true;
-  for (int i = threadIdx.x; good && i < comm.num_ranks; i += kThreads) {
-    std::byte* base = may_start(comm) ? wait_place(comm, epoch, comm.record, i) : nullptr;
-    good = base != nullptr;
-    if (!good) break;
-    const protocol::InboxPlace& place = comm.control(comm.rank).place(epoch, i, comm.num_ranks);
-    std::byte* x =
-        place.x_segment < 0 ? nullptr : segment_base(comm, i, place.x_segment) + place.x_offset;
-    Carver carver(base);
-    targets.of[i] = plan::RecvArrays::carve(carver, args.format, place.rows, x);
-    const std::int64_t rows = args.rails.state.prefix[(std::int64_t{i} + 1) * all - 1];
-    good = check_rows_fit(comm, comm.global_rank(i), 0, rows, place.rows);
-  }
-  return __syncthreads_and(good) != 0;
-}
-
 // --- sending -------------------------------------------------------------------------------------
 
 __device__ plan::SourceMeta meta_of(const DispatchArgs& args, std::int64_t token,
@@ -60,7 +34,7 @@ __device__ Ids ids_of(const DispatchArgs& args, std::int64_t token) {
 }
 
 /// By a warp: a row for ranks of this node.
-__device__ void place_own(const DispatchArgs& args, const Targets& targets, std::int32_t record) {
+__device__ void place_own(const DispatchArgs& args, const Blocks& targets, std::int32_t record) {
   const std::int64_t token =
       args.work.record_tokens[args.rails.node * args.comm.record.num_tokens + record];
   const Positions positions(positions_of(args, token, args.rails.node), args.comm.num_ranks);
@@ -118,20 +92,17 @@ __device__ void copy_part(std::byte* to, const std::byte* from, std::int64_t byt
 __device__ Turn send_item(const DispatchArgs& args, int lane, int peer) {
   const Rails& rails = args.rails;
   const ItemShape& item = args.item;
-  const int node = RailShape::node_of_peer(peer, rails.node);
-  const std::int64_t ring = rails.ring(lane, peer);
-  const std::int32_t* first =
-      rails.state.lanes_out + std::int64_t{node} * (rails.shape.num_lanes + 1) + lane;
-  const std::int64_t items = std::int64_t{first[1] - first[0]} * item.pieces;
-  const std::int64_t number = rails.state.rings[ring].out_item;
-  const std::uint64_t in_flight = items_in_flight(rails, ring);
-  if (number == items) return in_flight == 0 ? Turn::kDone : Turn::kStuck;
+  const RingItems items(rails, item, rails.state.lanes_out, lane, peer);
+  const std::int64_t number = rails.state.rings[items.ring].out_item;
+  const std::uint64_t in_flight = items_in_flight(rails, items.ring);
+  if (number == items.count) return in_flight == 0 ? Turn::kDone : Turn::kStuck;
   if (in_flight >= static_cast<std::uint64_t>(item.slots)) return Turn::kStuck;
-  const auto record = static_cast<std::int32_t>(first[0] + number / item.pieces);
+  const auto record = static_cast<std::int32_t>(items.record + number / item.pieces);
   const auto piece = static_cast<int>(number % item.pieces);
-  const std::int64_t token = args.work.record_tokens[node * args.comm.record.num_tokens + record];
-  std::byte* to = out_slot(rails, item, ring);
-  compose_head(args, token, node, record, to);
+  const std::int64_t token =
+      args.work.record_tokens[items.node * args.comm.record.num_tokens + record];
+  std::byte* to = out_slot(rails, item, items.ring);
+  compose_head(args, token, items.node, record, to);
   copy_part(to + item.head_bytes, args.x + token * args.format.x_bytes + item.x_begin(piece),
             item.x_size(piece));
   put_item(rails, item, lane, peer, item.head_bytes + item.x_size(piece));
@@ -139,7 +110,7 @@ __device__ Turn send_item(const DispatchArgs& args, int lane, int peer) {
 }
 
 /// By a sending warp: its rings, and its share of the rows for this node while those are full.
-__device__ void send_rows(const DispatchArgs& args, const Targets& targets) {
+__device__ void send_rows(const DispatchArgs& args, const Blocks& targets) {
   const Rails& rails = args.rails;
   const Role role(0, kSendWarps);
   begin_rings<&RailState::Ring::out_item>(rails, role);
@@ -159,18 +130,14 @@ __device__ void send_rows(const DispatchArgs& args, const Targets& targets) {
 // --- passing on ----------------------------------------------------------------------------------
 
 /// By a warp: the next item of a ring, if it is here.
-__device__ Turn pass_on_item(const DispatchArgs& args, const Targets& targets, int lane, int peer) {
+__device__ Turn pass_on_item(const DispatchArgs& args, const Blocks& targets, int lane, int peer) {
   const Rails& rails = args.rails;
   const ItemShape& item = args.item;
   const plan::RecordFormat& format = args.record_format;
-  const int node = RailShape::node_of_peer(peer, rails.node);
-  const std::int64_t ring = rails.ring(lane, peer);
-  const std::int32_t* first =
-      rails.state.lanes_in + std::int64_t{node} * (rails.shape.num_lanes + 1) + lane;
-  const std::int64_t items = std::int64_t{first[1] - first[0]} * item.pieces;
-  const std::int64_t number = rails.state.rings[ring].in_item;
-  if (number == items) return Turn::kDone;
-  const std::byte* from = next_item(rails, item, ring);
+  const RingItems items(rails, item, rails.state.lanes_in, lane, peer);
+  const std::int64_t number = rails.state.rings[items.ring].in_item;
+  if (number == items.count) return Turn::kDone;
+  const std::byte* from = next_item(rails, item, items.ring);
   if (from == nullptr) return Turn::kStuck;
   const plan::RecordHead head = *reinterpret_cast<const plan::RecordHead*>(from);
   const auto piece = static_cast<int>(number % item.pieces);
@@ -186,7 +153,7 @@ __device__ Turn pass_on_item(const DispatchArgs& args, const Targets& targets, i
 }
 
 /// By a passing warp: its rings.
-__device__ void pass_rows_on(const DispatchArgs& args, const Targets& targets) {
+__device__ void pass_rows_on(const DispatchArgs& args, const Blocks& targets) {
   const Rails& rails = args.rails;
   const Role role(kSendWarps, kPassWarps);
   begin_rings<&RailState::Ring::in_item>(rails, role);
@@ -221,32 +188,16 @@ __device__ void fill_unused_rows(const DispatchArgs& args, const plan::RecvArray
   fill(own.src_meta, args.format.src_meta_bytes, 0xffffffff);
 }
 
-/// By all threads of `blocks` blocks: results that are not there are not a number, and of no
-/// expert.
-__device__ void void_results(const DispatchArgs& args, int block, int blocks) {
-  const Comm& comm = args.comm;
-  const std::int64_t step = std::int64_t{blocks} * kThreads;
-  const std::int64_t begin = block * std::int64_t{kThreads} + threadIdx.x;
-  const auto make_void = [&](int segment, std::int64_t offset, std::int64_t bytes) {
-    auto* words = reinterpret_cast<uint4*>(segment_base(comm, comm.rank, segment) + offset);
-    for (std::int64_t i = begin; i < bytes / 16; i += step)
-      words[i] = {0xffffffff, 0xffffffff, 0xffffffff, 0xffffffff};
-  };
-  const bool x_is_there = args.x_segment < 0;
-  make_void(
-      args.block_segment, args.block_offset,
-      plan::RecvArrays::bytes(x_is_there ? args.format : args.format.without_x(), args.block_rows));
-  if (!x_is_there) make_void(args.x_segment, args.x_offset, args.block_rows * args.format.x_bytes);
-}
-
 }  // namespace
 
 // See notify.cu.
 __global__ void __launch_bounds__(kThreads, 1) dispatch(const __grid_constant__ DispatchArgs args) {
-  __shared__ Targets targets;
+  __shared__ Blocks targets;
   const Comm& comm = args.comm;
   const std::uint64_t epoch = comm.local->epoch + 1;
-  const bool good = find_targets(args, epoch, targets);
+  const bool good = find_blocks(args, epoch, targets, [&](int rank, auto rows, auto room) {
+    return check_rows_fit(comm, comm.global_rank(rank), 0, rows, room);
+  });
   if (good) {
     fill_unused_rows(args, targets.of[comm.rank]);
     if (threadIdx.x < kSendWarps * 32) {
@@ -256,7 +207,7 @@ __global__ void __launch_bounds__(kThreads, 1) dispatch(const __grid_constant__ 
     }
     if (threadIdx.x % 32 == 0) nvshmem_quiet();
   } else {
-    void_results(args, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
+    void_block(comm, args, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
   }
   if (!is_last_block(comm)) return;
   bool complete =
@@ -265,7 +216,7 @@ __global__ void __launch_bounds__(kThreads, 1) dispatch(const __grid_constant__ 
   if (complete) {
     flush_waits(comm, args.wait_stats == nullptr ? nullptr : args.wait_stats + comm.first_rank);
   } else {
-    void_results(args, 0, 1);  // what other blocks wrote, too
+    void_block(comm, args, 0, 1);  // what other blocks wrote, too
     tell_fault(comm, args.rails);
   }
   end_kernel(comm);

@@ -1,18 +1,13 @@
 #pragma once
 
 #include "backend/cuda/device/sums.cuh"
-#include "backend/cuda/internode/rail.cuh"
+#include "backend/cuda/internode/blocks.cuh"
 
 // What happens to the rows of a combine inside a node: they are read where their ranks have them.
 namespace deep_ep::cuda::internode {
 
 // 16-byte loads of a lane that are under way at once.
 constexpr int kUnroll = 4;
-
-/// x and weights of each rank of the node.
-struct Sources {
-  plan::RecvArrays of[plan::kMaxRanksPerNode];
-};
 
 /// The rows of a record at the ranks that a lane looks after.
 struct Rows {
@@ -45,20 +40,14 @@ struct Rows {
   /// Calls body(rank, row) in all lanes, in ascending rank.
   template <class Body>
   __device__ void for_each(Body&& body) const {
-#pragma unroll
-    for (int i = 0; i < kRanksALane; ++i) {
-      for (std::uint32_t left = set[i]; left != 0; left &= left - 1) {
-        const int lane = __ffs(static_cast<int>(left)) - 1;
-        body(i * 32 + lane, __shfl_sync(0xffffffff, at[i], lane));
-      }
-    }
+    for_each_rank(set, at, body);
   }
 };
 
 /// By a lane: kSteps times 16 bytes of a record's sum over this node's ranks, rounded. All lanes of
 /// the warp call it; `inside` says whether this one's bytes are of the row.
 template <class T, int kSteps>
-__device__ void sum_columns(const CombineArgs& args, const Sources& sources, const Rows& rows,
+__device__ void sum_columns(const CombineArgs& args, const Blocks& sources, const Rows& rows,
                             std::int64_t at, bool inside, uint4 (&out)[kSteps]) {
   Sum16<T> sums[kSteps];
   rows.for_each([&](int rank, std::int64_t row) {
@@ -77,8 +66,8 @@ __device__ void sum_columns(const CombineArgs& args, const Sources& sources, con
 }
 
 /// The same of weight k.
-__device__ inline float sum_weight(const CombineArgs& args, const Sources& sources,
-                                   const Rows& rows, int k, bool inside) {
+__device__ inline float sum_weight(const CombineArgs& args, const Blocks& sources, const Rows& rows,
+                                   int k, bool inside) {
   float sum = 0.0f;
   rows.for_each([&](int rank, std::int64_t row) {
     const auto* weights = reinterpret_cast<const float*>(sources.of[rank].topk_weights);
@@ -89,7 +78,7 @@ __device__ inline float sum_weight(const CombineArgs& args, const Sources& sourc
 
 /// By a warp: an item, a part of the record's sum.
 template <class T>
-__device__ void compose_sum(const CombineArgs& args, const Sources& sources, const Rows& rows,
+__device__ void compose_sum(const CombineArgs& args, const Blocks& sources, const Rows& rows,
                             int piece, std::byte* to) {
   const int weights = static_cast<int>(args.format.topk_weights_bytes / 4);
   for (int base = 0; base < weights; base += 32) {

@@ -68,25 +68,14 @@ struct NotifyArgs {
   std::uint64_t ticket = 0;         // for the host, which waits for it; 0: it does not
 };
 
-struct DispatchArgs {
+struct DispatchArgs : DispatchStepArgs {
   Comm comm;
   Rails rails;
   bool cached = false;
-  const std::byte* x = nullptr;  // [N, x_bytes]
-  StridedWords scales;           // [N, S]
-  Ids topk_idx;                  // [N, K]
-  const float* topk_weights = nullptr;
-  plan::RowFormat format;
   plan::RecordFormat record_format{{}, 1};
   ItemShape item;
   RoutingArrays routing;
   Workspace work;
-  int block_segment = 0;  // this rank's results
-  std::int64_t block_offset = 0;
-  std::int64_t block_rows = 0;
-  int x_segment = -1;  // of rows of x that do not go to the block
-  std::int64_t x_offset = 0;
-  std::int64_t* wait_stats = nullptr;  // += [R] or null
 };
 
 /// Every rank reads the rows of its node's ranks where these have them, in blocks that they map: a

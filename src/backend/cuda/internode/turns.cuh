@@ -20,6 +20,22 @@ struct Role {
         count(std::int64_t{gridDim.x} * warps) {}
 };
 
+/// What a ring carries in this call, by RailState::lanes_out or lanes_in.
+struct RingItems {
+  int node;  // of the peer
+  std::int64_t ring;
+  std::int32_t record;  // number of the first one among those of the node
+  std::int64_t count;
+
+  __device__ RingItems(const Rails& rails, const ItemShape& item, const std::int32_t* lanes,
+                       int lane, int peer)
+      : node(RailShape::node_of_peer(peer, rails.node)), ring(rails.ring(lane, peer)) {
+    const std::int32_t* first = lanes + std::int64_t{node} * (rails.shape.num_lanes + 1) + lane;
+    record = first[0];
+    count = std::int64_t{first[1] - first[0]} * item.pieces;
+  }
+};
+
 /// By the warp that serves the ring's sending end: items that the receiver has not read.
 __device__ inline std::uint64_t items_in_flight(const Rails& rails, std::int64_t ring) {
   std::uint64_t read = 0;

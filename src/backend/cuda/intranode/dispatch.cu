@@ -284,23 +284,12 @@ __device__ void fill_unused_rows(const DispatchArgs& args, const plan::RecvArray
   }
 }
 
-/// By all threads of `blocks` blocks: results that are not there are not a number, and of no
-/// expert, so that nobody takes what the memory holds for results.
+/// By all threads of `blocks` blocks.
 __device__ void void_results(const DispatchArgs& args, int block, int blocks) {
-  const Comm& comm = args.comm;
+  void_block(args.comm, args, block, blocks);
+  if (!args.fills_handle) return;
   const std::int64_t step = std::int64_t{blocks} * blockDim.x;
   const std::int64_t begin = block * std::int64_t{blockDim.x} + threadIdx.x;
-  const auto make_void = [&](int segment, std::int64_t offset, std::int64_t bytes) {
-    auto* words = reinterpret_cast<uint4*>(segment_base(comm, comm.rank, segment) + offset);
-    for (std::int64_t i = begin; i < bytes / 16; i += step)
-      words[i] = {0xffffffff, 0xffffffff, 0xffffffff, 0xffffffff};
-  };
-  const bool x_is_there = args.x_segment < 0;
-  make_void(
-      args.block_segment, args.block_offset,
-      plan::RecvArrays::bytes(x_is_there ? args.format : args.format.without_x(), args.block_rows));
-  if (!x_is_there) make_void(args.x_segment, args.x_offset, args.block_rows * args.format.x_bytes);
-  if (!args.fills_handle) return;
   for (std::int64_t i = begin; i < args.block_rows; i += step) args.recv_src_idx[i] = -1;
 }
 

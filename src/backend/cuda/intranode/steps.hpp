@@ -55,28 +55,17 @@ struct NotifyArgs {
 };
 cudaError_t launch_notify(const NotifyArgs& args, int num_sms, cudaStream_t stream);
 
-struct DispatchArgs {
+struct DispatchArgs : DispatchStepArgs {
   Comm comm;
-  bool cached = false;           // the routing is that of an earlier call
-  const std::byte* x = nullptr;  // [N, x_bytes]
-  StridedWords scales;           // [N, S]
-  Ids topk_idx;                  // [N, K]
-  const float* topk_weights = nullptr;
-  plan::RowFormat format;
+  bool cached = false;                               // the routing is that of an earlier call
   const std::int32_t* rank_prefix_matrix = nullptr;  // [R, R]
   const std::int32_t* send_head = nullptr;           // [N, R]
-  int block_segment = 0;                             // this rank's results
-  std::int64_t block_offset = 0;
-  std::int64_t block_rows = 0;
-  int x_segment = -1;  // of rows of x that do not go to the block
-  std::int64_t x_offset = 0;
   // This rank's handle, plan::HandleArrays, which the senders fill if they are to.
   bool fills_handle = true;
   int num_channels = 1;
   int handle_segment = 0;
   std::int64_t handle_offset = 0;
   std::int32_t* recv_src_idx = nullptr;  // in it
-  std::int64_t* wait_stats = nullptr;    // += [R] or null
 };
 cudaError_t launch_dispatch(const DispatchArgs& args, int num_sms, cudaStream_t stream);
 

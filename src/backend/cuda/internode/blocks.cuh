@@ -1,0 +1,54 @@
+#pragma once
+
+#include "backend/cuda/device/places.cuh"
+#include "backend/cuda/internode/rail.cuh"
+
+// Where the ranks of this node have the rows of a call, and who of them takes part in a record.
+namespace deep_ep::cuda::internode {
+
+/// The arrays of each rank of the node: results of a dispatch, what a combine brings home.
+struct Blocks {
+  plan::RecvArrays of[plan::kMaxRanksPerNode];
+};
+
+/// By all threads of a block, true in each: every rank of the node has told where its block is, and
+/// it has room for the rows that come there. fits(rank, rows, room) says so, or reports.
+template <class Args, class Fits>
+__device__ bool find_blocks(const Args& args, std::uint64_t epoch, Blocks& blocks, Fits&& fits) {
+  const Comm& comm = args.comm;
+  const int all = args.rails.shape.topology.num_ranks;
+  if (blockIdx.x == 0) {
+    publish_place(comm, epoch, comm.record,
+                  {args.block_segment, args.block_offset, args.block_rows, 0, 0, 0, args.x_segment,
+                   args.x_offset});
+  }
+  bool good = true;
+  for (int i = threadIdx.x; good && i < comm.num_ranks; i += blockDim.x) {
+    std::byte* base = may_start(comm) ? wait_place(comm, epoch, comm.record, i) : nullptr;
+    good = base != nullptr;
+    if (!good) break;
+    const protocol::InboxPlace& place = comm.control(comm.rank).place(epoch, i, comm.num_ranks);
+    std::byte* x =
+        place.x_segment < 0 ? nullptr : segment_base(comm, i, place.x_segment) + place.x_offset;
+    Carver carver(base);
+    blocks.of[i] = plan::RecvArrays::carve(carver, args.format, place.rows, x);
+    good = fits(i, args.rails.state.prefix[(std::int64_t{i} + 1) * all - 1], place.rows);
+  }
+  return __syncthreads_and(good) != 0;
+}
+
+/// By a warp whose lane i has at[s] of rank s * 32 + i, for the ranks in `set`, which all lanes
+/// know: calls body(rank, at) in all lanes, in ascending rank.
+template <class Index, class Body>
+__device__ void for_each_rank(const std::uint32_t (&set)[kRanksALane],
+                              const Index (&at)[kRanksALane], Body&& body) {
+#pragma unroll
+  for (int i = 0; i < kRanksALane; ++i) {
+    for (std::uint32_t left = set[i]; left != 0; left &= left - 1) {
+      const int lane = __ffs(static_cast<int>(left)) - 1;
+      body(i * 32 + lane, __shfl_sync(0xffffffff, at[i], lane));
+    }
+  }
+}
+
+}  // namespace deep_ep::cuda::internode
