@@ -27,7 +27,7 @@ BUDGETS = {
     "intranode/fault": (64, 512),
     "intranode/notify": (64, 512),
     "intranode/dispatch": (96, 512),  # 384 threads
-    "intranode/combine": (96, 512),  # 640 threads
+    "intranode/combine": (128, 512),  # 480 threads
     "intranode/count_rows": (64, 512),
     "intranode/place_rows": (64, 512),
     "intranode/expand_rows": (96, 512),  # 384 threads

@@ -13,7 +13,7 @@ namespace deep_ep::cuda {
 /// Ranks of one node that a kernel can serve: an NVL72 rack.
 constexpr int kMaxRanks = 72;
 /// Pieces in which a combine brings the rows of one rank home: see CombineArgs.
-constexpr int kMaxChunks = 4096;
+constexpr int kMaxChunks = 1024;
 /// Tokens for which one warp counts; the words through which warps tell each other their counts.
 constexpr int kTokensPerCount = 256;
 

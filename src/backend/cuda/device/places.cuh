@@ -35,13 +35,14 @@ __device__ inline std::uint64_t warp_hash(const std::int32_t* matrix, int num_ra
   return sum;
 }
 
-/// By the threads of one block: this rank's place and record, to all. Nobody reads the block that
-/// the place names (it comes from the heap, behind its last readers), and no sender reads the place
-/// of two kernels ago any more (I3).
+/// By `threads` threads of one block, this one the thread-th: this rank's place and record, to all.
+/// Nobody reads the block that the place names (it comes from the heap, behind its last readers),
+/// and no sender reads the place of two kernels ago any more (I3).
 __device__ inline void publish_place(const Comm& comm, std::uint64_t epoch,
-                                     const protocol::CallRecord& record, const Place& own) {
-  for (int i = threadIdx.x; i < comm.num_ranks; i += blockDim.x) {
-    const int source = (comm.rank + 1 + i) % comm.num_ranks;
+                                     const protocol::CallRecord& record, const Place& own,
+                                     unsigned thread = threadIdx.x, unsigned threads = blockDim.x) {
+  for (unsigned i = thread; i < static_cast<unsigned>(comm.num_ranks); i += threads) {
+    const int source = (comm.rank + 1 + static_cast<int>(i)) % comm.num_ranks;
     const DeviceControl there = comm.control(source);
     there.block.mailbox_of(epoch).record[comm.rank] = record;
     protocol::InboxPlace& place = there.place(epoch, comm.rank, comm.num_ranks);

@@ -17,6 +17,23 @@ __device__ __forceinline__ std::uint32_t shared_address(const void* pointer) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+/// A barrier of all threads of the block, true in each if `value` is in all. Unlike
+/// __syncthreads_and() it may stand at different places for different warps.
+__device__ __forceinline__ bool barrier_and(bool value) {
+  std::uint32_t all;
+  asm volatile(
+      "{\n"
+      ".reg .pred p, q;\n"
+      "setp.ne.u32 p, %1, 0;\n"
+      "barrier.cta.red.and.pred q, 0, p;\n"
+      "selp.u32 %0, 1, 0, q;\n"
+      "}"
+      : "=r"(all)
+      : "r"(static_cast<std::uint32_t>(value))
+      : "memory");
+  return all != 0;
+}
+
 // 16 bytes in one access, never torn; relaxed: they order nothing but themselves.
 
 struct Words16 {
@@ -46,6 +63,16 @@ __device__ __forceinline__ Words16 load_relaxed_sys_b128(const void* from) {
       : "memory");
   return value;
 }
+/// A plain load of global memory, which stays where it is written: the compiler would rather put
+/// its use next to it than have several loads under way.
+__device__ __forceinline__ uint4 load_global_b128(const void* from) {
+  uint4 value;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(__cvta_generic_to_global(from))
+               : "memory");
+  return value;
+}
 __device__ __forceinline__ void fence_acq_rel_sys() {
   asm volatile("fence.acq_rel.sys;" ::: "memory");
 }
@@ -56,6 +83,22 @@ __device__ __forceinline__ std::uint16_t convert_e4m3x2(float low, float high) {
   std::uint16_t codes;
   asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(codes) : "f"(high), "f"(low));
   return codes;
+}
+
+// Copies of 4 bytes from global to shared memory, which nobody waits for but in groups: the words
+// of a thread that it reads itself.
+
+__device__ __forceinline__ void async_copy_4(void* to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from)
+               : "memory");
+}
+__device__ __forceinline__ void async_copy_commit_group() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+/// All but the thread's last kPending groups are complete.
+template <int kPending>
+__device__ __forceinline__ void async_copy_wait_group() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
 // Bulk copies and the barriers in shared memory that they complete on. They run in the async proxy;

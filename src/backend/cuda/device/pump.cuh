@@ -4,20 +4,34 @@
 
 namespace deep_ep::cuda {
 
+/// What is moved next: a multiple of 16 bytes, at most a stage.
+struct Piece {
+  const std::byte* from;
+  std::uint32_t bytes;
+};
+
 /// A warp's pipeline through shared memory: pieces come in by bulk copies, each on its stage's
-/// barrier, and go out by bulk copies, to one or several places. Loads run kStages - 1 pieces ahead
-/// of the stores. What a lane has to know of a piece in order to store it (its Note) is fetched a
-/// piece earlier than that, so that nobody waits for it either.
-template <int kStageCount, int kBytes, class LaneNote>
+/// barrier, and go out by bulk copies, to one or several places. At most kOut pieces are on their
+/// way out, and kStages - kOut + 1 on their way in: how many warps pump at a time says how much a
+/// link has to queue. A lane's Note of a piece is what it has to know in order to store it. With a
+/// lag, completed() is called for a piece once so many more have been stored behind it.
+///
+/// A warp that pumps is alone on its scheduler most of the time: what it does for a piece is a
+/// chain of latencies, so no division and no 64-bit arithmetic that could be kept out of it.
+template <int kStageCount, int kBytes, int kOutCount, class LaneNote, int kCompletionLag = 0>
 class Pump {
  public:
   static constexpr int kStages = kStageCount;
-  static constexpr int kStageBytes = kBytes;
+  static constexpr std::uint32_t kStageBytes = kBytes;
+  static constexpr int kOut = kOutCount;
+  static constexpr int kLag = kCompletionLag;
+  static constexpr int kNotes = kStages + kCompletionLag + 1;
   using Note = LaneNote;
+  static_assert(kOut >= 1 && kStages > kOut, "a piece is on its way in while others go out");
   struct Storage {
     alignas(128) std::byte stages[kStages][kStageBytes];
     std::uint64_t barriers[kStages];
-    Note notes[kStages][32];
+    alignas(16) Note notes[kNotes][32];  // a lane's are read by itself only
   };
 
   /// By the whole warp.
@@ -29,72 +43,113 @@ class Pump {
     __syncwarp();
   }
 
-  /// Moves pieces 0 .. count-1. For each, source(i) gives a Piece and note(i) the lane's Note; both
-  /// are called by every lane. store(i, from, bytes, note) issues the bulk stores that the lane
-  /// looks after. Returns when all stages may be filled again; finish() waits for the stores
-  /// themselves.
-  template <class Source, class TakeNote, class Store>
-  __device__ void run(std::int64_t count, Source&& source, TakeNote&& take_note, Store&& store) {
-    const std::int64_t ahead = count < kStages - 1 ? count : kStages - 1;
-    for (std::int64_t i = 0; i < ahead; ++i) load(source(i), take_note(i));
-    Note next = ahead < count ? take_note(ahead) : Note{};
-    for (std::int64_t i = 0; i < count; ++i) {
-      const int stage = static_cast<int>(stored_ % kStages);
-      while (
-          !mbarrier_try_wait_parity_acquire_cta(&storage_.barriers[stage], stored_ / kStages % 2)) {
-      }
-      store(i, storage_.stages[stage], source(i).bytes, storage_.notes[stage][lane()]);
-      bulk_commit_group();
-      ++stored_;
-      const std::int64_t fill = i + kStages - 1;
-      if (fill >= count) continue;
-      // The stage that is filled next was read by the stores before these.
-      bulk_wait_group_read<1>();
-      __syncwarp();
-      load(source(fill), next);
-      if (fill + 1 < count) next = take_note(fill + 1);
-    }
-    bulk_wait_group_read<0>();
-    __syncwarp();
+  /// Puts the first pieces on their way, which needs nothing of the places they go to. next(piece,
+  /// note) gives a piece and the lane's Note, or false if there is none; it is called by every
+  /// lane.
+  template <class Next>
+  __device__ void start(Next&& next) {
+    Piece piece;
+#pragma unroll 1
+    while (here_ < kStages - kOut + 1 && take(next, piece)) load(piece);
   }
 
-  /// By the whole warp: everything stored so far is complete and visible to the lanes that stored
-  /// it.
-  __device__ void finish() {
+  struct Nothing {
+    __device__ void operator()(const Note&) const {}
+  };
+
+  /// Moves all pieces that next() still gives, and those under way. place(note, there) says where a
+  /// piece goes, while another one is under way; unless `there`, what it says does not matter.
+  /// store(from, place) issues the bulk stores that the lane looks after; completed(note) may tell
+  /// that what they wrote is there.
+  template <class Next, class Placed, class Store, class Completed = Nothing>
+  __device__ void run(Next&& next, Placed&& place, Store&& store, Completed&& completed = {}) {
+    start(next);
+    auto to = place(storage_.notes[out_note_][lane()], here_ != 0);
+#pragma unroll 1
+    while (here_ != 0) {
+      wait_loaded();
+      store(storage_.stages[out_stage_], to);
+      bulk_commit_group();
+      pass();
+      // All that can be found while the stores are under way.
+      Piece piece;
+      const bool more = take(next, piece);
+      to = place(storage_.notes[out_note_][lane()], here_ != 0);
+      // The stage that is filled next was read by the stores before these.
+      bulk_wait_group_read<kOut - 1>();
+      __syncwarp();
+      if (more) load(piece);
+      if constexpr (kLag > 0) {
+        bulk_wait_group<kLag>();
+        if (++stored_ > kLag) complete(completed);
+      }
+    }
     bulk_wait_group<0>();
     __syncwarp();
+    if constexpr (kLag > 0) {
+      while (stored_ > 0) complete(completed);
+    }
+  }
+
+  /// Gives up what start() has put on its way: shared memory must not be left to it.
+  __device__ void drop() {
+    for (; here_ != 0; pass()) wait_loaded();
   }
 
  private:
   __device__ static int lane() { return static_cast<int>(threadIdx.x % 32); }
+  template <int kSize>
+  __device__ static void advance(int& i) {
+    i = i + 1 == kSize ? 0 : i + 1;
+  }
 
-  template <class Piece>
-  __device__ void load(const Piece& piece, const Note& note) {
-    const int stage = static_cast<int>(loaded_ % kStages);
-    ++loaded_;
-    storage_.notes[stage][lane()] = note;  // read by the same lane only
-    if (lane() != 0) return;
-    mbarrier_arrive_expect_tx(&storage_.barriers[stage], piece.bytes);
-    bulk_load(storage_.stages[stage], piece.from, piece.bytes, &storage_.barriers[stage]);
+  /// The piece that is stored next is here.
+  __device__ void wait_loaded() {
+    while (!mbarrier_try_wait_parity_acquire_cta(&storage_.barriers[out_stage_], parity_)) {
+    }
+  }
+  __device__ void pass() {
+    --here_;
+    advance<kNotes>(out_note_);
+    advance<kStages>(out_stage_);
+    if (out_stage_ == 0) parity_ ^= 1;
+  }
+
+  template <class Next>
+  __device__ bool take(Next& next, Piece& piece) {
+    Note note;
+    if (!next(piece, note)) return false;
+    storage_.notes[in_note_][lane()] = note;
+    advance<kNotes>(in_note_);
+    return true;
+  }
+
+  __device__ void load(const Piece& piece) {
+    if (lane() == 0) {
+      std::uint64_t* barrier = &storage_.barriers[in_stage_];
+      mbarrier_arrive_expect_tx(barrier, piece.bytes);
+      bulk_load(storage_.stages[in_stage_], piece.from, piece.bytes, barrier);
+    }
+    advance<kStages>(in_stage_);
+    ++here_;
+  }
+
+  template <class Completed>
+  __device__ void complete(Completed& completed) {
+    completed(storage_.notes[told_note_][lane()]);
+    advance<kNotes>(told_note_);
+    --stored_;
   }
 
   Storage& storage_;
-  std::uint32_t loaded_ = 0;
-  std::uint32_t stored_ = 0;
+  int here_ = 0;  // pieces loaded and not stored
+  int in_stage_ = 0;
+  int in_note_ = 0;
+  int out_stage_ = 0;
+  int out_note_ = 0;
+  std::uint32_t parity_ = 0;  // of the stage that is stored next
+  int stored_ = 0;            // and not told
+  int told_note_ = 0;
 };
-
-/// What a source of Pump::run gives.
-struct Piece {
-  const std::byte* from;
-  std::uint32_t bytes;
-};
-
-/// Piece `i` of consecutive bytes.
-template <int kStageBytes>
-__device__ inline Piece piece_of(const std::byte* from, std::int64_t bytes, std::int64_t i) {
-  const std::int64_t left = bytes - i * kStageBytes;
-  return {from + i * kStageBytes,
-          static_cast<std::uint32_t>(left < kStageBytes ? left : std::int64_t{kStageBytes})};
-}
 
 }  // namespace deep_ep::cuda

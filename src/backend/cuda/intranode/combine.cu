@@ -1,7 +1,7 @@
 #include "backend/cuda/device/launch.cuh"
 #include "backend/cuda/device/places.cuh"
-#include "backend/cuda/device/pump.cuh"
 #include "backend/cuda/device/sums.cuh"
+#include "backend/cuda/intranode/push.cuh"
 #include "backend/cuda/intranode/steps.hpp"
 #include "plan/layout.hpp"
 
@@ -10,37 +10,18 @@ namespace deep_ep::cuda::intranode {
 namespace {
 
 // Some warps push rows home, the others sum what has come home: both kinds of work of an SM run at
-// the same time.
-constexpr int kPushWarps = 4;
-constexpr int kSumWarps = 16;
-constexpr int kThreads = (kPushWarps + kSumWarps) * 32;
-struct NoNote {};
-using RowPump = Pump<6, 7168, NoNote>;
+// the same time. The last one tells what has been pushed.
+constexpr int kSumWarps = 12;
+constexpr int kThreads = (kPushWarps + kSumWarps + 1) * 32;
 // 16-byte loads of a lane that are under way at once: so many steps of so many rows.
 constexpr int kUnroll = 4;
 constexpr int kRowsTogether = 2;
-
-/// Rows of a piece: 16, or more where a rank has so many rows that kMaxChunks pieces would not do.
-__device__ std::int64_t chunk_rows(std::int64_t count) {
-  const std::int64_t least = (count + kMaxChunks - 1) / kMaxChunks;
-  return least > 16 ? least : 16;
-}
-
-/// One other rank, as source of the rows that this one pushes, and as owner of rows that come here.
-struct Other {
-  // This rank's rows for it: from x_row on in x, to these places in its inbox.
-  std::int64_t x_row;
-  std::int64_t push_rows;
-  std::byte* to_x;
-  std::byte* to_weights;
-  // Its rows for this rank, in this rank's inbox.
-  std::int64_t count;
-  const std::byte* from_x;
-  const std::byte* from_weights;
-};
+// Warps that share a token, if there are few.
+constexpr int kMaxParts = 8;
 
 struct Shared {
-  RowPump::Storage rows[kPushWarps];
+  PushPump::Storage rows[kPushWarps];
+  PushedPieces pushed[kPushWarps];
   Other others[kMaxRanks];
   const std::byte* x[kSumWarps][kMaxRanks];  // of the token that a warp sums
   const std::byte* weights[kSumWarps][kMaxRanks];
@@ -74,7 +55,9 @@ __device__ bool find_other(const CombineArgs& args, std::uint64_t epoch,
   const plan::RowRange come = rows_of(args, comm.rank, i);
   other.x_row = push.begin;
   other.push_rows = push.end - push.begin;
+  other.push_shift = chunk_shift(other.push_rows);
   other.count = come.end - come.begin;
+  other.count_shift = chunk_shift(other.count);
   const std::int64_t there = inbox_begin(args, i, comm.rank);
   const std::int64_t here = inbox_begin(args, comm.rank, i);
   if (!check_rows_fit(comm, comm.rank, push.begin, other.push_rows, args.num_rows)) return false;
@@ -100,6 +83,8 @@ __device__ bool find_others(const CombineArgs& args, std::uint64_t epoch, Shared
     const std::uint64_t hash = warp_hash(args.rank_prefix_matrix, args.comm.num_ranks);
     if (threadIdx.x == 0) shared.record = args.comm.record;
     if (threadIdx.x == 0) shared.record.routing_hash = hash;
+  } else if (threadIdx.x < 32 + kPushWarps) {
+    shared.pushed[threadIdx.x - 32] = {};
   }
   __syncthreads();
   if (blockIdx.x == 0) {
@@ -114,61 +99,6 @@ __device__ bool find_others(const CombineArgs& args, std::uint64_t epoch, Shared
   return __syncthreads_and(good) != 0;
 }
 
-// --- pushing ---------------------------------------------------------------------------
-
-/// By a warp: rows [begin, begin + rows) of those for `source`, then the word that they are there.
-__device__ void push_chunk(const CombineArgs& args, RowPump& pump, const Other& other, int source,
-                           std::int64_t chunk, std::uint64_t epoch) {
-  const std::int64_t size = chunk_rows(other.push_rows);
-  const std::int64_t begin = chunk * size;
-  const std::int64_t rows = other.push_rows - begin < size ? other.push_rows - begin : size;
-  const std::int64_t row_bytes = args.format.x_bytes;
-  const std::byte* from = args.x + (other.x_row + begin) * row_bytes;
-  std::byte* to = other.to_x + begin * row_bytes;
-  // Consecutive at both ends.
-  const std::int64_t bytes = rows * row_bytes;
-  pump.run((bytes + RowPump::kStageBytes - 1) / RowPump::kStageBytes,
-           [&](std::int64_t i) { return piece_of<RowPump::kStageBytes>(from, bytes, i); },
-           [](std::int64_t) { return NoNote{}; },
-           [&](std::int64_t i, const std::byte* stage, std::uint32_t count, NoNote) {
-             if (threadIdx.x % 32 == 0) bulk_store(to + i * RowPump::kStageBytes, stage, count);
-           });
-  if (args.topk_weights != nullptr) {
-    const std::int64_t topk = args.comm.record.num_topk;
-    const float* weights = args.topk_weights + (other.x_row + begin) * topk;
-    float* there = reinterpret_cast<float*>(other.to_weights) + begin * topk;
-    for (std::int64_t i = threadIdx.x % 32; i < rows * topk; i += 32) there[i] = weights[i];
-  }
-  pump.finish();
-  if (threadIdx.x % 32 != 0) return;
-  // release: pairs with the acquire in wait_chunk() of the source.
-  protocol::store_release(
-      args.comm.control(source).chunks + std::int64_t{args.comm.rank} * kMaxChunks + chunk, epoch);
-}
-
-/// By a push warp: its chunks, of all sources in turn, so that all of them can begin to sum.
-__device__ void push_rows(const CombineArgs& args, Shared& shared, std::uint64_t epoch) {
-  const Comm& comm = args.comm;
-  const int warp = threadIdx.x / 32;
-  RowPump pump(shared.rows[warp]);
-  std::int64_t most = 0;
-  for (int i = 0; i < comm.num_ranks; ++i) {
-    if (i == comm.rank) continue;
-    const std::int64_t rows = shared.others[i].push_rows;
-    const std::int64_t chunks = (rows + chunk_rows(rows) - 1) / chunk_rows(rows);
-    most = chunks > most ? chunks : most;
-  }
-  const int others = comm.num_ranks - 1;
-  for (std::int64_t unit = std::int64_t{warp} * gridDim.x + blockIdx.x; unit < most * others;
-       unit += std::int64_t{gridDim.x} * kPushWarps) {
-    const int source = static_cast<int>((comm.rank + 1 + unit % others) % comm.num_ranks);
-    const std::int64_t chunk = unit / others;
-    const Other& other = shared.others[source];
-    if (chunk * chunk_rows(other.push_rows) < other.push_rows)
-      push_chunk(args, pump, other, source, chunk, epoch);
-  }
-}
-
 // --- summing ---------------------------------------------------------------------------
 
 /// By one thread: the rows of `rank` around position `head` are here.
@@ -176,8 +106,8 @@ __device__ bool wait_chunk(const CombineArgs& args, Shared& shared, int rank, st
                            std::uint64_t epoch) {
   const Comm& comm = args.comm;
   const std::uint64_t* word = comm.control(comm.rank).chunks + std::int64_t{rank} * kMaxChunks +
-                              head / chunk_rows(shared.others[rank].count);
-  // acquire: pairs with the release in push_chunk() of the rank.
+                              (head >> shared.others[rank].count_shift);
+  // acquire: pairs with the release in tell_pieces() of the rank.
   if (protocol::load_acquire(word) == epoch) return true;
   const long long begin = clock64();
   const bool here = wait_for(
@@ -187,17 +117,24 @@ __device__ bool wait_chunk(const CombineArgs& args, Shared& shared, int rank, st
   return here;
 }
 
+/// The position of the token's row at `rank`, or -1.
+__device__ std::int32_t head_of(const CombineArgs& args, std::int64_t token, int rank) {
+  const Comm& comm = args.comm;
+  if (token >= comm.record.num_tokens || rank >= comm.num_ranks) return -1;
+  return args.send_head[token * comm.num_ranks + rank];
+}
+
 /// By a warp: lists where the token's rows lie, in ascending rank, once they are all here. Returns
-/// how many there are, or -1 if a wait failed or the handle is wrong.
+/// how many there are, or -1 if a wait failed or the handle is wrong. `first_head` is that of the
+/// lane's first rank.
 __device__ int gather(const CombineArgs& args, Shared& shared, int warp, std::int64_t token,
-                      std::uint64_t epoch) {
+                      std::int32_t first_head, std::uint64_t epoch) {
   const Comm& comm = args.comm;
   const int lane = threadIdx.x % 32;
   int found = 0;
   for (int begin = 0; begin < comm.num_ranks; begin += 32) {
     const int rank = begin + lane;
-    const std::int32_t head =
-        rank < comm.num_ranks ? args.send_head[token * comm.num_ranks + rank] : -1;
+    const std::int32_t head = begin == 0 ? first_head : head_of(args, token, rank);
     bool good = true;
     if (head != -1) {
       const Other& other = shared.others[rank];
@@ -233,7 +170,7 @@ __device__ void add_rows(Sum16<T> (&sums)[kSteps], const std::byte* const* rows,
     const std::byte* from = rows[row] + at;
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
-      bytes[row][i] = *reinterpret_cast<const uint4*>(from + i * 512);
+      bytes[row][i] = load_global_b128(from + i * 512);
     }
   }
 #pragma unroll
@@ -264,15 +201,20 @@ __device__ void sum_columns(const CombineArgs& args, const std::byte* const* row
   }
 }
 
+/// By a warp: the part-th of `parts` shares of a token's sum, in steps of kUnroll times 512 bytes.
 template <class T>
 __device__ void sum_token(const CombineArgs& args, const Shared& shared, int warp, int count,
-                          std::int64_t token) {
+                          std::int64_t token, unsigned part, unsigned parts) {
+  constexpr int kStep = kUnroll * 512;
   const int lane = threadIdx.x % 32;
   const std::int64_t bytes = args.format.x_bytes;
-  std::int64_t at = lane * 16;
-  for (; at + (kUnroll - 1) * 512 < bytes; at += kUnroll * 512) {
+  const auto steps = static_cast<unsigned>(bytes / kStep);  // what is left is the last part's
+  const std::int64_t end = std::int64_t{steps * (part + 1) / parts} * kStep;
+  std::int64_t at = std::int64_t{steps * part / parts} * kStep + lane * 16;
+  for (; at < end; at += kStep) {
     sum_columns<T, kUnroll>(args, shared.x[warp], count, token, at);
   }
+  if (part + 1 < parts) return;
   for (; at < bytes; at += 512) sum_columns<T, 1>(args, shared.x[warp], count, token, at);
   if (args.combined_topk_weights == nullptr) return;
   const int topk = args.comm.record.num_topk;
@@ -297,16 +239,28 @@ __device__ void void_token(const CombineArgs& args, std::int64_t token) {
     reinterpret_cast<std::uint32_t*>(args.combined_topk_weights)[token * topk + k] = 0xffffffff;
 }
 
-/// By a sum warp: its tokens, every stride-th; `good` as long as nothing has failed.
+/// By a sum warp: its shares of tokens, every stride-th; `good` as long as nothing has failed. Few
+/// tokens are shared by several warps each.
 template <class T>
 __device__ void sum_rows(const CombineArgs& args, Shared& shared, std::uint64_t epoch, bool good) {
   const int warp = static_cast<int>(threadIdx.x / 32) - kPushWarps;
-  for (std::int64_t token = std::int64_t{warp} * gridDim.x + blockIdx.x;
-       token < args.comm.record.num_tokens; token += std::int64_t{gridDim.x} * kSumWarps) {
-    const int count = good ? gather(args, shared, warp, token, epoch) : -1;
+  const auto tokens = static_cast<unsigned>(args.comm.record.num_tokens);
+  const unsigned stride = gridDim.x * kSumWarps;
+  const int rank = threadIdx.x % 32;
+  unsigned parts = 1;
+  while (parts < kMaxParts && tokens * parts * 2 <= stride) parts *= 2;
+  const int shift = 31 - __clz(parts);
+  unsigned share = static_cast<unsigned>(warp) * gridDim.x + blockIdx.x;
+  std::int32_t head = head_of(args, share >> shift, rank);
+  for (; share >> shift < tokens; share += stride) {
+    const unsigned token = share >> shift;
+    const unsigned part = share & (parts - 1);
+    const std::int32_t next_head = head_of(args, (share + stride) >> shift, rank);
+    const int count = good ? gather(args, shared, warp, token, head, epoch) : -1;
+    head = next_head;
     good = count >= 0;
     if (good) {
-      sum_token<T>(args, shared, warp, count, token);
+      sum_token<T>(args, shared, warp, count, token, part, parts);
       __syncwarp();
     } else {
       void_token(args, token);
@@ -315,16 +269,19 @@ __device__ void sum_rows(const CombineArgs& args, Shared& shared, std::uint64_t 
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) combine(const __grid_constant__ CombineArgs args) {
+__global__ void __launch_bounds__(kThreads, 1) combine(const __grid_constant__ CombineArgs args) {
   extern __shared__ __align__(128) std::byte memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   const Comm& comm = args.comm;
   const std::uint64_t epoch = comm.local->epoch + 1;
   const bool good = find_others(args, epoch, shared);
-  if (threadIdx.x >= kPushWarps * 32) {
+  const auto warp = static_cast<int>(threadIdx.x / 32);
+  if (warp < kPushWarps) {
+    if (good) push_rows(args, shared.others, warp, shared.rows[warp], shared.pushed[warp]);
+  } else if (warp < kPushWarps + kSumWarps) {
     sum_rows<T>(args, shared, epoch, good);
   } else if (good) {
-    push_rows(args, shared, epoch);
+    tell_pieces(args, shared.pushed, epoch);
   }
   __syncthreads();
   for (int i = threadIdx.x; good && i < comm.num_ranks; i += kThreads) {

@@ -1,28 +1,18 @@
 #include "backend/cuda/device/launch.cuh"
 #include "backend/cuda/device/places.cuh"
-#include "backend/cuda/device/pump.cuh"
 #include "backend/cuda/intranode/exchange.cuh"
-#include "backend/cuda/intranode/steps.hpp"
-#include "plan/layout.hpp"
+#include "backend/cuda/intranode/rows.cuh"
 
 namespace deep_ep::cuda::intranode {
 
 namespace {
 
-// Warps of a block that move rows of x, each with six stages of half a row of 7168 BF16 values:
-// what a probe of pushing over NVLink needed to fill the link from 16 to 20 SMs.
-constexpr int kRowWarps = 4;
 // Warps that move what is small (scales, topk, the handle): word by word, so that they wait for
-// memory most of the time, beside those that move x.
+// memory most of the time, beside those that move x. The first one finds the receivers, also if
+// there is nothing small.
 constexpr int kSmallWarps = 8;
+constexpr int kMaxRanksALane = (kMaxRanks + 31) / 32;
 constexpr int kMaxThreads = (kRowWarps + kSmallWarps) * 32;
-constexpr int kRanksALane = (kMaxRanks + 31) / 32;
-
-/// The slots of a token's row at the ranks that a lane looks after (rank % 32 == lane), or -1.
-struct Slots {
-  std::int32_t at[kRanksALane];
-};
-using RowPump = Pump<6, 7168, Slots>;
 
 /// Where this rank's rows go at one receiver.
 struct Target {
@@ -34,9 +24,15 @@ struct Target {
 };
 
 struct Shared {
-  RowPump::Storage rows[kRowWarps];
   Target targets[kMaxRanks];
   protocol::CallRecord record;  // with the hash of the handle's routing
+};
+/// All of a block's; kRanksALane: for up to 32 times as many ranks.
+template <int kRanksALane>
+struct RowShared {
+  typename RowPump<kRanksALane>::Storage rows[kRowWarps];
+  typename RowQueue<kRanksALane>::Heads heads[kRowWarps];
+  Shared rest;
 };
 
 __device__ int lane() { return static_cast<int>(threadIdx.x % 32); }
@@ -64,26 +60,26 @@ __device__ bool find_target(const DispatchArgs& args, std::uint64_t epoch,
   return check_rows_fit(comm, i, rows.begin, rows.end - rows.begin, place.rows);
 }
 
-/// By all threads, true in each: every receiver's place is known and fits.
+/// By one warp: every receiver's place is known and fits; false in a lane: not.
 __device__ bool find_targets(const DispatchArgs& args, std::uint64_t epoch, Shared& shared) {
   const Comm& comm = args.comm;
-  if (threadIdx.x < 32) {
-    const std::uint64_t hash = args.cached ? warp_hash(args.rank_prefix_matrix, comm.num_ranks) : 0;
-    if (threadIdx.x == 0) shared.record = comm.record;
-    if (threadIdx.x == 0) shared.record.routing_hash = hash;
+  const std::uint64_t hash = args.cached ? warp_hash(args.rank_prefix_matrix, comm.num_ranks) : 0;
+  if (lane() == 0) {
+    shared.record = comm.record;
+    shared.record.routing_hash = hash;
   }
-  __syncthreads();
+  __syncwarp();
   if (blockIdx.x == 0) {
     publish_place(comm, epoch, shared.record,
                   {args.block_segment, args.block_offset, args.block_rows,
                    args.fills_handle ? args.num_channels : 0, args.handle_segment,
-                   args.handle_offset, args.x_segment, args.x_offset});
+                   args.handle_offset, args.x_segment, args.x_offset},
+                  lane(), 32);
   }
   bool good = true;
-  for (int i = threadIdx.x; good && i < comm.num_ranks; i += blockDim.x) {
+  for (int i = lane(); good && i < comm.num_ranks; i += 32)
     good = may_start(comm) && find_target(args, epoch, shared.record, i, shared.targets[i]);
-  }
-  return __syncthreads_and(good) != 0;
+  return good;
 }
 
 /// The slot of a token's row at `rank`, or -1; a position that the handle's matrix does not know is
@@ -100,47 +96,75 @@ __device__ std::int32_t slot_of(const DispatchArgs& args, const Shared& shared, 
 
 // --- x ---------------------------------------------------------------------------------
 
-/// By a warp: its tokens, every stride-th. Only this rank writes these slots, behind the acquire in
-/// wait_place() (I5).
-__device__ void send_rows(const DispatchArgs& args, Shared& shared) {
-  const int warp = threadIdx.x / 32;
-  const int ranks = args.comm.num_ranks;
-  const std::int64_t stride = std::int64_t{gridDim.x} * kRowWarps;
-  const std::int64_t first = std::int64_t{warp} * gridDim.x + blockIdx.x;
-  const std::int64_t tokens = args.comm.record.num_tokens;
-  const auto mine = static_cast<int>(first < tokens ? (tokens - first + stride - 1) / stride : 0);
-  const std::int64_t row_bytes = args.format.x_bytes;
-  const auto pieces =
-      static_cast<int>((row_bytes + RowPump::kStageBytes - 1) / RowPump::kStageBytes);
-  const auto token_of = [&](std::int64_t i) {
-    return first + static_cast<int>(i) / pieces * stride;
-  };
-  RowPump pump(shared.rows[warp]);
-  pump.run(
-      std::int64_t{mine} * pieces,
-      [&](std::int64_t i) {
-        return piece_of<RowPump::kStageBytes>(args.x + token_of(i) * row_bytes, row_bytes,
-                                              static_cast<int>(i) % pieces);
-      },
-      [&](std::int64_t i) {
-        Slots slots;
+/// Where a piece goes at the ranks that a lane looks after, null: nowhere.
+template <int kRanksALane>
+struct PiecePlaces {
+  std::byte* to[kRanksALane];
+  std::uint32_t bytes;
+};
+
+/// What a lane knows of its ranks, once it is known where they want their rows. Only this rank
+/// writes these slots, behind the acquire in wait_place() (I5).
+template <int kRanksALane>
+class LaneTargets {
+ public:
+  __device__ LaneTargets(const DispatchArgs& args, const Shared& shared)
+      : args_(args), row_bytes_(static_cast<std::uint32_t>(args.format.x_bytes)) {
 #pragma unroll
-        for (int set = 0; set < kRanksALane; ++set) {
-          const int rank = set * 32 + lane();
-          slots.at[set] = rank < ranks ? slot_of(args, shared, token_of(i), rank) : -1;
-        }
-        return slots;
-      },
-      [&](std::int64_t i, const std::byte* from, std::uint32_t bytes, const Slots& slots) {
-        const std::int64_t at = static_cast<int>(i) % pieces * RowPump::kStageBytes;
+    for (int set = 0; set < kRanksALane; ++set) {
+      const int rank = set * 32 + lane();
+      if (rank >= args.comm.num_ranks) continue;
+      const Target& target = shared.targets[rank];
+      rows_[set] = target.arrays.x + target.first_slot * args.format.x_bytes;
+      num_rows_[set] = target.num_rows;
+    }
+  }
+
+  __device__ PiecePlaces<kRanksALane> operator()(const RowNote<kRanksALane>& note,
+                                                 bool there) const {
+    PiecePlaces<kRanksALane> places;
+    places.bytes = note.bytes;
 #pragma unroll
-        for (int set = 0; set < kRanksALane; ++set) {
-          if (slots.at[set] < 0) continue;
-          std::byte* to = shared.targets[set * 32 + lane()].arrays.x;
-          bulk_store(to + slots.at[set] * row_bytes + at, from, bytes);
-        }
-      });
-  pump.finish();
+    for (int set = 0; set < kRanksALane; ++set) {
+      const std::int32_t head = there ? note.head[set] : -1;
+      const bool known = static_cast<std::uint32_t>(head) < num_rows_[set];
+      places.to[set] =
+          known
+              ? rows_[set] + std::uint64_t{static_cast<std::uint32_t>(head)} * row_bytes_ + note.at
+              : nullptr;
+      if (head != -1 && !known)
+        raise_invalid(args_.comm, Finding::kBadPosition, note.token, set * 32 + lane(), head,
+                      num_rows_[set]);
+    }
+    return places;
+  }
+
+ private:
+  const DispatchArgs& args_;
+  std::uint32_t row_bytes_;
+  std::byte* rows_[kRanksALane] = {};
+  std::uint32_t num_rows_[kRanksALane] = {};
+};
+
+/// By a row warp: its share of x, which is on its way here before it is known where it goes.
+/// Returns what the block has agreed on: whether that is known.
+template <int kRanksALane>
+__device__ bool send_rows(const DispatchArgs& args, RowShared<kRanksALane>& shared, int warp) {
+  RowQueue<kRanksALane> queue(args, share_of(args, warp), shared.heads[warp]);
+  RowPump<kRanksALane> pump(shared.rows[warp]);
+  pump.start(queue);
+  if (!barrier_and(true)) {
+    pump.drop();
+    return false;
+  }
+  pump.run(queue, LaneTargets<kRanksALane>(args, shared.rest),
+           [](const std::byte* from, const PiecePlaces<kRanksALane>& places) {
+#pragma unroll
+             for (std::byte* to : places.to) {
+               if (to != nullptr) bulk_store(to, from, places.bytes);
+             }
+           });
+  return true;
 }
 
 // --- the rest of a row -----------------------------------------------------------------
@@ -247,6 +271,10 @@ __device__ void send_channel(const DispatchArgs& args, const Target& to, int ran
     to.handle.recv_channel_prefix_matrix[comm.rank * to.num_channels + channel] = before;
 }
 
+__host__ __device__ bool has_small(const DispatchArgs& args) {
+  return args.fills_handle || args.scales.data != nullptr;
+}
+
 /// By a small warp: its share of everything but x.
 __device__ void send_small(const DispatchArgs& args, const Shared& shared) {
   const int warps_here = static_cast<int>(blockDim.x / 32) - kRowWarps;
@@ -293,20 +321,24 @@ __device__ void void_results(const DispatchArgs& args, int block, int blocks) {
   for (std::int64_t i = begin; i < args.block_rows; i += step) args.recv_src_idx[i] = -1;
 }
 
+template <int kRanksALane>
 __global__ void __launch_bounds__(kMaxThreads, 1)
     dispatch(const __grid_constant__ DispatchArgs args) {
   extern __shared__ __align__(128) std::byte memory[];
-  Shared& shared = *reinterpret_cast<Shared*>(memory);
+  auto& all = *reinterpret_cast<RowShared<kRanksALane>*>(memory);
+  Shared& shared = all.rest;
   const Comm& comm = args.comm;
   const std::uint64_t epoch = comm.local->epoch + 1;
-  const bool good = find_targets(args, epoch, shared);
+  const int warp = threadIdx.x / 32;
+  bool good;
+  if (warp < kRowWarps) {
+    good = send_rows(args, all, warp);
+  } else {
+    good = barrier_and(warp != kRowWarps || find_targets(args, epoch, shared));
+    if (good && has_small(args)) send_small(args, shared);
+  }
   if (good) {
     fill_unused_rows(args, shared.targets[comm.rank].arrays);
-    if (threadIdx.x < kRowWarps * 32) {
-      send_rows(args, shared);
-    } else {
-      send_small(args, shared);
-    }
   } else {
     void_results(args, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
   }
@@ -323,18 +355,23 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   end_kernel(comm);
 }
 
+template <int kRanksALane>
+cudaError_t launch(const DispatchArgs& args, int num_sms, cudaStream_t stream) {
+  constexpr int kShared = sizeof(RowShared<kRanksALane>);
+  const cudaError_t allowed = allow_shared<dispatch<kRanksALane>>(kShared);
+  if (allowed != cudaSuccess) return allowed;
+  const int threads = has_small(args) ? kMaxThreads : (kRowWarps + 1) * 32;
+  dispatch<kRanksALane><<<num_sms, threads, kShared, stream>>>(args);
+  return cudaGetLastError();
+}
+
 }  // namespace
 
-cudaError_t load_dispatch() { return load<dispatch>(); }
+cudaError_t load_dispatch() { return load<dispatch<1>, dispatch<kMaxRanksALane>>(); }
 
 cudaError_t launch_dispatch(const DispatchArgs& args, int num_sms, cudaStream_t stream) {
-  constexpr int kShared = sizeof(Shared);
-  const cudaError_t allowed = allow_shared<dispatch>(kShared);
-  if (allowed != cudaSuccess) return allowed;
-  const bool small = args.fills_handle || args.scales.data != nullptr;
-  const int threads = small ? kMaxThreads : kRowWarps * 32;
-  dispatch<<<num_sms, threads, kShared, stream>>>(args);
-  return cudaGetLastError();
+  return args.comm.num_ranks <= 32 ? launch<1>(args, num_sms, stream)
+                                   : launch<kMaxRanksALane>(args, num_sms, stream);
 }
 
 }  // namespace deep_ep::cuda::intranode

@@ -17,11 +17,14 @@ constexpr int kRowWarps = 4;
 constexpr int kSmallWarps = 8;
 constexpr int kExpandThreads = (kRowWarps + kSmallWarps) * 32;
 
-/// The grouped row that a lane writes a received row to: of entry `lane`, or -1.
+/// A piece of a received row, and the grouped row that a lane writes it to: of entry `lane`, or -1.
 struct Copy {
   std::int32_t to;
+  std::int32_t row;
+  std::uint32_t at;  // of the piece in the row, in bytes
+  std::uint32_t bytes;
 };
-using RowPump = Pump<6, 7168, Copy>;
+using RowPump = Pump<6, 7168, 2, Copy>;
 
 struct Shared {
   RowPump::Storage rows[kRowWarps];
@@ -41,33 +44,39 @@ __device__ std::int32_t grouped_row(const GroupArgs& args, std::int64_t row, std
 __device__ void expand_x(const GroupArgs& args, Shared& shared, std::int64_t rows) {
   const int warp = threadIdx.x / 32;
   const std::int64_t stride = std::int64_t{gridDim.x} * kRowWarps;
-  const std::int64_t first = std::int64_t{warp} * gridDim.x + blockIdx.x;
-  const std::int64_t mine = first < rows ? (rows - first + stride - 1) / stride : 0;
-  const auto pieces =
-      static_cast<int>((args.x_bytes + RowPump::kStageBytes - 1) / RowPump::kStageBytes);
-  const auto row_of = [&](std::int64_t i) { return first + static_cast<int>(i) / pieces * stride; };
+  const auto row_bytes = static_cast<std::uint32_t>(args.x_bytes);
+  // A row ahead of its use, since it has to come from memory.
+  const auto copy_of = [&](std::int64_t row) {
+    const std::int32_t to = row < rows ? grouped_row(args, row, lane()) : -1;
+    // Entries that name the same expert are one copy.
+    const std::uint32_t same = __match_any_sync(kAll, to);
+    return __ffs(same) - 1 == lane() ? to : -1;
+  };
+  std::int64_t row = std::int64_t{warp} * gridDim.x + blockIdx.x;
+  std::uint32_t at = 0;
+  std::int32_t to = copy_of(row);
+  const auto next = [&](Piece& piece, Copy& copy) {
+    if (row >= rows) return false;
+    piece = {args.x + row * args.x_bytes + at, min(row_bytes - at, RowPump::kStageBytes)};
+    copy = {to, static_cast<std::int32_t>(row), at, piece.bytes};
+    at += RowPump::kStageBytes;
+    if (at >= row_bytes) {
+      at = 0;
+      row += stride;
+      to = copy_of(row);
+    }
+    return true;
+  };
   RowPump pump(shared.rows[warp]);
-  pump.run(
-      mine * pieces,
-      [&](std::int64_t i) {
-        return piece_of<RowPump::kStageBytes>(args.x + row_of(i) * args.x_bytes, args.x_bytes,
-                                              static_cast<int>(i) % pieces);
-      },
-      [&](std::int64_t i) {
-        const std::int32_t at = grouped_row(args, row_of(i), lane());
-        // Entries that name the same expert are one copy.
-        const std::uint32_t same = __match_any_sync(kAll, at);
-        return Copy{__ffs(same) - 1 == lane() ? at : -1};
-      },
-      [&](std::int64_t i, const std::byte* from, std::uint32_t bytes, const Copy& copy) {
-        const std::int64_t offset = static_cast<int>(i) % pieces * RowPump::kStageBytes;
-        if (copy.to >= 0) bulk_store(args.grouped_x + copy.to * args.x_bytes + offset, from, bytes);
-        for (std::int64_t k = 32 + lane(); k < args.shape.num_topk; k += 32) {
-          const std::int32_t at = grouped_row(args, row_of(i), k);
-          if (at >= 0) bulk_store(args.grouped_x + at * args.x_bytes + offset, from, bytes);
-        }
-      });
-  pump.finish();
+  const auto place = [](const Copy& copy, bool) { return copy; };
+  pump.run(next, place, [&](const std::byte* from, const Copy& copy) {
+    if (copy.to >= 0)
+      bulk_store(args.grouped_x + copy.to * args.x_bytes + copy.at, from, copy.bytes);
+    for (std::int64_t k = 32 + lane(); k < args.shape.num_topk; k += 32) {
+      const std::int32_t at = grouped_row(args, copy.row, k);
+      if (at >= 0) bulk_store(args.grouped_x + at * args.x_bytes + copy.at, from, copy.bytes);
+    }
+  });
 }
 
 /// By a warp: its rows' scales, to each of their groups.
