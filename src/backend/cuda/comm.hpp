@@ -17,12 +17,31 @@ constexpr int kMaxChunks = 1024;
 /// Tokens for which one warp counts; the words through which warps tell each other their counts.
 constexpr int kTokensPerCount = 256;
 
+/// Where a rank's rows go: its segment, and the rows that the block was carved for.
+struct Place {
+  std::int32_t segment;
+  std::int32_t num_channels = 0;  // of the handle to be filled, 0: none
+  std::int64_t offset;
+  std::int64_t rows;
+  std::int32_t handle_segment = 0;
+  std::int32_t x_segment = -1;  // of rows of x that do not go to the block
+  std::int64_t handle_offset = 0;
+  std::int64_t x_offset = 0;
+};
+/// What ranks tell each other at the beginning of a kernel that moves rows: the place, and what
+/// they called with, as far as it must agree.
+struct PlaceMessage {
+  static constexpr int kPlaceWords = sizeof(Place) / 4;
+  static constexpr int kRecordWords = offsetof(protocol::CallRecord, num_tokens) / 4;
+  static constexpr int kPackets = (kPlaceWords + kRecordWords + 2) / 3;
+};
+
 /// The beginning of every rank's segment 0.
 struct DeviceControl {
   protocol::ControlBlock block;  // without rings
-  // [2, R] by parity of the epoch and receiver of this rank's rows: a late block of a kernel may
-  // look while the receiver is in its next kernel already (I3, as for the mailboxes).
-  protocol::InboxPlace* places;
+  // [2, R, kPackets] by parity of the epoch and receiver of this rank's rows: a late block of a
+  // kernel may look while the receiver is in its next kernel already (I3, as for the mailboxes).
+  plan::Packet* places;
   std::uint64_t* chunks;  // [R, kMaxChunks] epoch of the combine whose rows are here
 
   /// `num_ranks` of a node. Over several nodes a rank tells, for itself and its rail peers, rows
@@ -31,12 +50,14 @@ struct DeviceControl {
     DeviceControl control;
     control.block = protocol::ControlBlock::carve(
         carver, {num_ranks, 0, 0, num_nodes > 1 ? num_nodes * (num_ranks + 1) : 0});
-    control.places = carver.take<protocol::InboxPlace>(std::int64_t{2} * num_ranks);
+    control.places =
+        carver.take<plan::Packet>(std::int64_t{2} * num_ranks * PlaceMessage::kPackets);
     control.chunks = carver.take<std::uint64_t>(std::int64_t{num_ranks} * kMaxChunks);
     return control;
   }
-  DEEP_EP_HD protocol::InboxPlace& place(std::uint64_t epoch, int rank, int num_ranks) const {
-    return places[static_cast<std::int64_t>(epoch % 2) * num_ranks + rank];
+  DEEP_EP_HD plan::Packet* place(std::uint64_t epoch, int rank, int num_ranks) const {
+    return places +
+           (static_cast<std::int64_t>(epoch % 2) * num_ranks + rank) * PlaceMessage::kPackets;
   }
   static std::int64_t bytes(int num_ranks, int num_nodes) {
     Carver carver(nullptr);

@@ -8,18 +8,6 @@
 // called with.
 namespace deep_ep::cuda {
 
-/// Where a rank's rows go: its segment, and the rows that the block was carved for.
-struct Place {
-  int segment;
-  std::int64_t offset;
-  std::int64_t rows;
-  int num_channels = 0;  // of the handle to be filled, 0: none
-  int handle_segment = 0;
-  std::int64_t handle_offset = 0;
-  int x_segment = -1;  // of rows of x that do not go to the block
-  std::int64_t x_offset = 0;
-};
-
 /// By one warp: a hash of the handle's rank_prefix_matrix [R, R] that depends on every element and
 /// its place.
 __device__ inline std::uint64_t warp_hash(const std::int32_t* matrix, int num_ranks) {
@@ -35,27 +23,35 @@ __device__ inline std::uint64_t warp_hash(const std::int32_t* matrix, int num_ra
   return sum;
 }
 
-/// By `threads` threads of one block, this one the thread-th: this rank's place and record, to all.
-/// Nobody reads the block that the place names (it comes from the heap, behind its last readers),
-/// and no sender reads the place of two kernels ago any more (I3).
+/// The tag of a place's packets. Memory that was never written has no tag, and what a kernel of two
+/// epochs ago wrote another one.
+__device__ inline std::uint32_t place_tag(std::uint64_t epoch) {
+  return static_cast<std::uint32_t>(epoch) << 1 | 1;
+}
+
+/// By `threads` threads of one block, this one the thread-th: this rank's place and record, to all,
+/// in packets: 12 bytes and a tag, written and read by one access each, so that there is no fence.
+/// Nobody reads the block that the place names (it comes from the heap, behind its last readers: an
+/// earlier kernel, whose loads have returned), and no sender reads the place of two kernels ago any
+/// more (I3).
 __device__ inline void publish_place(const Comm& comm, std::uint64_t epoch,
                                      const protocol::CallRecord& record, const Place& own,
-                                     unsigned thread = threadIdx.x, unsigned threads = blockDim.x) {
-  for (unsigned i = thread; i < static_cast<unsigned>(comm.num_ranks); i += threads) {
-    const int source = (comm.rank + 1 + static_cast<int>(i)) % comm.num_ranks;
-    const DeviceControl there = comm.control(source);
-    there.block.mailbox_of(epoch).record[comm.rank] = record;
-    protocol::InboxPlace& place = there.place(epoch, comm.rank, comm.num_ranks);
-    place.segment = own.segment;
-    place.offset = own.offset;
-    place.rows = own.rows;
-    place.num_channels = own.num_channels;
-    place.handle_segment = own.handle_segment;
-    place.handle_offset = own.handle_offset;
-    place.x_segment = own.x_segment;
-    place.x_offset = own.x_offset;
-    // release: pairs with the acquire in wait_place() of the source.
-    place.ready.publish(epoch);
+                                     int thread = static_cast<int>(threadIdx.x),
+                                     int threads = static_cast<int>(blockDim.x)) {
+  const auto* place_words = reinterpret_cast<const std::uint32_t*>(&own);
+  const auto* record_words = reinterpret_cast<const std::uint32_t*>(&record);
+  const auto word = [&](int i) -> std::uint32_t {
+    if (i < PlaceMessage::kPlaceWords) return place_words[i];
+    i -= PlaceMessage::kPlaceWords;
+    return i < PlaceMessage::kRecordWords ? record_words[i] : 0;
+  };
+#pragma unroll 1
+  for (int i = thread; i < comm.num_ranks * PlaceMessage::kPackets; i += threads) {
+    const int source = (comm.rank + 1 + i / PlaceMessage::kPackets) % comm.num_ranks;
+    const int packet = i % PlaceMessage::kPackets;
+    store_relaxed_sys_b128(comm.control(source).place(epoch, comm.rank, comm.num_ranks) + packet,
+                           {std::uint64_t{word(packet * 3 + 1)} << 32 | word(packet * 3),
+                            std::uint64_t{place_tag(epoch)} << 32 | word(packet * 3 + 2)});
   }
 }
 
@@ -75,30 +71,52 @@ __device__ inline std::byte* segment_base(const Comm& comm, int rank, int segmen
   return reinterpret_cast<std::byte*>(base);
 }
 
+/// True, and the words of a place's packets, once all of them are of the epoch.
+__device__ inline bool take_place(const plan::Packet* from, std::uint64_t epoch,
+                                  std::uint32_t (&words)[3 * PlaceMessage::kPackets]) {
+  Words16 packets[PlaceMessage::kPackets];
+#pragma unroll
+  for (int i = 0; i < PlaceMessage::kPackets; ++i) packets[i] = load_relaxed_sys_b128(from + i);
+  bool here = true;
+#pragma unroll
+  for (int i = 0; i < PlaceMessage::kPackets; ++i) {
+    words[3 * i] = static_cast<std::uint32_t>(packets[i].low);
+    words[3 * i + 1] = static_cast<std::uint32_t>(packets[i].low >> 32);
+    words[3 * i + 2] = static_cast<std::uint32_t>(packets[i].high);
+    here = here && static_cast<std::uint32_t>(packets[i].high >> 32) == place_tag(epoch);
+  }
+  return here;
+}
+
 /// By one thread: waits until `rank` has published its place and its segments are mapped here, and
 /// notes how long. Returns the base of the block, or null if the wait failed or the ranks disagree.
+/// What is written there depends on what the place says, and so comes behind it.
 __device__ inline std::byte* wait_place(const Comm& comm, std::uint64_t epoch,
-                                        const protocol::CallRecord& record, int rank) {
-  const DeviceControl own = comm.control(comm.rank);
-  const protocol::InboxPlace& place = own.place(epoch, rank, comm.num_ranks);
-  std::byte* base = nullptr;
+                                        const protocol::CallRecord& record, int rank,
+                                        Place& place) {
+  const plan::Packet* from = comm.control(comm.rank).place(epoch, rank, comm.num_ranks);
+  std::uint32_t words[3 * PlaceMessage::kPackets];
   const long long begin = clock64();
-  const bool ready = wait_for(
+  bool ready = wait_for(
+      comm, rank, Wait::kPlace, epoch, [&] { return take_place(from, epoch, words); },
+      [] { return 0; });
+  note_wait(comm, rank, begin);
+  if (!ready) return nullptr;
+  protocol::CallRecord theirs = {};
+  memcpy(&place, words, sizeof place);
+  memcpy(&theirs, words + PlaceMessage::kPlaceWords, PlaceMessage::kRecordWords * 4);
+  std::byte* base = nullptr;
+  ready = wait_for(
       comm, rank, Wait::kPlace, epoch,
       [&] {
-        // acquire: pairs with publish_place() of the receiver.
-        if (!place.ready.reached(epoch)) return false;
         base = segment_base(comm, rank, place.segment);
         return base != nullptr &&
                (place.num_channels == 0 ||
                 segment_base(comm, rank, place.handle_segment) != nullptr) &&
                (place.x_segment < 0 || segment_base(comm, rank, place.x_segment) != nullptr);
       },
-      [&] { return place.ready.seen(); });
-  note_wait(comm, rank, begin);
-  if (!ready ||
-      !agrees(comm, record, own.block.mailbox_of(epoch).record[rank], comm.global_rank(rank)))
-    return nullptr;
+      [] { return 0; });
+  if (!ready || !agrees(comm, record, theirs, comm.global_rank(rank))) return nullptr;
   return base + place.offset;
 }
 

@@ -19,15 +19,18 @@ __device__ bool find_blocks(const Args& args, std::uint64_t epoch, Blocks& block
   const int all = args.rails.shape.topology.num_ranks;
   if (blockIdx.x == 0) {
     publish_place(comm, epoch, comm.record,
-                  {args.block_segment, args.block_offset, args.block_rows, 0, 0, 0, args.x_segment,
-                   args.x_offset});
+                  {.segment = args.block_segment,
+                   .offset = args.block_offset,
+                   .rows = args.block_rows,
+                   .x_segment = args.x_segment,
+                   .x_offset = args.x_offset});
   }
   bool good = true;
   for (int i = threadIdx.x; good && i < comm.num_ranks; i += blockDim.x) {
-    std::byte* base = may_start(comm) ? wait_place(comm, epoch, comm.record, i) : nullptr;
+    Place place;
+    std::byte* base = may_start(comm) ? wait_place(comm, epoch, comm.record, i, place) : nullptr;
     good = base != nullptr;
     if (!good) break;
-    const protocol::InboxPlace& place = comm.control(comm.rank).place(epoch, i, comm.num_ranks);
     std::byte* x =
         place.x_segment < 0 ? nullptr : segment_base(comm, i, place.x_segment) + place.x_offset;
     Carver carver(base);

@@ -27,6 +27,7 @@ struct Shared {
   const std::byte* weights[kSumWarps][kMaxRanks];
   unsigned long long waited[kMaxRanks];
   protocol::CallRecord record;  // with the hash of the handle's routing
+  Place inbox;                  // of this rank
 };
 
 /// Rows that `from` brings home to `source`.
@@ -48,9 +49,10 @@ __device__ std::int64_t inbox_begin(const CombineArgs& args, int source, int fro
 __device__ bool find_other(const CombineArgs& args, std::uint64_t epoch,
                            const protocol::CallRecord& record, int i, Other& other) {
   const Comm& comm = args.comm;
-  std::byte* theirs = wait_place(comm, epoch, record, i);
+  Place place;
+  std::byte* theirs = wait_place(comm, epoch, record, i, place);
   if (theirs == nullptr) return false;
-  const std::int64_t room = comm.control(comm.rank).place(epoch, i, comm.num_ranks).rows;
+  const std::int64_t room = place.rows;
   const plan::RowRange push = rows_of(args, i, comm.rank);
   const plan::RowRange come = rows_of(args, comm.rank, i);
   other.x_row = push.begin;
@@ -79,24 +81,28 @@ __device__ bool find_other(const CombineArgs& args, std::uint64_t epoch,
 
 /// By all threads, true in each: all ranks agree and their inboxes are known.
 __device__ bool find_others(const CombineArgs& args, std::uint64_t epoch, Shared& shared) {
+  // Loaded here, looked at when there is nothing else to wait for.
+  const std::uint32_t fault =
+      protocol::load_relaxed(&args.comm.control(args.comm.rank).block.fault->state);
   if (threadIdx.x < 32) {
     const std::uint64_t hash = warp_hash(args.rank_prefix_matrix, args.comm.num_ranks);
-    if (threadIdx.x == 0) shared.record = args.comm.record;
-    if (threadIdx.x == 0) shared.record.routing_hash = hash;
+    if (threadIdx.x == 0) {
+      shared.record = args.comm.record;
+      shared.record.routing_hash = hash;
+      shared.inbox = {
+          .segment = args.inbox_segment, .offset = args.inbox_offset, .rows = args.inbox_rows};
+    }
   } else if (threadIdx.x < 32 + kPushWarps) {
     shared.pushed[threadIdx.x - 32] = {};
   }
   __syncthreads();
-  if (blockIdx.x == 0) {
-    publish_place(args.comm, epoch, shared.record,
-                  {args.inbox_segment, args.inbox_offset, args.inbox_rows});
-  }
+  if (blockIdx.x == 0) publish_place(args.comm, epoch, shared.record, shared.inbox);
   bool good = true;
   for (int i = threadIdx.x; good && i < args.comm.num_ranks; i += kThreads) {
     shared.waited[i] = 0;
-    good = may_start(args.comm) && find_other(args, epoch, shared.record, i, shared.others[i]);
+    good = find_other(args, epoch, shared.record, i, shared.others[i]);
   }
-  return __syncthreads_and(good) != 0;
+  return __syncthreads_and(good && fault == protocol::FaultRecord::kNone) != 0;
 }
 
 // --- summing ---------------------------------------------------------------------------

@@ -26,6 +26,7 @@ struct Target {
 struct Shared {
   Target targets[kMaxRanks];
   protocol::CallRecord record;  // with the hash of the handle's routing
+  Place own;                    // of this rank's results
 };
 /// All of a block's; kRanksALane: for up to 32 times as many ranks.
 template <int kRanksALane>
@@ -41,9 +42,9 @@ __device__ int lane() { return static_cast<int>(threadIdx.x % 32); }
 __device__ bool find_target(const DispatchArgs& args, std::uint64_t epoch,
                             const protocol::CallRecord& record, int i, Target& target) {
   const Comm& comm = args.comm;
-  std::byte* base = wait_place(comm, epoch, record, i);
+  Place place;
+  std::byte* base = wait_place(comm, epoch, record, i, place);
   if (base == nullptr) return false;
-  const protocol::InboxPlace& place = comm.control(comm.rank).place(epoch, i, comm.num_ranks);
   const auto rows = plan::rows_from(args.rank_prefix_matrix, comm.rank, i, comm.num_ranks);
   Carver carver(base);
   std::byte* x =
@@ -63,23 +64,27 @@ __device__ bool find_target(const DispatchArgs& args, std::uint64_t epoch,
 /// By one warp: every receiver's place is known and fits; false in a lane: not.
 __device__ bool find_targets(const DispatchArgs& args, std::uint64_t epoch, Shared& shared) {
   const Comm& comm = args.comm;
+  // Loaded here, looked at when there is nothing else to wait for.
+  const std::uint32_t fault = protocol::load_relaxed(&comm.control(comm.rank).block.fault->state);
   const std::uint64_t hash = args.cached ? warp_hash(args.rank_prefix_matrix, comm.num_ranks) : 0;
   if (lane() == 0) {
     shared.record = comm.record;
     shared.record.routing_hash = hash;
+    shared.own = {.segment = args.block_segment,
+                  .num_channels = args.fills_handle ? args.num_channels : 0,
+                  .offset = args.block_offset,
+                  .rows = args.block_rows,
+                  .handle_segment = args.handle_segment,
+                  .x_segment = args.x_segment,
+                  .handle_offset = args.handle_offset,
+                  .x_offset = args.x_offset};
   }
   __syncwarp();
-  if (blockIdx.x == 0) {
-    publish_place(comm, epoch, shared.record,
-                  {args.block_segment, args.block_offset, args.block_rows,
-                   args.fills_handle ? args.num_channels : 0, args.handle_segment,
-                   args.handle_offset, args.x_segment, args.x_offset},
-                  lane(), 32);
-  }
+  if (blockIdx.x == 0) publish_place(comm, epoch, shared.record, shared.own, lane(), 32);
   bool good = true;
   for (int i = lane(); good && i < comm.num_ranks; i += 32)
-    good = may_start(comm) && find_target(args, epoch, shared.record, i, shared.targets[i]);
-  return good;
+    good = find_target(args, epoch, shared.record, i, shared.targets[i]);
+  return good && fault == protocol::FaultRecord::kNone;
 }
 
 /// The slot of a token's row at `rank`, or -1; a position that the handle's matrix does not know is
@@ -352,7 +357,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   } else {
     void_results(args, 0, 1);  // what other blocks wrote, too
   }
-  end_kernel(comm);
+  end_kernel(comm, complete);
 }
 
 template <int kRanksALane>

@@ -11,7 +11,7 @@ namespace deep_ep::cuda::intranode {
 constexpr int kPushWarps = 2;
 // So many warps fill the link. With more of them sums wait longer for memory: see
 // docs/performance.md.
-constexpr int kPushLinkWarps = 24;
+constexpr int kPushLinkWarps = 20;
 
 /// log2 of the rows of a piece: as few as kMaxChunks pieces allow, since sums begin piece by piece.
 __device__ inline int chunk_shift(std::int64_t count) {

@@ -11,9 +11,11 @@ namespace deep_ep::cuda::intranode {
 // Warps of a block that move rows of x, each with six stages of half a row of 7168 BF16 values.
 constexpr int kRowWarps = 4;
 
-// So many warps fill the link to other GPUs. With more, writes to this GPU's memory queue behind
-// those to others: see docs/performance.md.
+// So many warps fill the link to other GPUs, beside those for this GPU's memory on the same SMs or
+// apart from them. With more, writes to this GPU queue behind those to others: see
+// docs/performance.md.
 constexpr int kLinkWarps = 30;
+constexpr int kLinkWarpsApart = 32;
 // An SM writes about a seventh of what the link carries. With so few of them that this is what
 // limits, every row is read once, by a warp that sends it to all of its ranks.
 constexpr int kLinkSms = 7;
@@ -66,14 +68,24 @@ __device__ inline RowShare share_of(const DispatchArgs& args, int warp) {
   const bool few = static_cast<float>(blocks) * others < kLinkSms * (own + others);
   if (own <= 0 || others <= 0 || few) return share(i, warps, true, true);
   // A piece on its way to several ranks is as many on the link.
-  const float copies = others / static_cast<float>(tokens);
-  const int wanted = copies > 1 ? static_cast<int>(kLinkWarps / copies) : kLinkWarps;
-  const int remote = max(1, min(wanted, warps - 1));
-  if (i < remote) return share(i, remote, false, true);
-  // As many as end at the same time: with more, both kinds wait for memory.
-  const auto enough = static_cast<int>(1.15f * kLinkWarps * own / others) + 1;
-  const int local = min(enough, warps - remote);
-  return share(i < remote + local ? i - remote : tokens, local, true, false);
+  const float copies = max(1.0f, others / static_cast<float>(tokens));
+  // On SMs of their own, two warps each, if there are so many; and of the others as many as end at
+  // the same time, since with more both kinds wait for memory.
+  const int apart = max(2, static_cast<int>(kLinkWarpsApart / copies));
+  const int apart_blocks = (apart + 1) / 2;
+  const auto enough = static_cast<int>(min(1.05f * kLinkWarpsApart * own / others, 65536.0f)) + 1;
+  if ((blocks - apart_blocks) * kRowWarps >= enough) {
+    const auto block = static_cast<int>(blockIdx.x);
+    const bool remote = block < apart_blocks;
+    const int of = remote ? warp * apart_blocks + block
+                          : warp * (blocks - apart_blocks) + block - apart_blocks;
+    const int size = remote ? apart : enough;
+    return share(of < size ? of : tokens, size, !remote, remote);
+  }
+  const float part = static_cast<float>(warps) * others / (own + others);
+  const int remote = max(1, static_cast<int>(min(kLinkWarps / copies, part)));
+  return i < remote ? share(i, remote, false, true)
+                    : share(i - remote, warps - remote, true, false);
 }
 
 /// By a warp: the pieces of its rows, one after the other. Which ranks a token goes to is on its
