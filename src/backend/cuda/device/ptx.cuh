@@ -46,6 +46,19 @@ __device__ __forceinline__ Words16 load_relaxed_sys_b128(const void* from) {
       : "memory");
   return value;
 }
+__device__ __forceinline__ Words16 load_acquire_sys_b128(const void* from) {
+  Words16 value;
+  asm volatile(
+      "{\n"
+      ".reg .b128 v;\n"
+      "ld.acquire.sys.global.b128 v, [%2];\n"
+      "mov.b128 {%0, %1}, v;\n"
+      "}"
+      : "=l"(value.low), "=l"(value.high)
+      : "l"(from)
+      : "memory");
+  return value;
+}
 __device__ __forceinline__ void fence_acq_rel_sys() {
   asm volatile("fence.acq_rel.sys;" ::: "memory");
 }
