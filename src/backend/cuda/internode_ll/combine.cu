@@ -1,3 +1,5 @@
+#include <type_traits>
+
 #include "backend/cuda/internode_ll/combine.cuh"
 
 namespace deep_ep::cuda::internode_ll {
@@ -108,7 +110,8 @@ struct PlainRows {
   /// rows may have come plainly. False: a fault.
   static __device__ bool sum_packets(const auto& args, const Ticket& ticket, const Route& route,
                                      std::byte* row) {
-    constexpr int kSize = 3;
+    // Five are all that a thread has of a row of 7168 values; elsewhere registers are too few.
+    constexpr int kSize = std::remove_cvref_t<decltype(args)>::kRankMajor ? 5 : 3;
     const Announced announced(args.shared, args.comm.num_ranks);
     const MessageArea& area = args.places.returns;
     const int ranks = *route.num_ranks;

@@ -318,7 +318,7 @@ __device__ bool receive(const auto& args, const Ticket& ticket, bool good, const
     if (known) {
       if (__syncthreads_and(good) == 0) return false;
     } else {
-      const bool loaded = args.is_rank_major() && token == first_token();
+      const bool loaded = args.kFew && args.is_rank_major() && token == first_token();
       const RouteIds ids = loaded ? first : RouteIds(args, token);
       if (!find_route(args, token, ids, good, route)) return false;
     }

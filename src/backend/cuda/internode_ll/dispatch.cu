@@ -154,7 +154,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSm)
     good = count_all(args, ids.first, shared_at<std::int32_t>(args.shared.messages),
                      shared_at<std::int32_t>(args.shared.counts));
   Ticket ticket = take_ticket(args, ticket_words);
-  ticket.keeps_own = can_keep_own(args);
+  // With blocks to spare a block that has nothing else to do is done with the row sooner.
+  ticket.keeps_own = can_keep_own(args) && args.num_tokens * (args.comm.num_ranks + 1) > gridDim.x;
   if (keeps_books() && warp_id() == 0) tell_consumed(args);
   if (keeps_books() && warp_id() == kWarps - 2) count_for_absent(args, ticket);
   if (warp_id() == kWarps - 1) good = may_begin(args, ticket, words) && good;

@@ -29,6 +29,11 @@ struct Route {
         num_ranks(to_message + at.topk) {}
 };
 
+/// So few tokens are one warp's work, beside the others', which in a dispatch stage a row.
+__device__ inline bool fits_a_warp(const StepArgs& args) {
+  return args.num_tokens <= (args.kind == plan::LowLatencyKind::kDispatch ? 64 : 32);
+}
+
 /// A few ids of one token, loaded before the first is looked at.
 struct SomeIds {
   static constexpr int kSize = 8;
@@ -128,21 +133,24 @@ __device__ inline std::uint32_t spread_bits(std::uint32_t bits) {
 /// before it name their expert, and go to its rank. Looks at the ids of all tokens, since all are
 /// checked before anything is sent. `first` are the ids of the thread's first token.
 __device__ inline bool count_before(const auto& args, const Route& route, std::int64_t token,
-                                    int from, SomeIds some) {
+                                    int from, SomeIds next) {
   const int topk = args.shape.num_topk;
   const int targets = topk - from < 32 ? topk - from : 32;
   const Marks marks(args);
+  const int stride = fits_a_warp(args) ? 32 : kThreads;
   int same_expert = 0;
   int same_rank = 0;
   bool good = true;
 #pragma unroll 1
-  for (std::int64_t base = warp_id() * 32; base < args.num_tokens; base += kThreads) {
+  for (std::int64_t base = warp_id() * 32; base < args.num_tokens; base += stride) {
     const std::int64_t other = base + lane_id();
+    SomeIds some = next;
+    if (base + stride < args.num_tokens) next = load_ids(args, other + stride, 0);
     std::uint32_t experts = 0;
     std::uint32_t ranks = 0;
 #pragma unroll 1
     for (int k = 0; k < topk; k += SomeIds::kSize) {
-      if (k > 0 || base >= kThreads) some = load_ids(args, other, k);
+      if (k > 0) some = load_ids(args, other, k);
       if (!some.good) raise_bad_id(args, other);
       good = good && some.good;
       if (other >= token) continue;
@@ -292,9 +300,6 @@ __device__ inline bool count_before_all(const auto& args, std::int64_t token, co
   }
   return good;
 }
-
-/// So few tokens are one warp's work, beside the others'.
-__device__ inline bool fits_a_warp(const StepArgs& args) { return args.num_tokens <= 32; }
 
 /// By the first warp: where `token` goes. False in any lane: an id of a token is not allowed.
 __device__ inline bool find_route_in_warp(const auto& args, std::int64_t token, const RouteIds& ids,

@@ -40,9 +40,10 @@ enum class Form : std::uint8_t { kAny, kExpertMajor, kRankMajor };
 template <class Args, Form kForm>
 struct Formed : Args {
   static constexpr bool kFew = kForm != Form::kAny;
+  static constexpr bool kRankMajor = kForm == Form::kRankMajor;
   __device__ bool is_rank_major() const {
     if constexpr (kForm == Form::kAny) return Args::rank_major;
-    return kForm == Form::kRankMajor;
+    return kRankMajor;
   }
 };
 
