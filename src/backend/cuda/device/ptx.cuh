@@ -63,14 +63,17 @@ __device__ __forceinline__ Words16 load_relaxed_sys_b128(const void* from) {
       : "memory");
   return value;
 }
-/// A plain load of global memory, which stays where it is written: the compiler would rather put
-/// its use next to it than have several loads under way.
-__device__ __forceinline__ uint4 load_global_b128(const void* from) {
-  uint4 value;
-  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "l"(__cvta_generic_to_global(from))
-               : "memory");
+__device__ __forceinline__ Words16 load_acquire_sys_b128(const void* from) {
+  Words16 value;
+  asm volatile(
+      "{\n"
+      ".reg .b128 v;\n"
+      "ld.acquire.sys.global.b128 v, [%2];\n"
+      "mov.b128 {%0, %1}, v;\n"
+      "}"
+      : "=l"(value.low), "=l"(value.high)
+      : "l"(from)
+      : "memory");
   return value;
 }
 __device__ __forceinline__ void fence_acq_rel_sys() {

@@ -75,14 +75,14 @@ __device__ __noinline__ inline bool agrees_with(const StepArgs& args, const Tick
   return agrees(args.comm, args.comm.record, theirs, source);
 }
 
-/// By the warps of one block, each its share, a packet a lane: calls of all ranks are alike. Joined
-/// by the caller.
+/// By the warps of one block, the last ones first, a packet a lane: calls of all ranks are alike.
+/// Joined by the caller.
 __device__ inline bool all_agree(const StepArgs& args, const Ticket& ticket) {
   const auto* own = reinterpret_cast<const std::uint32_t*>(&args.comm.record);
   const int part = lane_id() + 1;
   bool good = true;
 #pragma unroll 1
-  for (int source = warp_id(); source < args.comm.num_ranks; source += kWarps) {
+  for (int source = kWarps - 1 - warp_id(); source < args.comm.num_ranks; source += kWarps) {
     bool differs = false;
     if (part < plan::kCallPackets) {
       const Packet* from = place_here(ticket.packet_shift, args.places.call(source)) + part;
@@ -102,12 +102,10 @@ __device__ inline bool all_agree(const StepArgs& args, const Ticket& ticket) {
   return good;
 }
 
-/// Whether rows go in packets: if there is room, and not so many that the packets' fourth word
-/// would cost more than the fence that plain rows need.
-__device__ inline bool uses_packets(const StepArgs& args, const plan::MessageArea& area,
-                                    std::int64_t messages) {
-  constexpr std::int64_t kMaxBytes = 1 << 20;
-  return messages <= area.max_packeted && messages * args.shape.row_bytes <= kMaxBytes;
+/// Whether rows go in packets: if there is room. Their fourth word costs less than the fence that
+/// plain rows need.
+__device__ inline bool uses_packets(const plan::MessageArea& area, std::int64_t messages) {
+  return messages <= area.max_packeted;
 }
 
 }  // namespace deep_ep::cuda::internode_ll

@@ -1,3 +1,5 @@
+#include <type_traits>
+
 #include "backend/cuda/internode_ll/combine.cuh"
 
 namespace deep_ep::cuda::internode_ll {
@@ -6,17 +8,26 @@ namespace {
 
 /// Rows of bfloat16, as they are.
 struct PlainRows {
+  static constexpr bool kKeepsOwn = true;
+  /// What a thread has of a row at once, so that their loads are under way together, and those of
+  /// the next addend while it sums.
+  static constexpr int kUnits = 4;
+
   static __device__ std::int64_t x_bytes(const CombineArgs& args) { return args.shape.row_bytes; }
 
   static __device__ void stage(const auto& args) {
-    auto* row = shared_at<uint4>(args.shared.row);
-    const auto units = static_cast<int>(args.shape.row_bytes / 16);
-#pragma unroll 2
-    for (int unit = threadIdx.x; unit < units; unit += kThreads) row[unit] = partial(args, unit);
+    sum_rows(args, shared_at<Addend>(args.shared.places),
+             args.is_rank_major() ? 1 : *shared_at<std::int32_t>(args.shared.num_places),
+             shared_at<uint4>(args.shared.row));
   }
 
   static __device__ bool sum_token(const auto& args, const Ticket& ticket, std::int64_t token,
                                    const Route& route) {
+    if (ticket.keeps_own && !args.is_rank_major()) {
+      sum_rows(args, shared_at<Addend>(args.shared.own_addends),
+               *shared_at<std::int32_t>(args.shared.num_own),
+               shared_at<uint4>(args.shared.own_row));
+    }
     if (!await_rows(args, ticket, route)) return false;
     std::byte* out = args.combined_x + token * args.shape.row_bytes;
     if (!comes_in_packets(args, route)) {
@@ -32,6 +43,44 @@ struct PlainRows {
   }
 
  private:
+  static __device__ void load_units(const uint4* from, int first, int units, uint4* values) {
+#pragma unroll
+    for (int j = 0; j < kUnits; ++j)
+      if (first + j * kThreads < units) values[j] = from[first + j * kThreads];
+  }
+
+  /// By all threads: the weighted sum of rows, or the one row of rank-major.
+  static __device__ void sum_rows(const auto& args, const Addend* addends, int count, uint4* row) {
+    const auto units = static_cast<int>(args.shape.row_bytes / 16);
+#pragma unroll 1
+    for (int first = threadIdx.x; first < units; first += kUnits * kThreads)
+      sum_units(args, addends, count, first, row);
+  }
+
+  static __device__ void sum_units(const auto& args, const Addend* addends, int count, int first,
+                                   uint4* row) {
+    const auto units = static_cast<int>(args.shape.row_bytes / 16);
+    uint4 next[kUnits] = {};
+    if (count > 0) load_units(addends[0].row, first, units, next);
+    Sum8 sums[kUnits];
+    if (!args.is_rank_major()) {
+#pragma unroll 1
+      for (int i = 0; i < count; ++i) {
+        const float weight = addends[i].weight;
+        uint4 values[kUnits];
+#pragma unroll
+        for (int j = 0; j < kUnits; ++j) values[j] = next[j];
+        if (i + 1 < count) load_units(addends[i + 1].row, first, units, next);
+#pragma unroll
+        for (int j = 0; j < kUnits; ++j) sums[j].add(values[j], weight);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kUnits; ++j)
+      if (first + j * kThreads < units)
+        row[first + j * kThreads] = args.is_rank_major() ? next[j] : sums[j].round();
+  }
+
   static __device__ bool comes_in_packets(const auto& args, const Route& route) {
     const Announced announced(args.shared, args.comm.num_ranks);
     bool found = false;
@@ -61,7 +110,8 @@ struct PlainRows {
   /// rows may have come plainly. False: a fault.
   static __device__ bool sum_packets(const auto& args, const Ticket& ticket, const Route& route,
                                      std::byte* row) {
-    constexpr int kSize = PacketBatch::kSize;
+    // Five are all that a thread has of a row of 7168 values; elsewhere registers are too few.
+    constexpr int kSize = std::remove_cvref_t<decltype(args)>::kRankMajor ? 5 : 3;
     const Announced announced(args.shared, args.comm.num_ranks);
     const MessageArea& area = args.places.returns;
     const int ranks = *route.num_ranks;
@@ -74,7 +124,7 @@ struct PlainRows {
       for (int i = 0; i < ranks; ++i) {
         const int rank = route.to_rank[i];
         if (rank < 0) continue;
-        PacketBatch batch;
+        PacketBatch<kSize> batch;
         if (announced.packeted[rank] != 0) {
           const Packet* from = place_here(ticket.packet_shift, area.row(rank, route.to_message[i]));
           const Arrival arrival = batch.await(args, ticket, rank, from, first, kThreads, count);

@@ -11,6 +11,9 @@ namespace {
 
 template <class Wire>
 struct WireRows {
+  // A row has to be coded as all are.
+  static constexpr bool kKeepsOwn = false;
+
   static __device__ std::int64_t x_bytes(const CombineArgs& args) { return 2 * args.hidden; }
 
   static __device__ void stage(const auto& args) {

@@ -1,4 +1,5 @@
 #include "backend/cuda/internode_ll/announce.cuh"
+#include "backend/cuda/internode_ll/count.cuh"
 #include "backend/cuda/internode_ll/receive.cuh"
 #include "backend/cuda/internode_ll/route.cuh"
 #include "backend/cuda/internode_ll/stage.cuh"
@@ -10,7 +11,7 @@ namespace {
 SharedOffsets plan_shared(const DispatchArgs& args) {
   const plan::LowLatencyShape& shape = args.shape;
   SharedOffsets at;
-  at.take_route(shape.num_topk);
+  at.take_route(shape);
   at.announced = at.take(std::int64_t{8} * shape.num_ranks);
   at.messages = at.take(std::int64_t{4} * shape.num_ranks);
   at.entries = at.take(static_cast<std::int64_t>(sizeof(HeadEntry)) * shape.num_topk);
@@ -23,14 +24,12 @@ SharedOffsets plan_shared(const DispatchArgs& args) {
 
 // --- sending ---------------------------------------------------------------------------
 
-/// By all threads of one block: this rank's messages and rows for all others, counted over all its
-/// tokens, and told, a warp a rank. False in each if an id is not allowed, or `good` is false in
-/// any.
-__device__ bool send_counts(const auto& args, const Ticket& ticket, bool good) {
-  auto* messages = shared_at<std::int32_t>(args.shared.messages);
-  auto* counts = shared_at<std::int32_t>(args.shared.counts);
-  if (!count_all(args, good, messages, counts)) return false;
-  const bool packeted = uses_packets(args, args.places.messages, args.num_tokens);
+/// By all threads of one block: this rank's messages and rows for all others, which it has counted,
+/// a warp a rank.
+__device__ void send_counts(const auto& args, const Ticket& ticket) {
+  const auto* messages = shared_at<std::int32_t>(args.shared.messages);
+  const auto* counts = shared_at<std::int32_t>(args.shared.counts);
+  const bool packeted = uses_packets(args.places.messages, args.num_tokens);
 #pragma unroll 1
   for (int rank = warp_id(); rank < args.comm.num_ranks; rank += kWarps) {
     if (is_masked(args, rank)) continue;
@@ -47,51 +46,57 @@ __device__ bool send_counts(const auto& args, const Ticket& ticket, bool good) {
       send_packet(to + i, words[0], words[1], words[2], ticket.tag);
     }
   }
-  return true;
 }
 
-/// The heads of a token's messages, a warp each.
+/// Whether nothing is sent to a rank of a token.
+__device__ bool is_skipped(const auto& args, const Ticket& ticket, int rank) {
+  return is_masked(args, rank) || (ticket.keeps_own && rank == args.comm.rank);
+}
+
+/// By one warp: the heads of a token's messages.
 __device__ void send_heads(const auto& args, const Ticket& ticket, std::int64_t token,
                            const Route& route) {
 #pragma unroll 1
-  for (int to = warp_id(); to < *route.num_ranks; to += kWarps) {
+  for (int to = 0; to < *route.num_ranks; ++to) {
     const int rank = route.to_rank[to];
-    if (is_masked(args, rank)) continue;
+    if (is_skipped(args, ticket, rank)) continue;
     Packet* head = place_at(args, ticket.packet_shift,
                             args.places.messages.head(args.comm.rank, route.to_message[to]), rank);
 #pragma unroll 1
     for (int part = lane_id(); part <= args.shape.num_topk; part += 32) {
-      std::uint32_t words[3] = {static_cast<std::uint32_t>(token), 0, 0};
-      if (part > 0) {
-        const int k = part - 1;
-        const std::int32_t begin = route.begin[k];
-        const bool there = begin == rank * args.local_experts;
-        words[0] = static_cast<std::uint32_t>(there ? route.expert[k] - begin : -1);
-        words[1] = static_cast<std::uint32_t>(route.index[k]);
-        if (there && args.topk_weights != nullptr)
-          words[2] = __float_as_uint(args.topk_weights[token * args.shape.num_topk + k]);
-      }
-      send_packet(head + part, words[0], words[1], words[2], ticket.tag);
+      HeadEntry entry{static_cast<std::int32_t>(token), 0, 0.0f};
+      if (part > 0) entry = entry_of(args, token, part - 1, rank, route);
+      send_packet(head + part, static_cast<std::uint32_t>(entry.local_expert),
+                  static_cast<std::uint32_t>(entry.index), __float_as_uint(entry.weight),
+                  ticket.tag);
     }
   }
 }
 
-/// By all threads: the staged row of a token to all its ranks.
+/// By all threads: the staged row of a token to all its ranks, the own one last: what comes later
+/// waits for what goes far. The first warp sends heads meanwhile, if rows are packets.
 __device__ void send_row(const auto& args, const Ticket& ticket, std::int64_t token,
                          const Route& route) {
   const MessageArea& area = args.places.messages;
-  const bool packeted = uses_packets(args, area, args.num_tokens);
-  if (packeted) send_heads(args, ticket, token, route);
+  const bool packeted = uses_packets(area, args.num_tokens);
+  if (packeted && warp_id() == 0) {
+    send_heads(args, ticket, token, route);
+    return;
+  }
   const auto* row = shared_at<std::byte>(args.shared.row);
+  const int ranks = *route.num_ranks;
+  int to = 0;
+  while (to < ranks && route.to_rank[to] <= args.comm.rank) ++to;
 #pragma unroll 1
-  for (int to = 0; to < *route.num_ranks; ++to) {
+  for (int i = 0; i < ranks; ++i, ++to) {
+    if (to == ranks) to = 0;
     const int rank = route.to_rank[to];
     const std::int64_t message = route.to_message[to];
-    if (is_masked(args, rank)) continue;
+    if (is_skipped(args, ticket, rank)) continue;
     if (packeted) {
       send_packets(row,
                    place_at(args, ticket.packet_shift, area.row(args.comm.rank, message), rank),
-                   area.row_packets(), ticket.tag);
+                   area.row_packets(), 1, ticket.tag);
     } else {
       copy_units(row,
                  place_at(args, ticket.plain_shift, area.plain_row(args.comm.rank, message), rank),
@@ -100,7 +105,8 @@ __device__ void send_row(const auto& args, const Ticket& ticket, std::int64_t to
   }
   if (packeted) return;
   __syncthreads();
-  // release: with the heads, which are relaxed; pairs with the fence in take_message().
+  if (warp_id() != 0) return;
+  // release: with the heads, which are relaxed; pairs with the acquire in take_message().
   fence_acq_rel_sys();
   send_heads(args, ticket, token, route);
 }
@@ -109,7 +115,10 @@ template <bool kQuantize, class Args>
 __device__ bool send(const Args& args, const Ticket& ticket, bool good, const RouteIds& first_ids,
                      const RowUnits<kQuantize>& first_units) {
   const Route route(args.shared);
-  if (counts_for_others() && !send_counts(args, ticket, good)) return false;
+  if (counts_for_others()) {
+    if (__syncthreads_and(good) == 0) return false;
+    send_counts(args, ticket);
+  }
   auto* row = shared_at<std::byte>(args.shared.row);
   RouteIds ids = first_ids;
   RowUnits<kQuantize> units = first_units;
@@ -136,15 +145,25 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSm)
   const std::int64_t token = args.sends ? first_token() : args.num_tokens;
   const RouteIds ids(args, token);
   const RowUnits<kQuantize> units(args, token, fits_a_warp(args) ? 1 : 0);
-  const Ticket ticket = take_ticket(args);
+  const TicketWords ticket_words(args);
+  const BeginWords words(args);
+  if (warp_id() == 0) clear_marks(args);
+  bool good = true;
+  // Behind nothing but the ids: the others' rows find no place before.
+  if (args.sends && counts_for_others())
+    good = count_all(args, ids.first, shared_at<std::int32_t>(args.shared.messages),
+                     shared_at<std::int32_t>(args.shared.counts));
+  Ticket ticket = take_ticket(args, ticket_words);
+  // With blocks to spare a block that has nothing else to do is done with the row sooner.
+  ticket.keeps_own = can_keep_own(args) && args.num_tokens * (args.comm.num_ranks + 1) > gridDim.x;
   if (keeps_books() && warp_id() == 0) tell_consumed(args);
-  bool good = warp_id() != kWarps - 1 || may_begin(args, ticket);
+  if (keeps_books() && warp_id() == kWarps - 2) count_for_absent(args, ticket);
+  if (warp_id() == kWarps - 1) good = may_begin(args, ticket, words) && good;
   if (args.sends) good = send<kQuantize>(args, ticket, good, ids, units);
   // Without sending the threads of the block have not agreed yet.
   if (args.receives && (good || !args.sends)) good = receive(args, ticket, good);
   end_step(args, ticket, good);
-  // Last, so that nothing waits for the look.
-  if (args.receives && (!good || keeps_books())) void_counts(args, good);
+  if (args.receives && !good) void_counts(args);
 }
 
 template <bool kQuantize, Form kForm>

@@ -2,6 +2,7 @@
 
 #include "backend/cuda/device/sums.cuh"
 #include "backend/cuda/internode_ll/announce.cuh"
+#include "backend/cuda/internode_ll/rows.cuh"
 
 // The rows of a combine on the experts' rank: their weights, their sum, its way home.
 namespace deep_ep::cuda::internode_ll {
@@ -68,9 +69,9 @@ __device__ inline bool take_weights(const auto& args, const Ticket& ticket, int 
                        expert >= 0 && expert < args.local_experts;
     if (entry) {
       if (base > 0) good = holds(args, source, claim) && good;
-      const std::int64_t range =
-          args.layout_range[std::int64_t{expert} * args.comm.num_ranks + source];
-      const std::int64_t row = (range >> 32) + static_cast<std::int32_t>(packet.words[1]);
+      const std::int64_t begin =
+          shared_at<std::int32_t>(args.shared.ranges)[expert * args.comm.num_ranks + source];
+      const std::int64_t row = begin + static_cast<std::int32_t>(packet.words[1]);
       const bool inside = row >= 0 && row < max_rows;
       const std::int64_t slot = expert * max_rows + (inside ? row : 0);
       claim = {token, inside ? args.src_info[slot] : -1, expert, row};
@@ -127,14 +128,14 @@ __device__ inline void send_home(const auto& args, const Ticket& ticket, int sou
   const auto* row = shared_at<std::byte>(args.shared.row);
   if (packeted) {
     send_packets(row, place_at(args, ticket.packet_shift, area.row(rank, message), source),
-                 area.row_packets(), ticket.tag);
+                 area.row_packets(), 0, ticket.tag);
     return;
   }
   copy_units(row, place_at(args, ticket.plain_shift, area.plain_row(rank, message), source),
              area.plain_bytes);
   __syncthreads();
   if (threadIdx.x != 0) return;
-  // release: with the head, which is relaxed; pairs with the fence in await_rows() of the source.
+  // release: with the head, which is relaxed; pairs with the acquire in await_rows() of the source.
   fence_acq_rel_sys();
   send_packet(place_at(args, ticket.packet_shift, area.head(rank, message), source), 0, 0, 0,
               ticket.tag);

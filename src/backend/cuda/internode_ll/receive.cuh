@@ -1,6 +1,8 @@
 #pragma once
 
 #include "backend/cuda/internode_ll/announce.cuh"
+#include "backend/cuda/internode_ll/route.cuh"
+#include "backend/cuda/internode_ll/rows.cuh"
 
 // The messages of a dispatch, from the buffers to their places in the results.
 namespace deep_ep::cuda::internode_ll {
@@ -13,6 +15,17 @@ struct RowPlace {
   std::byte* x;
   std::uint32_t* scales;
 };
+
+/// What the head of a token's message for `rank` says of entry k.
+__device__ inline HeadEntry entry_of(const auto& args, std::int64_t token, int k, int rank,
+                                     const Route& route) {
+  const std::int32_t begin = route.begin[k];
+  const bool there = begin == rank * args.local_experts;
+  HeadEntry entry{there ? route.expert[k] - begin : -1, route.index[k], 0.0f};
+  if (there && args.topk_weights != nullptr)
+    entry.weight = args.topk_weights[token * args.shape.num_topk + k];
+  return entry;
+}
 
 /// By one thread: three counts of `source`, from packet `number` of them.
 __device__ inline bool take_counts(const auto& args, const Ticket& ticket, int source, int number) {
@@ -30,7 +43,7 @@ __device__ inline bool take_counts(const auto& args, const Ticket& ticket, int s
 }
 
 /// By all threads of one block: what the result says of the counts. See void_counts().
-__device__ __noinline__ void write_counts(const auto& args) {
+__device__ inline void write_counts(const auto& args) {
   const auto* counts = shared_at<std::int32_t>(args.shared.counts);
   const Announced announced(args.shared, args.comm.num_ranks);
   const int ranks = args.comm.num_ranks;
@@ -58,16 +71,43 @@ __device__ __noinline__ void write_counts(const auto& args) {
   }
 }
 
-/// By all threads of a block that has written counts, or has failed (not `good`): a call that
-/// failed anywhere on this rank has no rows. A block that failed writes zeros behind its report;
-/// the one that wrote counts looks for a report behind them, and then a thread writes zeros where
-/// it wrote counts: whoever comes last, zeros stay.
-__device__ inline void void_counts(const auto& args, bool good) {
+/// By all threads of a block that has failed: a call that failed anywhere on this rank has no rows.
+/// A block that failed writes zeros behind its report; the one that wrote counts looks for a report
+/// behind them, and then a thread writes zeros where it wrote counts: whoever comes last, zeros
+/// stay.
+__device__ __noinline__ void void_counts(const auto& args) {
   fence_sc_gpu();
-  if (good && protocol::load_relaxed(&args.fault->state) == protocol::FaultRecord::kNone) return;
   const int groups = args.is_rank_major() ? args.comm.num_ranks : args.local_experts;
 #pragma unroll 1
   for (int i = threadIdx.x; i < groups; i += kThreads) args.recv_count[i] = 0;
+}
+
+/// Which message a block takes first, of all that have come: those without a token of their own go
+/// first.
+__device__ inline unsigned first_turn(const StepArgs& args) {
+  const unsigned blocks = gridDim.x;
+  const auto tokens = static_cast<unsigned>(args.sends ? args.num_tokens : 0);
+  return (blockIdx.x + blocks - (tokens + 1) % blocks) % blocks;
+}
+
+/// By all threads, true in each: how many messages each source has.
+__device__ inline bool await_messages(const auto& args, const Ticket& ticket, bool good) {
+  const Announced announced(args.shared, args.comm.num_ranks);
+#pragma unroll 1
+  for (int source = threadIdx.x; source < args.comm.num_ranks; source += kThreads)
+    good = take_announced(args, ticket, source, announced) && good;
+  return __syncthreads_and(good) != 0;
+}
+
+/// Whether this block has a message, by what has been announced.
+__device__ inline bool has_message(const auto& args, const Ticket& ticket) {
+  const Announced announced(args.shared, args.comm.num_ranks);
+  unsigned messages = 0;
+#pragma unroll 1
+  for (int source = 0; source < args.comm.num_ranks; ++source)
+    if (!ticket.keeps_own || source != args.comm.rank)
+      messages += static_cast<unsigned>(announced.messages[source]);
+  return first_turn(args) < messages;
 }
 
 /// By all threads, true in each: how many rows each source has for each expert here, as the place
@@ -88,7 +128,12 @@ __device__ inline bool await_counts(const auto& args, const Ticket& ticket, bool
   }
   if (keeps_books()) good = all_agree(args, ticket) && good;
   if (__syncthreads_and(good) == 0) return false;
-  if (keeps_books()) write_counts(args);
+  if (keeps_books()) {
+    write_counts(args);
+    fence_sc_gpu();
+    if (protocol::load_relaxed(&args.fault->state) != protocol::FaultRecord::kNone)
+      void_counts(args);
+  }
   auto* counts = shared_at<std::int32_t>(args.shared.counts);
 #pragma unroll 1
   for (int expert = threadIdx.x; expert < args.local_experts; expert += kThreads) {
@@ -115,16 +160,18 @@ __device__ inline void write_entry(const auto& args, std::int64_t i, const HeadE
   if (args.recv_topk_weights != nullptr) args.recv_topk_weights[i] = entry.weight;
 }
 
-__device__ inline void set_place(const auto& args, int i, std::int64_t row, std::int32_t token) {
+/// Place i of a message: row `index` of those of an expert, or of a source in rank-major.
+__device__ inline void set_place(const auto& args, int i, int group, std::int64_t index,
+                                 std::int32_t token) {
+  const std::int64_t rows =
+      args.is_rank_major() ? args.shape.max_tokens : args.comm.num_ranks * args.shape.max_tokens;
+  const std::int64_t row = group * rows + index;
   args.src_info[row] = token;
   RowPlace& place = shared_at<RowPlace>(args.shared.places)[i];
   place.x = args.recv_x + row * args.x_bytes;
   if (args.num_scales == 0) return;
-  const auto rows = static_cast<std::uint32_t>(
-      args.is_rank_major() ? args.shape.max_tokens : args.comm.num_ranks * args.shape.max_tokens);
-  const auto number = static_cast<std::uint32_t>(row);
   const std::int64_t* strides = args.recv_scales_strides;
-  place.scales = args.recv_scales + number / rows * strides[0] + number % rows * strides[1];
+  place.scales = args.recv_scales + group * strides[0] + index * strides[1];
 }
 
 /// By one warp: the head of a message, its entries into shared memory. Entries of a rank that is
@@ -153,6 +200,13 @@ __device__ inline bool take_head(const auto& args, const Ticket& ticket, int sou
   return good;
 }
 
+/// By one warp: what its source wrote before the head is visible.
+__device__ inline void acquire_head(const auto& args, const Packet* head) {
+#pragma unroll 1
+  for (int part = lane_id(); part <= args.shape.num_topk; part += 32)
+    load_acquire_sys_b128(head + part);
+}
+
 /// By one warp: where the row goes whose head is in shared memory, and what is known of it.
 __device__ inline void place_row(const auto& args, int source, std::int64_t message,
                                  std::int32_t token) {
@@ -166,22 +220,24 @@ __device__ inline void place_row(const auto& args, int source, std::int64_t mess
   for (int base = 0; takes_from(args, base, topk); base += 32) {
     const int k = base + lane_id();
     const HeadEntry entry = k < topk ? entries[k] : HeadEntry{-1, 0, 0.0f};
-    std::int64_t row = -1;
+    const unsigned lower = (1u << lane_id()) - 1;
+    bool first = (__match_any_sync(0xffffffff, entry.local_expert) & lower) == 0;
+    int group = source;
+    std::int64_t index = -1;
     if (args.is_rank_major()) {
-      if (k == 0) row = own;
+      if (k == 0) index = message;
       if (k < topk) write_entry(args, own * topk + k, entry);
     } else if (entry.local_expert >= 0 && entry.local_expert < args.local_experts) {
-      bool first = true;
 #pragma unroll 1
-      for (int before = 0; before < k; ++before)
+      for (int before = 0; before < base; ++before)
         first = first && entries[before].local_expert != entry.local_expert;
-      const std::int64_t index = std::int64_t{begins[entry.local_expert]} + entry.index;
+      group = entry.local_expert;
+      const std::int64_t place = std::int64_t{begins[group]} + entry.index;
       // Beyond are only rows of another shape.
-      if (first && index >= 0 && index < max_rows) row = entry.local_expert * max_rows + index;
+      if (first && place < max_rows) index = place;
     }
-    const unsigned placed = __ballot_sync(0xffffffff, row >= 0);
-    const unsigned lower = (1u << lane_id()) - 1;
-    if (row >= 0) set_place(args, found + __popc(placed & lower), row, token);
+    const unsigned placed = __ballot_sync(0xffffffff, index >= 0);
+    if (index >= 0) set_place(args, found + __popc(placed & lower), group, index, token);
     found += __popc(placed);
   }
   if (lane_id() == 0) *shared_at<std::int32_t>(args.shared.num_places) = found;
@@ -218,7 +274,7 @@ __device__ inline bool take_message(const auto& args, const Ticket& ticket, int 
     std::int32_t token = 0;
     good = take_head(args, ticket, source, message, token);
     // acquire: pairs with the fence in send_row() of the source; the barrier hands it on.
-    if (!packeted) fence_acq_rel_sys();
+    if (!packeted) acquire_head(args, place_here(ticket.packet_shift, area.head(source, message)));
     place_row(args, source, message, token);
   } else if (packeted) {
     const Packet* packets = place_here(ticket.packet_shift, area.row(source, message));
@@ -231,8 +287,29 @@ __device__ inline bool take_message(const auto& args, const Ticket& ticket, int 
   return true;
 }
 
+/// By all threads: this block's token, whose row is in shared memory, to its places here.
+__device__ inline void place_own(const auto& args, const Route& route) {
+  const std::int64_t token = first_token();
+  if (token >= args.num_tokens) return;
+  const int own = args.comm.rank;
+  int to = 0;
+  while (to < *route.num_ranks && route.to_rank[to] != own) ++to;
+  if (to == *route.num_ranks) return;
+  if (warp_id() == 0) {
+    auto* entries = shared_at<HeadEntry>(args.shared.entries);
+#pragma unroll 1
+    for (int k = lane_id(); k < args.shape.num_topk; k += 32)
+      entries[k] = entry_of(args, token, k, own, route);
+    __syncwarp();
+    place_row(args, own, route.to_message[to], static_cast<std::int32_t>(token));
+  }
+  __syncthreads();
+  store_row(args, shared_at<std::byte>(args.shared.row));
+  __syncthreads();  // the row and its places have been read
+}
+
 /// What a rank-major result says of rows that did not come.
-__device__ __noinline__ void fill_unused(const auto& args) {
+__device__ inline void fill_unused(const auto& args) {
   const Announced announced(args.shared, args.comm.num_ranks);
   const auto entries = static_cast<std::uint32_t>(args.shape.max_tokens * args.shape.num_topk);
 #pragma unroll 1
@@ -247,15 +324,25 @@ __device__ __noinline__ void fill_unused(const auto& args) {
 
 __device__ inline bool receive(const auto& args, const Ticket& ticket, bool good) {
   __syncthreads();
-  if (!await_counts(args, ticket, good)) return false;
+  // Who likely has no message, as ranks have about as many tokens, looks first, and leaves the
+  // memory to those that wait for counts.
+  const auto tokens = static_cast<unsigned>(args.num_tokens);
+  const unsigned expected = tokens * (args.comm.num_ranks - (ticket.keeps_own ? 1 : 0));
+  const bool likely = first_turn(args) < expected || (ticket.keeps_own && first_token() < tokens);
+  const bool counts = keeps_books() || (!args.is_rank_major() && likely);
+  if (!counts && !await_messages(args, ticket, good)) return false;
+  if ((counts || (!args.is_rank_major() && has_message(args, ticket))) &&
+      !await_counts(args, ticket, good))
+    return false;
   if (args.is_rank_major()) fill_unused(args);
   const Announced announced(args.shared, args.comm.num_ranks);
-  // Blocks without a token of their own go first.
   const unsigned blocks = gridDim.x;
-  const auto tokens = static_cast<unsigned>(args.sends ? args.num_tokens : 0);
-  unsigned turn = (blockIdx.x + blocks - (tokens + 1) % blocks) % blocks;
+  unsigned turn = first_turn(args);
+  if (ticket.keeps_own) place_own(args, Route(args.shared));
 #pragma unroll 1
-  for (int source = 0; source < args.comm.num_ranks; ++source) {
+  for (int i = 0; i < args.comm.num_ranks; ++i) {
+    const int source = rank_from_own(args, i);
+    if (ticket.keeps_own && source == args.comm.rank) continue;
     const auto messages = static_cast<unsigned>(announced.messages[source]);
     const bool packeted = announced.packeted[source] != 0;
 #pragma unroll 1

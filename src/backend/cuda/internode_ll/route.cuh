@@ -29,6 +29,11 @@ struct Route {
         num_ranks(to_message + at.topk) {}
 };
 
+/// So few tokens are one warp's work, beside the others', which in a dispatch stage a row.
+__device__ inline bool fits_a_warp(const StepArgs& args) {
+  return args.num_tokens <= (args.kind == plan::LowLatencyKind::kDispatch ? 64 : 32);
+}
+
 /// A few ids of one token, loaded before the first is looked at.
 struct SomeIds {
   static constexpr int kSize = 8;
@@ -47,88 +52,124 @@ __device__ __noinline__ inline void raise_bad_id(const StepArgs& args, std::int6
   }
 }
 
-template <class Id>
-__device__ void load_ids_as(const StepArgs& args, const Id* from, int count, SomeIds& some) {
-  Id ids[SomeIds::kSize];
-#pragma unroll
-  for (int i = 0; i < SomeIds::kSize; ++i) ids[i] = i < count ? from[i] : Id{-1};
-#pragma unroll
-  for (int i = 0; i < SomeIds::kSize; ++i) {
-    const bool allowed = ids[i] >= -1 && ids[i] < args.shape.num_experts;
-    some.good = some.good && allowed;
-    some.ids[i] = allowed ? static_cast<std::int32_t>(ids[i]) : -1;
-  }
+/// Whether a token's ids are as many as are loaded at once, and aligned for that.
+__device__ inline bool loads_whole(const StepArgs& args) {
+  return args.shape.num_topk == SomeIds::kSize &&
+         reinterpret_cast<std::uintptr_t>(args.topk_idx.data) % 16 == 0;
 }
 
 /// Entries [from, from + kSize) of a token; none if there is no such token.
 __device__ inline SomeIds load_ids(const StepArgs& args, std::int64_t token, int from) {
-  const int topk = args.shape.num_topk;
-  const int count = token < args.num_tokens ? topk - from : 0;
-  const std::int64_t first = token * topk + from;
-  SomeIds some;
-  if (args.topk_idx.wide) {
-    load_ids_as(args, static_cast<const std::int64_t*>(args.topk_idx.data) + first, count, some);
+  constexpr int kSize = SomeIds::kSize;
+  const int count = token < args.num_tokens ? args.shape.num_topk - from : 0;
+  const std::int64_t first = token * args.shape.num_topk + from;
+  std::int64_t ids[kSize];
+  // As few instructions as can be: memory works through them one after the other.
+  if (loads_whole(args) && args.topk_idx.wide) {
+    const auto* pairs = static_cast<const longlong2*>(args.topk_idx.data) + first / 2;
+#pragma unroll
+    for (int i = 0; i < kSize; i += 2) {
+      const longlong2 pair = count > 0 ? pairs[i / 2] : longlong2{-1, -1};
+      ids[i] = pair.x;
+      ids[i + 1] = pair.y;
+    }
   } else {
-    load_ids_as(args, static_cast<const std::int32_t*>(args.topk_idx.data) + first, count, some);
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) ids[i] = i < count ? args.topk_idx[first + i] : -1;
+  }
+  const auto experts = static_cast<std::uint64_t>(args.shape.num_experts);
+  SomeIds some;
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) {
+    const bool allowed = static_cast<std::uint64_t>(ids[i] + 1) <= experts;
+    some.good = some.good && allowed;
+    some.ids[i] = allowed ? static_cast<std::int32_t>(ids[i]) : -1;
   }
   return some;
 }
 
-/// Bit i: some id is target from + i's expert, or is of its rank.
-struct Matches {
-  std::uint32_t experts = 0;
-  std::uint32_t ranks = 0;
-};
-
-__device__ inline void match(const StepArgs& args, const Route& route, int from, int targets,
-                             const SomeIds& some, Matches& matches) {
-  const auto local_experts = static_cast<std::uint32_t>(args.local_experts);
+/// By a warp: nothing is marked.
+__device__ inline void clear_marks(const StepArgs& args) {
+  auto* marks = shared_at<std::uint32_t>(args.shared.marks);
+  const int count = args.shape.num_experts + args.comm.num_ranks + 2;
 #pragma unroll 1
-  for (int i = 0; i < targets; ++i) {
-    const std::int32_t expert = route.expert[from + i];
-    const auto begin = static_cast<std::uint32_t>(route.begin[from + i]);
-    bool same_expert = false;
-    bool same_rank = false;
-#pragma unroll
-    for (const std::int32_t id : some.ids) {
-      same_expert = same_expert || id == expert;
-      same_rank = same_rank || static_cast<std::uint32_t>(id) - begin < local_experts;
-    }
-    // An entry without an expert begins where no id is; its own id is -1, as some others are.
-    matches.experts |= std::uint32_t{same_expert && expert >= 0} << i;
-    matches.ranks |= std::uint32_t{same_rank && expert >= 0} << i;
-  }
+  for (int i = lane_id(); i < (count + 3) / 4; i += 32)
+    reinterpret_cast<uint4*>(marks)[i] = uint4{};
 }
 
-/// By a warp: for the targets [from, from + 32) of `token`, adds how many tokens before it name
-/// their expert, and go to its rank. Looks at the ids of all tokens, since all are checked before
-/// anything is sent. `first` are the ids of the thread's first token.
+/// Which targets an id is: a word for each expert and one for each rank, bit i for target from + i.
+/// Words 0 are those of no expert and of no rank.
+struct Marks {
+  std::uint32_t* experts;
+  std::uint32_t* ranks;
+
+  __device__ explicit Marks(const StepArgs& args)
+      : experts(shared_at<std::uint32_t>(args.shared.marks)),
+        ranks(experts + args.shape.num_experts + 1) {}
+
+  /// By one warp: marks the targets from `from` on, or unmarks them.
+  __device__ void mark(const StepArgs& args, const Route& route, int from) const {
+    const int k = from + lane_id();
+    const int rank = k < args.shape.num_topk ? route.rank[k] : -1;
+    if (rank < 0) return;
+    atomicOr(&experts[route.expert[k] + 1], 1u << lane_id());
+    atomicOr(&ranks[rank + 1], 1u << lane_id());
+  }
+  __device__ void unmark(const StepArgs& args, const Route& route, int from) const {
+    const int k = from + lane_id();
+    const std::int32_t expert = k < args.shape.num_topk ? route.expert[k] : -1;
+    if (expert < 0 || expert >= args.shape.num_experts) return;
+    experts[expert + 1] = 0;
+    ranks[args.rank_of(expert) + 1] = 0;
+  }
+};
+
+/// Bit i of four to byte i.
+__device__ inline std::uint32_t spread_bits(std::uint32_t bits) {
+  return (bits & 0xf) * 0x00204081u & 0x01010101u;
+}
+
+/// By a warp: for the targets [from, from + 32) of `token`, which are marked, adds how many tokens
+/// before it name their expert, and go to its rank. Looks at the ids of all tokens, since all are
+/// checked before anything is sent. `first` are the ids of the thread's first token.
 __device__ inline bool count_before(const auto& args, const Route& route, std::int64_t token,
-                                    int from, SomeIds some) {
+                                    int from, SomeIds next) {
   const int topk = args.shape.num_topk;
   const int targets = topk - from < 32 ? topk - from : 32;
+  const Marks marks(args);
+  const int stride = fits_a_warp(args) ? 32 : kThreads;
   int same_expert = 0;
   int same_rank = 0;
   bool good = true;
 #pragma unroll 1
-  for (std::int64_t base = warp_id() * 32; base < args.num_tokens; base += kThreads) {
+  for (std::int64_t base = warp_id() * 32; base < args.num_tokens; base += stride) {
     const std::int64_t other = base + lane_id();
-    Matches matches;
+    SomeIds some = next;
+    if (base + stride < args.num_tokens) next = load_ids(args, other + stride, 0);
+    std::uint32_t experts = 0;
+    std::uint32_t ranks = 0;
 #pragma unroll 1
     for (int k = 0; k < topk; k += SomeIds::kSize) {
-      if (k > 0 || base >= kThreads) some = load_ids(args, other, k);
+      if (k > 0) some = load_ids(args, other, k);
       if (!some.good) raise_bad_id(args, other);
       good = good && some.good;
-      if (other < token) match(args, route, from, targets, some, matches);
+      if (other >= token) continue;
+#pragma unroll
+      for (const std::int32_t id : some.ids) {
+        experts |= marks.experts[id + 1];
+        ranks |= marks.ranks[id < 0 ? 0 : args.rank_of(id) + 1];
+      }
     }
-    if (base >= token) continue;  // of the whole warp
+    if (base >= token)
+      continue;  // of the whole warp
+                 // Four targets at once, a byte each: a warp has 32 tokens.
 #pragma unroll 1
-    for (int i = 0; i < targets; ++i) {
-      const int experts = __popc(__ballot_sync(0xffffffff, (matches.experts >> i & 1) != 0));
-      const int ranks = __popc(__ballot_sync(0xffffffff, (matches.ranks >> i & 1) != 0));
-      if (lane_id() != i) continue;
-      same_expert += experts;
-      same_rank += ranks;
+    for (int i = 0; i < targets; i += 4) {
+      const std::uint32_t of_expert = __reduce_add_sync(0xffffffff, spread_bits(experts >> i));
+      const std::uint32_t of_rank = __reduce_add_sync(0xffffffff, spread_bits(ranks >> i));
+      if (lane_id() / 4 != i / 4) continue;
+      same_expert += of_expert >> lane_id() % 4 * 8 & 0xff;
+      same_rank += of_rank >> lane_id() % 4 * 8 & 0xff;
     }
   }
   if (same_expert != 0) atomicAdd(&route.index[from + lane_id()], same_expert);
@@ -212,7 +253,12 @@ struct RouteIds {
   std::int32_t own;
 
   __device__ RouteIds(const StepArgs& args, std::int64_t token)
-      : first(load_ids(args, threadIdx.x, 0)), own(load_own(args, token, threadIdx.x)) {}
+      : first(load_ids(args, is_needed(args, token) ? threadIdx.x : args.num_tokens, 0)),
+        own(load_own(args, token, threadIdx.x)) {}
+  /// The last block counts without a token, too.
+  __device__ static bool is_needed(const StepArgs& args, std::int64_t token) {
+    return token < args.num_tokens || counts_for_others();
+  }
   __device__ static std::int32_t load_own(const StepArgs& args, std::int64_t token, unsigned k) {
     const auto topk = static_cast<unsigned>(args.shape.num_topk);
     return k < topk && token < args.num_tokens
@@ -221,13 +267,15 @@ struct RouteIds {
   }
 };
 
-/// By `threads` threads from the first on: what is known of a route at once.
+/// By the first warp: what is known of a route at once.
 __device__ inline void begin_route(const auto& args, std::int64_t token, const RouteIds& ids,
-                                   int threads, const Route& route) {
+                                   const Route& route) {
 #pragma unroll 1
-  for (int k = threadIdx.x; k < args.shape.num_topk; k += threads) {
+  for (int base = 0; takes_from(args, base, args.shape.num_topk); base += 32) {
+    const int k = base + lane_id();
+    if (k >= args.shape.num_topk) continue;
     const std::int32_t expert =
-        k < threads ? ids.own : RouteIds::load_own(args, token, static_cast<unsigned>(k));
+        base == 0 ? ids.own : RouteIds::load_own(args, token, static_cast<unsigned>(k));
     const int rank = expert >= 0 && expert < args.shape.num_experts ? args.rank_of(expert) : -1;
     route.expert[k] = expert;
     route.rank[k] = rank;
@@ -237,25 +285,28 @@ __device__ inline void begin_route(const auto& args, std::int64_t token, const R
   }
 }
 
+/// Counts for all targets. `sync` joins those who count; marking is one warp's.
 __device__ inline bool count_before_all(const auto& args, std::int64_t token, const RouteIds& ids,
-                                        const Route& route) {
+                                        const Route& route, auto&& sync) {
+  const Marks marks(args);
   bool good = true;
 #pragma unroll 1
-  for (int from = 0; takes_from(args, from, args.shape.num_topk); from += 32)
+  for (int from = 0; takes_from(args, from, args.shape.num_topk); from += 32) {
+    if (warp_id() == 0) marks.mark(args, route, from);
+    sync();
     good = count_before(args, route, token, from, ids.first) && good;
+    sync();
+    if (warp_id() == 0) marks.unmark(args, route, from);
+  }
   return good;
 }
-
-/// So few tokens are one warp's work, beside the others'.
-__device__ inline bool fits_a_warp(const StepArgs& args) { return args.num_tokens <= 32; }
 
 /// By the first warp: where `token` goes. False in any lane: an id of a token is not allowed.
 __device__ inline bool find_route_in_warp(const auto& args, std::int64_t token, const RouteIds& ids,
                                           const Route& route) {
-  begin_route(args, token, ids, 32, route);
+  begin_route(args, token, ids, route);
   __syncwarp();
-  const bool good = count_before_all(args, token, ids, route);
-  __syncwarp();
+  const bool good = count_before_all(args, token, ids, route, [] { __syncwarp(); });
   list_ranks(args, route);
   return good;
 }
@@ -268,50 +319,13 @@ __device__ inline bool find_route(const auto& args, std::int64_t token, const Ro
     if (warp_id() == 0) good = find_route_in_warp(args, token, ids, route) && good;
     return __syncthreads_and(good) != 0;
   }
-  begin_route(args, token, ids, kThreads, route);
-  __syncthreads();
-  good = count_before_all(args, token, ids, route) && good;
-  if (__syncthreads_and(good) == 0) return false;
-  if (warp_id() == 0) list_ranks(args, route);
-  __syncthreads();
-  return true;
-}
-
-/// By all threads of a block: over all tokens, the messages for each rank, and if `rows` is not
-/// null the rows for each expert; both in shared memory, filled from zero. False in each if an id
-/// is not allowed, or `good` is false in any.
-__device__ inline bool count_all(const StepArgs& args, bool good, std::int32_t* messages,
-                                 std::int32_t* rows) {
-  const int topk = args.shape.num_topk;
-#pragma unroll 1
-  for (int i = threadIdx.x; i < args.comm.num_ranks; i += kThreads) messages[i] = 0;
-#pragma unroll 1
-  for (int i = threadIdx.x; rows != nullptr && i < args.shape.num_experts; i += kThreads)
-    rows[i] = 0;
-  __syncthreads();
-  const auto entries = static_cast<unsigned>(args.num_tokens * topk);
-#pragma unroll 1
-  for (unsigned i = threadIdx.x; i < entries; i += kThreads) {
-    const unsigned k = i % topk;
-    const std::int64_t id = args.topk_idx[i];
-    if (id < -1 || id >= args.shape.num_experts) {
-      raise_bad_id(args, i / topk);
-      good = false;
-    } else if (id >= 0) {
-      const int rank = args.rank_of(static_cast<int>(id));
-      const std::int64_t begin = rank * args.local_experts;
-      bool new_rank = true;
-      bool new_expert = true;
-#pragma unroll 1
-      for (unsigned before = i - k; before < i; ++before) {
-        const std::int64_t other = args.topk_idx[before];
-        new_expert = new_expert && other != id;
-        new_rank = new_rank && (other < begin || other >= begin + args.local_experts);
-      }
-      if (new_rank) atomicAdd(&messages[rank], 1);
-      if (new_expert && rows != nullptr) atomicAdd(&rows[id], 1);
-    }
+  // What the first warp marks it has written itself.
+  if (warp_id() == 0) {
+    begin_route(args, token, ids, route);
+    __syncwarp();
   }
+  good = count_before_all(args, token, ids, route, [] { __syncthreads(); }) && good;
+  if (warp_id() == 0) list_ranks(args, route);
   return __syncthreads_and(good) != 0;
 }
 

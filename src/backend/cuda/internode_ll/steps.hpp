@@ -20,6 +20,7 @@ struct SharedOffsets {
   int topk = 0;  // K
   std::uint32_t used = 0;
   std::uint32_t route = 0;      // Route
+  std::uint32_t marks = 0;      // Marks
   std::uint32_t announced = 0;  // Announced
   std::uint32_t messages = 0;   // [R] of this rank's tokens
   std::uint32_t entries = 0;    // [K] of a message that has come
@@ -28,15 +29,21 @@ struct SharedOffsets {
   std::uint32_t counts = 0;  // [E]
   std::uint32_t row = 0;     // one row
   std::uint32_t sums = 0;    // [H] of a token
+  std::uint32_t ranges = 0;  // [L, R] or [R]
+  // Of a token on its own rank:
+  std::uint32_t own_addends = 0;  // [K]
+  std::uint32_t num_own = 0;
+  std::uint32_t own_row = 0;  // one row
 
   std::uint32_t take(std::int64_t bytes) {
     const std::uint32_t offset = used;
     used += static_cast<std::uint32_t>((bytes + 15) / 16 * 16);
     return offset;
   }
-  void take_route(int num_topk) {
-    topk = num_topk;
-    route = take(std::int64_t{4} * (7 * num_topk + 1));
+  void take_route(const plan::LowLatencyShape& shape) {
+    topk = shape.num_topk;
+    route = take(std::int64_t{4} * (7 * topk + 1));
+    marks = take(std::int64_t{4} * (shape.num_experts + shape.num_ranks + 2));
   }
 };
 

@@ -40,9 +40,10 @@ enum class Form : std::uint8_t { kAny, kExpertMajor, kRankMajor };
 template <class Args, Form kForm>
 struct Formed : Args {
   static constexpr bool kFew = kForm != Form::kAny;
+  static constexpr bool kRankMajor = kForm == Form::kRankMajor;
   __device__ bool is_rank_major() const {
     if constexpr (kForm == Form::kAny) return Args::rank_major;
-    return kForm == Form::kRankMajor;
+    return kRankMajor;
   }
 };
 
@@ -73,15 +74,26 @@ struct Ticket {
   std::uint32_t tag;
   int part;
   bool live;                  // the call before the last has not been received
+  bool keeps_own;             // what this rank has for itself goes no way through memory
   std::int64_t packet_shift;  // from the places of even tickets
   std::int64_t plain_shift;
 };
 
-__device__ inline Ticket take_ticket(const StepArgs& args) {
+/// What a ticket is made of, on its way before anybody waits for it.
+struct TicketWords {
+  LowLatencyState::Block state;
+  std::uint64_t given = 0;  // by the sending step
+
+  __device__ explicit TicketWords(const StepArgs& args)
+      : state(args.comm.local->low_latency.blocks[blockIdx.x]),
+        given(args.sends ? 0 : *args.ticket) {}
+};
+
+__device__ inline Ticket take_ticket(const StepArgs& args, const TicketWords& words) {
   const bool combine = args.kind == plan::LowLatencyKind::kCombine;
-  const LowLatencyState::Block state = args.comm.local->low_latency.blocks[blockIdx.x];
+  const LowLatencyState::Block& state = words.state;
   Ticket ticket;
-  ticket.number = args.sends ? (combine ? state.sent[1] : state.sent[0]) + 1 : *args.ticket;
+  ticket.number = args.sends ? (combine ? state.sent[1] : state.sent[0]) + 1 : words.given;
   ticket.tag = plan::packet_tag(args.kind, ticket.number);
   ticket.part = plan::LowLatencyLayout::part(args.kind, ticket.number);
   const bool odd = ticket.number % 2 != 0;
@@ -89,7 +101,15 @@ __device__ inline Ticket take_ticket(const StepArgs& args) {
                          : (odd ? state.live[1] : state.live[0])) != 0;
   ticket.packet_shift = odd ? args.layout.packet_part_bytes : 0;
   ticket.plain_shift = odd ? args.layout.plain_part_bytes : 0;
+  ticket.keeps_own = false;
   return ticket;
+}
+
+/// The i-th rank from this one on, which comes first: what moves between GPUs begins with the next
+/// one and ends here, what is waited for the other way round.
+__device__ inline int rank_from_own(const StepArgs& args, int i) {
+  const int rank = args.comm.rank + i;
+  return rank < args.comm.num_ranks ? rank : rank - args.comm.num_ranks;
 }
 
 /// Where `own`, a place of this rank of even tickets, lies at `rank` for this ticket.
@@ -101,6 +121,17 @@ __device__ T* place_at(const StepArgs& args, std::int64_t shift, T* own, int ran
 template <class T>
 __device__ T* place_here(std::int64_t shift, T* own) {
   return reinterpret_cast<T*>(reinterpret_cast<std::byte*>(own) + shift);
+}
+
+__device__ inline bool is_masked(const StepArgs& args, int rank) {
+  return args.masks != nullptr && protocol::load_relaxed(&args.masks[rank]) != 0;
+}
+
+/// Whether a token's block can keep what goes to its own rank: it is there when that is taken, and
+/// has but one token. Masks of the own rank change between kernels only.
+__device__ inline bool can_keep_own(const StepArgs& args) {
+  return args.sends && args.receives && args.num_tokens <= gridDim.x &&
+         !is_masked(args, args.comm.rank);
 }
 
 // --- packets ---------------------------------------------------------------------------
@@ -122,10 +153,6 @@ __device__ inline bool take_packet(const Packet* from, std::uint32_t tag, Packet
 // --- waiting ---------------------------------------------------------------------------
 
 enum class Arrival { kHere, kAbsent, kFailed };
-
-__device__ inline bool is_masked(const StepArgs& args, int rank) {
-  return args.masks != nullptr && protocol::load_relaxed(&args.masks[rank]) != 0;
-}
 
 /// A wait that lasts.
 struct Waiting {
@@ -184,75 +211,35 @@ __device__ __forceinline__ Arrival await_packet(const StepArgs& args, int rank, 
   return await(args, rank, Wait::kRows, tag, [&] { return take_packet(from, tag, packet); });
 }
 
-// --- rows ------------------------------------------------------------------------------
-// A row is in shared memory on both ends of its way, so that threads next to each other move what
-// lies next to each other: three words a packet, or sixteen bytes plainly.
+// --- beginning and end -----------------------------------------------------------------
 
-/// By all threads.
-__device__ inline void send_packets(const std::byte* row, Packet* to, int count,
-                                    std::uint32_t tag) {
-  const auto* words = reinterpret_cast<const std::uint32_t*>(row);
-#pragma unroll 1
-  for (int i = threadIdx.x; i < count; i += kThreads)
-    send_packet(to + i, words[3 * i], words[3 * i + 1], words[3 * i + 2], tag);
-}
-__device__ inline void copy_units(const std::byte* row, std::byte* to, std::int64_t bytes) {
-  const auto units = static_cast<int>(bytes / 16);
-#pragma unroll 1
-  for (int i = threadIdx.x; i < units; i += kThreads)
-    reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(row)[i];
-}
+/// What a kernel asks before it begins, on its way while its ticket is.
+struct BeginWords {
+  std::uint32_t fault = protocol::FaultRecord::kNone;
+  std::uint64_t consumed[2] = {};  // by the lane's rank, of either parity
 
-/// What a thread looks for at once, so that its loads are under way together.
-struct PacketBatch {
-  static constexpr int kSize = 3;
-  Packet packets[kSize];
-
-  /// Packets i, i + stride, ... below `count`.
-  __device__ Arrival await(const StepArgs& args, const Ticket& ticket, int source,
-                           const Packet* from, int i, int stride, int count) {
-    return internode_ll::await(args, source, Wait::kRows, ticket.number, [&] {
-      bool here = true;
+  __device__ explicit BeginWords(const StepArgs& args) {
+    if (warp_id() != kWarps - 1) return;
+    // Relaxed: of a fault nothing is read here.
+    fault = protocol::load_relaxed(&args.fault->state);
+    if (!args.sends || lane_id() >= args.comm.num_ranks) return;
 #pragma unroll
-      for (int j = 0; j < kSize; ++j)
-        if (i + j * stride < count)
-          here = take_packet(from + i + j * stride, ticket.tag, packets[j]) && here;
-      return here;
-    });
+    for (int odd = 0; odd < 2; ++odd) {
+      const int part = static_cast<int>(args.kind) * 2 + odd;
+      // acquire: pairs with the release in tell_consumed() of the lane's rank. Of both parities,
+      // since a fence once the ticket is known takes 4000 cycles.
+      consumed[odd] = protocol::load_acquire(
+          &args.layout.consumed[part * args.comm.num_ranks + lane_id()].value);
+    }
   }
 };
 
-/// By the warps from `first_warp` on, each its share: a row of packets into shared memory.
-__device__ inline Arrival take_packets(const StepArgs& args, const Ticket& ticket, int source,
-                                       const Packet* from, int count, int first_warp,
-                                       std::byte* row) {
-  auto* words = reinterpret_cast<std::uint32_t*>(row);
-  const int stride = kThreads - first_warp * 32;
-  Arrival arrival = Arrival::kHere;
-#pragma unroll 1
-  for (int i = threadIdx.x - first_warp * 32; i < count && arrival == Arrival::kHere;
-       i += PacketBatch::kSize * stride) {
-    PacketBatch batch;
-    arrival = batch.await(args, ticket, source, from, i, stride, count);
-#pragma unroll
-    for (int j = 0; j < PacketBatch::kSize; ++j) {
-      const int number = i + j * stride;
-      if (number >= count) break;
-#pragma unroll
-      for (int w = 0; w < 3; ++w) words[3 * number + w] = batch.packets[j].words[w];
-    }
-  }
-  return arrival;
-}
-
-// --- beginning and end -----------------------------------------------------------------
-
-/// By one warp, before the block's first store: nothing failed before, the ticket may be sent, and
-/// its memory at the other ranks is free. Joined by the caller.
-__device__ inline bool may_begin(const StepArgs& args, const Ticket& ticket) {
+/// By the last warp, before the block's first store: nothing failed before, the ticket may be sent,
+/// and its memory at the other ranks is free. Joined by the caller.
+__device__ inline bool may_begin(const StepArgs& args, const Ticket& ticket,
+                                 const BeginWords& words) {
   const Comm& comm = args.comm;
-  // Relaxed: of a fault nothing is read here.
-  bool good = protocol::load_relaxed(&args.fault->state) == protocol::FaultRecord::kNone;
+  bool good = words.fault == protocol::FaultRecord::kNone;
   if (!args.sends) return good;
   if (ticket.live) {
     if (lane_id() == 0)
@@ -262,8 +249,9 @@ __device__ inline bool may_begin(const StepArgs& args, const Ticket& ticket) {
   if (ticket.number <= args.first_ticket + 2) return good;
 #pragma unroll 1
   for (int i = lane_id(); good && i < comm.num_ranks; i += 32) {
+    if (i == lane_id() && words.consumed[ticket.part % 2] >= ticket.number - 2) continue;
     const protocol::EpochFlag& flag = args.layout.consumed[ticket.part * comm.num_ranks + i];
-    // acquire: pairs with the release in tell_consumed() of rank i.
+    // acquire: likewise.
     good = await(args, i, Wait::kConsumed, ticket.number - 2,
                  [&] { return flag.reached(ticket.number - 2); }) != Arrival::kFailed;
   }
@@ -295,7 +283,7 @@ __device__ inline std::int64_t first_token() { return (blockIdx.x + gridDim.x - 
 /// By one warp of block 0, before anything that waits: tells the sources what earlier kernels of
 /// this rank have received. So a ticket's memory is read for the last time before its reader's next
 /// kernel begins, and no kernel has to wait at its end until all its blocks have read.
-__device__ __noinline__ inline void tell_consumed(const StepArgs& args) {
+__device__ inline void tell_consumed(const StepArgs& args) {
   const Comm& comm = args.comm;
   LowLatencyState& state = comm.local->low_latency;
   const int mine = lane_id() % LowLatencyState::kParts;
@@ -318,19 +306,26 @@ __device__ __noinline__ inline void tell_consumed(const StepArgs& args) {
   }
 }
 
-/// By all blocks: counts what the kernel has done; block 0 also for the blocks that are not there.
+/// By one thread: counts the ticket for a block.
+__device__ inline void count_for(const StepArgs& args, const Ticket& ticket, unsigned block) {
+  LowLatencyState::Block& state = args.comm.local->low_latency.blocks[block];
+  if (args.sends) state.sent[static_cast<int>(args.kind)] = ticket.number;
+  state.live[ticket.part] = args.receives ? 0 : 1;
+}
+
+/// By the last but one warp of block 0, at any time: counts for the blocks that are not there.
+__device__ inline void count_for_absent(const StepArgs& args, const Ticket& ticket) {
+#pragma unroll 1
+  for (unsigned i = gridDim.x + lane_id(); i < LowLatencyState::kMaxBlocks; i += 32)
+    count_for(args, ticket, i);
+}
+
+/// By all blocks, at their end: counts what the kernel has done.
 __device__ inline void count(const StepArgs& args, const Ticket& ticket) {
   LowLatencyState& state = args.comm.local->low_latency;
-  const auto note = [&](unsigned block) {
-    if (args.sends) state.blocks[block].sent[static_cast<int>(args.kind)] = ticket.number;
-    state.blocks[block].live[ticket.part] = args.receives ? 0 : 1;
-  };
-  if (threadIdx.x == 0) note(blockIdx.x);
-  if (blockIdx.x != 0) return;
-#pragma unroll 1
-  for (unsigned i = gridDim.x + threadIdx.x; i < LowLatencyState::kMaxBlocks; i += kThreads)
-    note(i);
   if (threadIdx.x != 0) return;
+  count_for(args, ticket, blockIdx.x);
+  if (!keeps_books()) return;
   if (args.receives) state.consumed[ticket.part] = ticket.number;
   if (!args.receives) *args.ticket = ticket.number;
 }

@@ -176,7 +176,7 @@ __device__ void add_rows(Sum16<T> (&sums)[kSteps], const std::byte* const* rows,
     const std::byte* from = rows[row] + at;
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
-      bytes[row][i] = load_global_b128(from + i * 512);
+      bytes[row][i] = *reinterpret_cast<const uint4*>(from + i * 512);
     }
   }
 #pragma unroll

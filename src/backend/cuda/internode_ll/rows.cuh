@@ -1,0 +1,68 @@
+#pragma once
+
+#include "backend/cuda/internode_ll/ticket.cuh"
+
+// A row is in shared memory on both ends of its way, so that threads next to each other move what
+// lies next to each other: three words a packet, or sixteen bytes plainly.
+namespace deep_ep::cuda::internode_ll {
+
+/// By the warps from `first_warp` on, each its share.
+__device__ inline void send_packets(const std::byte* row, Packet* to, int count, int first_warp,
+                                    std::uint32_t tag) {
+  const auto* words = reinterpret_cast<const std::uint32_t*>(row);
+#pragma unroll 1
+  for (int i = threadIdx.x - first_warp * 32; i < count; i += kThreads - first_warp * 32)
+    send_packet(to + i, words[3 * i], words[3 * i + 1], words[3 * i + 2], tag);
+}
+/// By all threads.
+__device__ inline void copy_units(const std::byte* row, std::byte* to, std::int64_t bytes) {
+  const auto units = static_cast<int>(bytes / 16);
+#pragma unroll 1
+  for (int i = threadIdx.x; i < units; i += kThreads)
+    reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(row)[i];
+}
+
+/// What a thread looks for at once, so that its loads are under way together.
+template <int kSize>
+struct PacketBatch {
+  Packet packets[kSize];
+
+  /// Packets i, i + stride, ... below `count`.
+  __device__ Arrival await(const StepArgs& args, const Ticket& ticket, int source,
+                           const Packet* from, int i, int stride, int count) {
+    return internode_ll::await(args, source, Wait::kRows, ticket.number, [&] {
+      bool here = true;
+#pragma unroll
+      for (int j = 0; j < kSize; ++j)
+        if (i + j * stride < count)
+          here = take_packet(from + i + j * stride, ticket.tag, packets[j]) && here;
+      return here;
+    });
+  }
+};
+
+/// By the warps from `first_warp` on, each its share: a row of packets into shared memory.
+__device__ inline Arrival take_packets(const StepArgs& args, const Ticket& ticket, int source,
+                                       const Packet* from, int count, int first_warp,
+                                       std::byte* row) {
+  constexpr int kBatch = 3;
+  auto* words = reinterpret_cast<std::uint32_t*>(row);
+  const int stride = kThreads - first_warp * 32;
+  Arrival arrival = Arrival::kHere;
+#pragma unroll 1
+  for (int i = threadIdx.x - first_warp * 32; i < count && arrival == Arrival::kHere;
+       i += kBatch * stride) {
+    PacketBatch<kBatch> batch;
+    arrival = batch.await(args, ticket, source, from, i, stride, count);
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const int number = i + j * stride;
+      if (number >= count) break;
+#pragma unroll
+      for (int w = 0; w < 3; ++w) words[3 * number + w] = batch.packets[j].words[w];
+    }
+  }
+  return arrival;
+}
+
+}  // namespace deep_ep::cuda::internode_ll
