@@ -153,7 +153,7 @@ void Internode::notify_dispatch(const deep_ep::internode::NotifyDispatchParams& 
   args.routing = arrays_of(params.routing);
   args.max_rows = params.max_rows;
   const bool counted = params.num_recv_rows != nullptr;
-  if (counted) args.ticket = context_.take_ticket("internode_dispatch");
+  if (counted) args.ticket = context_.take_ticket(params.call.operation);
   launch_notify(args, params.call);
   if (!counted) return;
   const HostStatus& status = context_.await_ticket(params.call.operation, args.ticket);
@@ -164,9 +164,10 @@ void Internode::notify_dispatch(const deep_ep::internode::NotifyDispatchParams& 
 }
 
 void Internode::notify_cached(const Call& call, const deep_ep::internode::Routing& routing,
-                              std::int64_t rows) {
+                              std::int64_t rows, const Ids& topk_idx) {
   internode::NotifyArgs args = notify_args(call);
   args.cached = true;
+  args.topk_idx = topk_idx;
   args.routing = arrays_of(routing);
   args.handle_rows = rows;
   launch_notify(args, call);
@@ -177,19 +178,23 @@ void Internode::dispatch(const deep_ep::internode::DispatchParams& params) {
   set_step(params, args);
   args.record_format = plan::RecordFormat(params.format, shape_.topology.ranks_per_node);
   args.item = make_item(args.record_format.x, params.format.x_bytes);
-  if (params.cached) notify_cached(params.call, params.routing, params.block_rows);
+  if (params.cached) {
+    // The ids of a prepared dispatch come with it, those of a handle's rows do not.
+    const Ids ids = params.fill_handle ? ids_of(params.source.topk_idx) : Ids{};
+    notify_cached(params.call, params.routing, params.block_rows, ids);
+  }
   args.comm = comm(params.call);
   args.rails = rails(params.call);
-  args.cached = params.cached;
+  args.fill_handle = params.fill_handle;
   args.routing = arrays_of(params.routing);
   args.work = workspace(params.call.record.num_tokens);
-  if (!params.cached) {
+  if (params.fill_handle) {
     args.work.arrived_tokens = static_cast<std::int32_t*>(
         arrived_.get(4 * std::max<std::int64_t>(params.routing.nvl_head_rows, 1)));
   }
   check(parts_->launch(args, sms_of(context_, params.call), context_.comm_stream()),
         "launch of dispatch");
-  if (!params.cached) fill_handle(params, args);
+  if (params.fill_handle) fill_handle(params, args);
   copy_outputs(context_, params);
 }
 
@@ -213,7 +218,7 @@ void Internode::fill_handle(const deep_ep::internode::DispatchParams& params,
 }
 
 void Internode::cached_notify(const deep_ep::internode::CombineParams& params) {
-  notify_cached(params.call, params.routing, params.handle_rows);
+  notify_cached(params.call, params.routing, params.handle_rows, Ids{});
 }
 
 plan::RowFormat Internode::combine_format(const deep_ep::internode::CombineParams& params) {

@@ -47,9 +47,10 @@ class Internode {
   /// What notify leaves for the kernel behind it, of a call of so many tokens.
   internode::Workspace workspace(std::int64_t tokens);
   internode::NotifyArgs notify_args(const Call& call);
-  /// What the ranks tell each other ahead of a call with a handle of room for `rows` received rows.
+  /// What the ranks tell each other ahead of a call with a handle, or a prepared one, of room for
+  /// `rows` received rows; `topk_idx` is checked, if it is there.
   void notify_cached(const Call& call, const deep_ep::internode::Routing& routing,
-                     std::int64_t rows);
+                     std::int64_t rows, const Ids& topk_idx);
   void launch_notify(const internode::NotifyArgs& args, const Call& call);
   void fill_handle(const deep_ep::internode::DispatchParams& params,
                    const internode::DispatchArgs& args);

@@ -96,10 +96,10 @@ __device__ inline bool note_record(const DispatchArgs& args, const Arrival& row)
   for (int i = 0; i < kRanksALane; ++i) {
     const int rank = i * 32 + lane_id();
     if (rank >= comm.num_ranks) continue;
-    if (!args.cached) heads[rank] = row.positions.at[i];
+    if (args.fill_handle) heads[rank] = row.positions.at[i];
     same = same && heads[rank] == row.positions.at[i];
   }
-  if (!args.cached && lane_id() == 0) args.work.arrived_tokens[at] = row.meta.token;
+  if (args.fill_handle && lane_id() == 0) args.work.arrived_tokens[at] = row.meta.token;
   if (__all_sync(0xffffffff, same)) return true;
   if (lane_id() == 0) {
     Report report;

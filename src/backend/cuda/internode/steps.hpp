@@ -71,7 +71,7 @@ struct NotifyArgs {
 struct DispatchArgs : DispatchStepArgs {
   Comm comm;
   Rails rails;
-  bool cached = false;
+  bool fill_handle = false;  // what of it comes with the rows; else it is compared
   plan::RecordFormat record_format{{}, 1};
   ItemShape item;
   RoutingArrays routing;
