@@ -55,10 +55,11 @@ void Checks::prepared(const PreparedDispatch& got) {
       got.num_experts == case_.experts && got.expert_alignment == case_.expert_alignment,
       "num_experts and expert_alignment are those that were given");
   if (case_.node_size() < case_.ranks) {
-    compare_.expect(got.num_rdma_recv_tokens ==
-                        got.internode_handle.recv_rdma_rank_prefix_sum
-                            .as<const std::int32_t>()[case_.ranks / case_.node_size() - 1],
-                    "num_rdma_recv_tokens is the last element of recv_rdma_rank_prefix_sum");
+    std::size_t records = 0;
+    for (const auto& tokens : expected_.internode.record_tokens) records += tokens.size();
+    compare_.expect(
+        got.num_rdma_recv_tokens == static_cast<std::int64_t>(records),
+        fmt::format("num_rdma_recv_tokens = {} is {}", got.num_rdma_recv_tokens, records));
     compare_.expect(!got.internode_handle.recv_src_meta.defined(),
                     "recv_src_meta is undefined before the dispatch");
     return;

@@ -204,7 +204,6 @@ PreparedDispatch Buffer::Impl::take_prepared(AnyDispatchJob& job,
 }
 
 PreparedDispatch Buffer::Impl::prepare_dispatch(const DispatchArgs& args) {
-  require_host_between_nodes("prepare_dispatch");
   return collective("prepare_dispatch", [&] {
     validate_prepare(args);
     return topology_.num_nodes() > 1 ? internode_prepare(args) : intranode_prepare(args);

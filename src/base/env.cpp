@@ -29,6 +29,9 @@ constexpr auto kVariables = std::to_array<Variable>({
     {"DEEP_EP_FIRST_TICKET", "1",
      "Number of a Buffer's first low-latency calls, the same on all ranks. For tests of "
      "what happens where numbers wrap."},
+    {"DEEP_EP_NVSHMEM_PUTS_ONLY", "0",
+     "1: between nodes of GPUs rows always go by NVSHMEM's puts, also to memory that is mapped, "
+     "which kernels else write themselves. For tests of what a network takes."},
     {"DEEP_EP_LOG_LEVEL", "warn", "trace, debug, info, warn, error or off."},
     {"DEEP_EP_LOG_FILE", "",
      "File that log lines are appended to; %p is the process id, %h the host. Empty: stderr."},
@@ -145,6 +148,8 @@ int num_threads() { return static_cast<int>(integer("DEEP_EP_NUM_THREADS", 0, 40
 int ranks_per_node() { return static_cast<int>(integer("DEEP_EP_RANKS_PER_NODE", 0, kMaxInt)); }
 
 std::int64_t inbox_bytes() { return integer("DEEP_EP_INBOX_BYTES", 128, std::int64_t{1} << 40); }
+
+bool nvshmem_puts_only() { return integer("DEEP_EP_NVSHMEM_PUTS_ONLY", 0, 1) != 0; }
 
 CombinePath combine_path() {
   const std::string path = text("DEEP_EP_COMBINE");

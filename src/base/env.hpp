@@ -27,6 +27,7 @@ std::int64_t inbox_bytes();  // DEEP_EP_INBOX_BYTES
 enum class CombinePath : std::int32_t { kAuto, kPull, kRing };
 CombinePath combine_path();       // DEEP_EP_COMBINE
 std::uint64_t first_ticket();     // DEEP_EP_FIRST_TICKET
+bool nvshmem_puts_only();         // DEEP_EP_NVSHMEM_PUTS_ONLY
 std::string log_level();          // DEEP_EP_LOG_LEVEL
 std::string log_file();           // DEEP_EP_LOG_FILE, "": stderr
 std::string dump_directory();     // DEEP_EP_DUMP_DIR, "": no dump on a fault

@@ -38,8 +38,8 @@ BUDGETS = {
 }
 BUDGETS_OF_NVSHMEM = {
     "internode/notify": (96, 512),  # 256 threads
-    "internode/dispatch": (128, 4096),  # 512 threads
-    "internode/combine": (168, 4096),  # 384 threads
+    "internode/dispatch": (128, 512),  # 448 threads
+    "internode/combine": (128, 512),  # 448 threads
     "internode/fill_handle": (64, 512),
     "internode/tell": (64, 512),
 }

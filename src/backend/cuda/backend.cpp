@@ -203,9 +203,7 @@ class CudaBackend final : public Backend {
   }
   void combine(const deep_ep::internode::CombineParams& params) override {
     internode_.combine(params,
-                       allocate_results(plan::RecvArrays::bytes(Internode::combine_format(params),
-                                                                Internode::combine_rows(params)),
-                                        comm_stream()));
+                       allocate_results(internode_.combine_block_bytes(params), comm_stream()));
   }
   void update_mask(int rank, bool masked, Stream stream) override {
     const DeviceGuard guard(context_.device());

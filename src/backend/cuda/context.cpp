@@ -64,7 +64,7 @@ void* ZeroedWords::get(std::int64_t bytes) {
     pieces_.push_back(allocate_zeroed<std::byte>(static_cast<std::size_t>(more)));
     bytes_ = more;
   }
-  return pieces_.back();
+  return pieces_.empty() ? nullptr : pieces_.back();
 }
 
 namespace {

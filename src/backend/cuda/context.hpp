@@ -25,7 +25,7 @@ class ZeroedWords {
   ~ZeroedWords();
   ZeroedWords(const ZeroedWords&) = delete;
   ZeroedWords& operator=(const ZeroedWords&) = delete;
-  /// At least so many bytes.
+  /// At least so many bytes; null if none were ever asked for.
   void* get(std::int64_t bytes);
 
  private:

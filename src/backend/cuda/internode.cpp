@@ -4,6 +4,7 @@
 
 #include "backend/cuda/check.hpp"
 #include "backend/cuda/groups.hpp"
+#include "base/env.hpp"
 #include "base/log.hpp"
 #include "base/plugin.hpp"
 #include "fabric/agree.hpp"
@@ -44,25 +45,27 @@ internode::RoutingArrays arrays_of(const deep_ep::internode::Routing& routing) {
 
 /// Lanes that fit into `bytes` bytes.
 internode::RailShape fit(internode::RailShape shape, std::int64_t bytes) {
-  for (shape.num_lanes = internode::RailShape::kMostLanes;
-       shape.num_lanes > internode::RailShape::kFewestLanes; --shape.num_lanes)
+  for (shape.num_lanes = internode::RailShape::kMostLanes; shape.num_lanes > shape.fewest_lanes();
+       --shape.num_lanes)
     if (internode::RailBlock::bytes(shape) <= bytes) break;
   return shape;
 }
 
-internode::ItemShape make_item(std::int64_t head_bytes, std::int64_t x_bytes) {
-  const internode::ItemShape item = internode::ItemShape::make(head_bytes, x_bytes);
+internode::ItemShape make_item(std::int64_t head_bytes, std::int64_t x_bytes,
+                               std::int64_t most_part) {
+  const internode::ItemShape item = internode::ItemShape::make(head_bytes, x_bytes, most_part);
   if (item.pieces > 0) return item;
   throw Error(ErrorCode::kUnsupported,
               fmt::format("topk and scales of a token are {} bytes between nodes, GPUs take {} "
                           "at most",
-                          head_bytes, internode::RailShape::kRingBytes / 4 - 512));
+                          head_bytes, internode::ItemShape::kMostHead));
 }
 
 }  // namespace
 
 Internode::Internode(Context& context, const BackendOptions& options) : context_(context) {
   shape_.topology = options.topology;
+  puts_only_ = env::nvshmem_puts_only();
 }
 
 void Internode::alloc(Bootstrap& bootstrap, std::int64_t bytes) {
@@ -98,6 +101,8 @@ void Internode::free() noexcept {
 
 internode::Rails Internode::rails(const Call& call) const {
   internode::Rails rails;
+  rails.lanes = shape_.lanes_of_call(std::max(1, sms_of(context_, call)) * internode::kRoleWarps);
+  rails.puts_only = puts_only_;
   rails.timeout_ns = std::chrono::nanoseconds(call.timeout).count();
   rails.shape = shape_;
   rails.node = shape_.topology.node_of(context_.global_rank());
@@ -153,7 +158,7 @@ void Internode::notify_dispatch(const deep_ep::internode::NotifyDispatchParams& 
   args.routing = arrays_of(params.routing);
   args.max_rows = params.max_rows;
   const bool counted = params.num_recv_rows != nullptr;
-  if (counted) args.ticket = context_.take_ticket("internode_dispatch");
+  if (counted) args.ticket = context_.take_ticket(params.call.operation);
   launch_notify(args, params.call);
   if (!counted) return;
   const HostStatus& status = context_.await_ticket(params.call.operation, args.ticket);
@@ -164,9 +169,10 @@ void Internode::notify_dispatch(const deep_ep::internode::NotifyDispatchParams& 
 }
 
 void Internode::notify_cached(const Call& call, const deep_ep::internode::Routing& routing,
-                              std::int64_t rows) {
+                              std::int64_t rows, const Ids& topk_idx) {
   internode::NotifyArgs args = notify_args(call);
   args.cached = true;
+  args.topk_idx = topk_idx;
   args.routing = arrays_of(routing);
   args.handle_rows = rows;
   launch_notify(args, call);
@@ -176,20 +182,24 @@ void Internode::dispatch(const deep_ep::internode::DispatchParams& params) {
   internode::DispatchArgs args;
   set_step(params, args);
   args.record_format = plan::RecordFormat(params.format, shape_.topology.ranks_per_node);
-  args.item = make_item(args.record_format.x, params.format.x_bytes);
-  if (params.cached) notify_cached(params.call, params.routing, params.block_rows);
+  args.item = make_item(args.record_format.x, params.format.x_bytes, internode::kMostPart);
+  if (params.cached) {
+    // The ids of a prepared dispatch come with it, those of a handle's rows do not.
+    const Ids ids = params.fill_handle ? ids_of(params.source.topk_idx) : Ids{};
+    notify_cached(params.call, params.routing, params.block_rows, ids);
+  }
   args.comm = comm(params.call);
   args.rails = rails(params.call);
-  args.cached = params.cached;
+  args.fill_handle = params.fill_handle;
   args.routing = arrays_of(params.routing);
   args.work = workspace(params.call.record.num_tokens);
-  if (!params.cached) {
+  if (params.fill_handle) {
     args.work.arrived_tokens = static_cast<std::int32_t*>(
         arrived_.get(4 * std::max<std::int64_t>(params.routing.nvl_head_rows, 1)));
   }
   check(parts_->launch(args, sms_of(context_, params.call), context_.comm_stream()),
         "launch of dispatch");
-  if (!params.cached) fill_handle(params, args);
+  if (params.fill_handle) fill_handle(params, args);
   copy_outputs(context_, params);
 }
 
@@ -213,7 +223,7 @@ void Internode::fill_handle(const deep_ep::internode::DispatchParams& params,
 }
 
 void Internode::cached_notify(const deep_ep::internode::CombineParams& params) {
-  notify_cached(params.call, params.routing, params.handle_rows);
+  notify_cached(params.call, params.routing, params.handle_rows, Ids{});
 }
 
 plan::RowFormat Internode::combine_format(const deep_ep::internode::CombineParams& params) {
@@ -228,22 +238,22 @@ std::int64_t Internode::combine_rows(const deep_ep::internode::CombineParams& pa
   return std::min(params.num_rows, params.handle_rows);
 }
 
-void Internode::combine(const deep_ep::internode::CombineParams& params,
-                        const Backend::Results& block) {
-  require_aligned(params.x, "x");
-  for (const std::byte* bias : params.bias) require_aligned(bias, "bias");
-  internode::CombineArgs args;
-  args.comm = comm(params.call);
-  args.rails = rails(params.call);
-  args.bias[0] = params.bias[0];
-  args.bias[1] = params.bias[1];
-  args.format = combine_format(params);
-  args.item = make_item((args.format.topk_weights_bytes + 15) / 16 * 16, args.format.x_bytes);
-  args.send_rdma_head = params.routing.send_rdma_head;
-  args.send_nvl_head = params.routing.send_nvl_head;
+std::int64_t Internode::combine_block_bytes(const deep_ep::internode::CombineParams& params) const {
+  // A rank that has its node for itself reads its rows where the caller has them.
+  if (shape_.topology.ranks_per_node == 1) return Carver::kAlignment;
+  return plan::RecvArrays::bytes(combine_format(params), combine_rows(params));
+}
+
+void Internode::offer_rows(const deep_ep::internode::CombineParams& params,
+                           const Backend::Results& block, internode::CombineArgs& args) const {
   args.block_segment = block.block.segment;
   args.block_offset = block.block.offset;
   args.block_rows = combine_rows(params);
+  if (shape_.topology.ranks_per_node == 1) {
+    args.x = params.x;
+    args.topk_weights = params.topk_weights;
+    return;
+  }
   const std::int64_t x_bytes = args.block_rows * args.format.x_bytes;
   const fabric::Fabric::Spot spot = context_.fabric().locate(params.x, x_bytes);
   args.x_segment = spot.segment;
@@ -263,6 +273,23 @@ void Internode::combine(const deep_ep::internode::CombineParams& params,
           ? staged.topk_weights
           : plan::RecvArrays::carve(beside, args.format, args.block_rows, block.data).topk_weights;
   stage(weights, params.topk_weights, args.block_rows * args.format.topk_weights_bytes);
+}
+
+void Internode::combine(const deep_ep::internode::CombineParams& params,
+                        const Backend::Results& block) {
+  require_aligned(params.x, "x");
+  for (const std::byte* bias : params.bias) require_aligned(bias, "bias");
+  internode::CombineArgs args;
+  args.comm = comm(params.call);
+  args.rails = rails(params.call);
+  args.bias[0] = params.bias[0];
+  args.bias[1] = params.bias[1];
+  args.format = combine_format(params);
+  args.item = make_item((args.format.topk_weights_bytes + 15) / 16 * 16, args.format.x_bytes,
+                        internode::kMostPart);
+  args.send_rdma_head = params.routing.send_rdma_head;
+  args.send_nvl_head = params.routing.send_nvl_head;
+  offer_rows(params, block, args);
   args.combined_x = params.combined_x;
   args.combined_topk_weights = params.combined_topk_weights;
   args.wait_stats = params.wait_stats;

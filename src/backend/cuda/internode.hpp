@@ -32,10 +32,8 @@ class Internode {
   void notify_dispatch(const deep_ep::internode::NotifyDispatchParams& params);
   void dispatch(const deep_ep::internode::DispatchParams& params);
   void cached_notify(const deep_ep::internode::CombineParams& params);
-  /// What combine() stages for the other ranks of the node.
-  static plan::RowFormat combine_format(const deep_ep::internode::CombineParams& params);
-  static std::int64_t combine_rows(const deep_ep::internode::CombineParams& params);
-  /// `block`: room for rows of combine_format(), for combine_rows() of them.
+  /// Bytes of results that combine() takes, for what it stages for the other ranks of the node.
+  std::int64_t combine_block_bytes(const deep_ep::internode::CombineParams& params) const;
   void combine(const deep_ep::internode::CombineParams& params, const Backend::Results& block);
   /// Behind the kernel that writes this rank's fault record.
   void tell_fault() noexcept;
@@ -47,15 +45,22 @@ class Internode {
   /// What notify leaves for the kernel behind it, of a call of so many tokens.
   internode::Workspace workspace(std::int64_t tokens);
   internode::NotifyArgs notify_args(const Call& call);
-  /// What the ranks tell each other ahead of a call with a handle of room for `rows` received rows.
+  /// What the ranks tell each other ahead of a call with a handle, or a prepared one, of room for
+  /// `rows` received rows; `topk_idx` is checked, if it is there.
   void notify_cached(const Call& call, const deep_ep::internode::Routing& routing,
-                     std::int64_t rows);
+                     std::int64_t rows, const Ids& topk_idx);
+  static plan::RowFormat combine_format(const deep_ep::internode::CombineParams& params);
+  static std::int64_t combine_rows(const deep_ep::internode::CombineParams& params);
+  /// The rows to sum, where the ranks of the node can read them.
+  void offer_rows(const deep_ep::internode::CombineParams& params, const Backend::Results& block,
+                  internode::CombineArgs& args) const;
   void launch_notify(const internode::NotifyArgs& args, const Call& call);
   void fill_handle(const deep_ep::internode::DispatchParams& params,
                    const internode::DispatchArgs& args);
 
   Context& context_;
   nvshmem::NvshmemParts* parts_ = nullptr;
+  bool puts_only_ = false;
   internode::RailShape shape_;
   std::unique_ptr<nvshmem::Heap> heap_;
   ZeroedWords state_;

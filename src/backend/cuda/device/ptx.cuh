@@ -139,6 +139,16 @@ __device__ __forceinline__ bool mbarrier_try_wait_parity_acquire_cta(std::uint64
   return done != 0;
 }
 
+/// Accesses of this thread to global memory, and what it has acquired, come before those of bulk
+/// copies that it begins.
+__device__ __forceinline__ void fence_proxy_async_global() {
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+/// What this thread wrote to shared memory comes before bulk copies that are begun behind a barrier
+/// with it.
+__device__ __forceinline__ void fence_proxy_async_shared() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
 /// Global to shared memory; addresses and size are multiples of 16. Completes on `barrier`.
 __device__ __forceinline__ void bulk_load(void* to, const void* from, std::uint32_t bytes,
                                           std::uint64_t* barrier) {

@@ -78,4 +78,49 @@ struct Sum16<float> {
   }
 };
 
+/// By a lane: kSteps times 16 bytes of kRows rows, added in order; all loads before the first use.
+template <class T, int kSteps, int kRows>
+__device__ void add_rows(Sum16<T> (&sums)[kSteps], const std::byte* const* rows, std::int64_t at) {
+  uint4 bytes[kRows][kSteps];
+#pragma unroll
+  for (int row = 0; row < kRows; ++row) {
+    const std::byte* from = rows[row] + at;
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+      bytes[row][i] = *reinterpret_cast<const uint4*>(from + i * 512);
+    }
+  }
+#pragma unroll
+  for (int row = 0; row < kRows; ++row) {
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) sums[i].add(bytes[row][i]);
+  }
+}
+
+/// The same of any number of rows, two at a time.
+template <class T, int kSteps>
+__device__ void add_all(Sum16<T> (&sums)[kSteps], const std::byte* const* rows, int count,
+                        std::int64_t at) {
+  int i = 0;
+#pragma unroll 1
+  for (; i + 2 <= count; i += 2) add_rows<T, kSteps, 2>(sums, rows + i, at);
+  for (; i < count; ++i) add_rows<T, kSteps, 1>(sums, rows + i, at);
+}
+
+template <int kSteps>
+struct Steps {
+  static constexpr int kCount = kSteps;
+};
+
+/// By a lane: body(at, Steps<n>) for n times 16 bytes, 512 apart, from `at` on, which the lane has
+/// of a row of `bytes` bytes; n is kMost while so many are left, then 1.
+template <int kMost, class Index, class Body>
+__device__ void for_each_column(Index bytes, Body&& body) {
+  Index at = threadIdx.x % 32 * 16;
+#pragma unroll 1
+  for (; at + (kMost - 1) * 512 < bytes; at += kMost * 512) body(at, Steps<kMost>{});
+#pragma unroll 1
+  for (; at < bytes; at += 512) body(at, Steps<1>{});
+}
+
 }  // namespace deep_ep::cuda

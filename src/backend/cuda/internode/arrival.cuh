@@ -1,6 +1,7 @@
 #pragma once
 
 #include "backend/cuda/internode/blocks.cuh"
+#include "backend/cuda/internode/stage.cuh"
 
 // A row of a dispatch on its way into the slots of this node's ranks, by the warp that has it.
 namespace deep_ep::cuda::internode {
@@ -36,9 +37,7 @@ struct Arrival {
   const float* topk_weights;  // [K]
   const std::uint32_t* scales;
   std::int64_t scale_stride;
-  const std::byte* x;
   std::int64_t x_begin;  // of the part that this is of x
-  std::int64_t x_bytes;
 };
 
 /// Slots of the rows at the ranks that a lane looks after, or -1; what does not fit is reported.
@@ -46,15 +45,14 @@ struct Slots {
   std::int32_t at[kRanksALane];
   std::uint32_t set[kRanksALane];  // ranks that have one, the same in all lanes
 
-  __device__ Slots(const DispatchArgs& args, const Arrival& row) {
-    const int all = args.rails.shape.topology.num_ranks;
+  /// Unless `good`, none has.
+  __device__ Slots(const DispatchArgs& args, const Blocks& targets, const Arrival& row, bool good) {
 #pragma unroll
     for (int i = 0; i < kRanksALane; ++i) {
       const int rank = i * 32 + lane_id();
       at[i] = -1;
-      if (row.positions.at[i] >= 0) {
-        const auto rows =
-            plan::part_of(args.rails.state.prefix + std::int64_t{rank} * all, row.source);
+      if (good && row.positions.at[i] >= 0) {
+        const auto rows = targets.rows(args.rails, rank, row.source);
         const std::int64_t slot = rows.begin + row.positions.at[i];
         if (slot < rows.end) at[i] = static_cast<std::int32_t>(slot);
         if (slot >= rows.end) report(args, row, rank, row.positions.at[i], rows.end - rows.begin);
@@ -82,9 +80,10 @@ struct Slots {
 };
 
 /// The forwarder's part of the handle. False, and reported, if the record is none of its source's.
-__device__ inline bool note_record(const DispatchArgs& args, const Arrival& row) {
+__device__ inline bool note_record(const DispatchArgs& args, const Blocks& targets,
+                                   const Arrival& row) {
   const Comm& comm = args.comm;
-  const auto records = plan::part_of(args.rails.state.records, row.meta.node);
+  const auto records = plan::part_of(targets.records, row.meta.node);
   const std::int64_t at = records.begin + row.record;
   if (row.record < 0 || at >= records.end || at >= args.routing.nvl_head_rows) {
     if (lane_id() == 0) Slots::report(args, row, -1, row.record, records.end - records.begin);
@@ -96,10 +95,10 @@ __device__ inline bool note_record(const DispatchArgs& args, const Arrival& row)
   for (int i = 0; i < kRanksALane; ++i) {
     const int rank = i * 32 + lane_id();
     if (rank >= comm.num_ranks) continue;
-    if (!args.cached) heads[rank] = row.positions.at[i];
+    if (args.fill_handle) heads[rank] = row.positions.at[i];
     same = same && heads[rank] == row.positions.at[i];
   }
-  if (!args.cached && lane_id() == 0) args.work.arrived_tokens[at] = row.meta.token;
+  if (args.fill_handle && lane_id() == 0) args.work.arrived_tokens[at] = row.meta.token;
   if (__all_sync(0xffffffff, same)) return true;
   if (lane_id() == 0) {
     Report report;
@@ -112,9 +111,9 @@ __device__ inline bool note_record(const DispatchArgs& args, const Arrival& row)
   return false;
 }
 
-/// Entries for experts of other ranks become -1 with weight 0.
-__device__ inline void place_topk(const DispatchArgs& args, const Blocks& targets,
-                                  const Arrival& row, const Slots& slots) {
+/// Entries for experts of other ranks become -1 with weight 0. Not inlined, as put_out().
+__device__ __noinline__ inline void place_topk(const DispatchArgs& args, const Blocks& targets,
+                                               const Arrival& row, const Slots& slots) {
   const int topk = args.comm.record.num_topk;
   // This rank may have no tokens, and no arrays, yet pass on others'.
   const bool weighted = args.format.topk_weights_bytes != 0;
@@ -163,41 +162,24 @@ __device__ inline void place_small(const DispatchArgs& args, const Blocks& targe
   }
 }
 
-/// By a lane: kSteps times 16 bytes of x, read once and written to each slot.
-template <int kSteps>
-__device__ void place_columns(const DispatchArgs& args, const Blocks& targets, const Arrival& row,
-                              const Slots& slots, std::int64_t at) {
-  uint4 bytes[kSteps];
-#pragma unroll
-  for (int i = 0; i < kSteps; ++i) bytes[i] = *reinterpret_cast<const uint4*>(row.x + at + i * 512);
-  slots.for_each([&](int rank, std::int64_t slot) {
-    std::byte* to = targets.of[rank].x + slot * args.format.x_bytes + row.x_begin + at;
-#pragma unroll
-    for (int i = 0; i < kSteps; ++i) *reinterpret_cast<uint4*>(to + i * 512) = bytes[i];
-  });
-}
-
-/// By a warp: an item to the slots of the ranks that it names. Only this rank writes these, behind
-/// the acquire in wait_place() (I5, I19).
-__device__ inline void place(const DispatchArgs& args, const Blocks& targets, const Arrival& row) {
-  if (row.x_begin == 0 && !note_record(args, row)) return;
-  const Slots slots(args, row);
+/// By a warp: an item, whose x is on its way to the stage, to the slots of the ranks that it names;
+/// let_go() is called when it has been read. Only this rank writes these slots, behind the acquire
+/// in wait_place() (I5, I19).
+template <class LetGo>
+__device__ void place(const DispatchArgs& args, const Blocks& targets, const Arrival& row,
+                      Stage& stage, LetGo&& let_go) {
+  const bool good = row.x_begin != 0 || note_record(args, targets, row);
+  const Slots slots(args, targets, row, good);
   if (row.x_begin == 0) place_small(args, targets, row, slots);
-  constexpr int kUnroll = 4;  // loads of a lane that are under way at once
-  // All lanes take part in each step, those behind the end as well.
-  std::int64_t base = 0;
-  for (; base + kUnroll * 512 <= row.x_bytes; base += kUnroll * 512)
-    place_columns<kUnroll>(args, targets, row, slots, base + lane_id() * 16);
-  for (; base + 512 <= row.x_bytes; base += 512)
-    place_columns<1>(args, targets, row, slots, base + lane_id() * 16);
-  const std::int64_t at = base + lane_id() * 16;
-  const bool inside = at < row.x_bytes;
-  uint4 bytes{};
-  if (inside) bytes = *reinterpret_cast<const uint4*>(row.x + at);
-  slots.for_each([&](int rank, std::int64_t slot) {
-    std::byte* to = targets.of[rank].x + slot * args.format.x_bytes + row.x_begin + at;
-    if (inside) *reinterpret_cast<uint4*>(to) = bytes;
-  });
+  stage.wait();
+  let_go();
+#pragma unroll
+  for (int i = 0; i < kRanksALane; ++i) {
+    if (slots.at[i] < 0) continue;
+    std::byte* x = targets.of[i * 32 + lane_id()].x;
+    stage.store(x + slots.at[i] * args.format.x_bytes + row.x_begin);
+  }
+  stage.stored();
 }
 
 }  // namespace deep_ep::cuda::internode

@@ -6,9 +6,31 @@
 // Where the ranks of this node have the rows of a call, and who of them takes part in a record.
 namespace deep_ep::cuda::internode {
 
-/// The arrays of each rank of the node: results of a dispatch, what a combine brings home.
+/// What every row asks for, in shared memory: fences make a block forget what it has cached.
 struct Blocks {
+  static constexpr int kMostPrefix = 1024;
+
+  // The arrays of each rank of the node: results of a dispatch, what a combine brings home.
   plan::RecvArrays of[plan::kMaxRanksPerNode];
+  const std::int32_t* prefix;  // RailState::prefix: `prefix_here`, if it fits
+  std::int32_t prefix_here[kMostPrefix];
+  std::int32_t records[plan::kMaxNodes];  // RailState::records
+
+  /// Rows of `source` at `rank` of the node.
+  __device__ plan::RowRange rows(const Rails& rails, int rank, int source) const {
+    return plan::part_of(prefix + std::int64_t{rank} * rails.shape.topology.num_ranks, source);
+  }
+  /// By all threads of a block, ahead of a barrier.
+  __device__ void keep(const Rails& rails) {
+    const plan::Topology& topology = rails.shape.topology;
+    const int length = topology.ranks_per_node * topology.num_ranks;
+    const bool fits = length <= kMostPrefix;
+    if (threadIdx.x == 0) prefix = fits ? prefix_here : rails.state.prefix;
+    for (int i = threadIdx.x; fits && i < length; i += blockDim.x)
+      prefix_here[i] = rails.state.prefix[i];
+    for (int i = threadIdx.x; i < topology.num_nodes(); i += blockDim.x)
+      records[i] = rails.state.records[i];
+  }
 };
 
 /// By all threads of a block, true in each: every rank of the node has told where its block is, and
@@ -25,6 +47,7 @@ __device__ bool find_blocks(const Args& args, std::uint64_t epoch, Blocks& block
                    .x_segment = args.x_segment,
                    .x_offset = args.x_offset});
   }
+  blocks.keep(args.rails);
   bool good = true;
   for (int i = threadIdx.x; good && i < comm.num_ranks; i += blockDim.x) {
     Place place;

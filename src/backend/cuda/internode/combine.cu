@@ -1,5 +1,6 @@
 #include "backend/cuda/device/launch.cuh"
 #include "backend/cuda/internode/node_sums.cuh"
+#include "backend/cuda/internode/stage.cuh"
 #include "backend/cuda/internode/turns.cuh"
 #include "backend/cuda/intranode/exchange.cuh"
 
@@ -10,152 +11,203 @@ namespace {
 // Warps of a block that sum this node's rows for other nodes, and those that add what has come
 // home: of both kinds each block has some. The first wait for nobody; the second wait for the first
 // ones of other ranks only (I20).
-constexpr int kSumWarps = 6;
-constexpr int kAddWarps = 6;
-constexpr int kThreads = (kSumWarps + kAddWarps) * 32;
-constexpr int kNodesALane = (plan::kMaxNodes + 31) / 32;
+constexpr int kThreads = 2 * kRoleWarps * 32;
+// 16-byte loads of a lane that are under way at once: a row of 7168 BF16 values in four turns, or
+// in seven, each of an item and of this node's rows.
+constexpr int kSumUnroll = 7;
+constexpr int kAddUnroll = 4;
+
+struct Shared {
+  Stage::Storage stages[kRoleWarps];
+  Sources sources[2 * kRoleWarps];
+  Blocks blocks;
+};
+static_assert(sizeof(Shared) <= kMaxSharedBytes);
 
 // --- inside the node -----------------------------------------------------------------------------
+
+/// By a warp: a part of a record's sum over `rows` listed rows. Not inlined, so that the compiler
+/// keeps registers for this loop, not for what is around it.
+template <class T>
+__device__ __noinline__ void sum_part(const Sources& sources, int rows, std::int64_t begin,
+                                      int bytes, std::byte* to) {
+  for_each_column<kSumUnroll>(bytes, [&](int at, auto steps) {
+    Sum16<T> sums[steps.kCount];
+#pragma unroll 1
+    for (int row = 0; row < rows; ++row)
+      add_rows<T, steps.kCount, 1>(sums, sources.rows + row, begin + at);
+#pragma unroll
+    for (int i = 0; i < steps.kCount; ++i)
+      *reinterpret_cast<uint4*>(to + at + i * 512) = sums[i].round();
+  });
+}
 
 /// By a warp: the next item of a ring, if there is room. A record that is not allowed goes as
 /// zeros: its fault is known.
 template <class T>
-__device__ Turn send_sum(const CombineArgs& args, const Blocks& sources, int lane, int peer) {
+__device__ Turn send_sum(const CombineArgs& args, Shared& shared, Stage& stage, Untold& untold,
+                         int lane, int peer) {
   const Rails& rails = args.rails;
   const ItemShape& item = args.item;
   const RingItems items(rails, item, rails.state.lanes_in, lane, peer);
-  const std::int64_t number = rails.state.rings[items.ring].out_item;
+  const std::int64_t number = items_out(rails.state.rings[items.ring]);
   const std::uint64_t in_flight = items_in_flight(rails, items.ring);
-  if (number == items.count) return in_flight == 0 ? Turn::kDone : Turn::kStuck;
-  if (in_flight >= static_cast<std::uint64_t>(item.slots)) return Turn::kStuck;
+  const bool done = number == items.count;
+  if (done || in_flight >= static_cast<std::uint64_t>(item.slots)) {
+    untold.tell();
+    return done && in_flight == 0 ? Turn::kDone : Turn::kStuck;
+  }
   const auto piece = static_cast<int>(number % item.pieces);
   const std::int64_t record =
-      plan::part_of(rails.state.records, items.node).begin + items.record + number / item.pieces;
-  const Rows rows(args, record, rails.rank_of_peer(peer));
-  compose_sum<T>(args, sources, rows, piece, out_slot(rails, item, items.ring));
-  put_item(rails, item, lane, peer, item.head_bytes + item.x_size(piece));
+      plan::part_of(shared.blocks.records, items.node).begin + items.record + number / item.pieces;
+  Sources& sources = shared.sources[threadIdx.x / 32];
+  const int rows = list_rows(args, shared.blocks, record, rails.rank_of_peer(peer), sources);
+  const std::int64_t begin = item.x_begin(piece);
+  const auto bytes = static_cast<int>(item.x_size(piece));
+  const OutItem out(rails, item, lane, peer);
+  if (out.there != nullptr) {
+    sum_part<T>(sources, rows, begin, bytes, stage.begin_sum(bytes));
+    stage.end_sum();
+    untold.tell();
+    compose_weights(args, sources, rows, out.to);
+    if (lane_id() == 0) stage.store(out.to + item.head_bytes);
+    stage.stored();
+  } else {
+    compose_weights(args, sources, rows, out.to);
+    sum_part<T>(sources, rows, begin, bytes, out.to + item.head_bytes);
+  }
+  send_out(rails, out, untold, lane, peer, item.head_bytes + bytes);
   return Turn::kMoved;
 }
 
 /// By a summing warp: its rings.
 template <class T>
-__device__ void send_sums(const CombineArgs& args, const Blocks& sources) {
+__device__ void send_sums(const CombineArgs& args, Shared& shared) {
   const Rails& rails = args.rails;
-  const Role role(0, kSumWarps);
-  begin_rings<&RailState::Ring::out_item>(rails, role);
+  const Role role(0, kRoleWarps);
+  begin_rings<&RailState::Ring::out_begin, &RailState::Ring::sent>(rails, role);
+  Stage stage(shared.stages[threadIdx.x / 32]);
+  Untold untold;
   (void)serve_rings(
       args.comm, rails, role,
-      [&](int lane, int peer) { return send_sum<T>(args, sources, lane, peer); },
+      [&](int lane, int peer) { return send_sum<T>(args, shared, stage, untold, lane, peer); },
       [] { return false; }, [&](std::int64_t ring) { return missing_room(rails, ring); });
+  stage.finish();
 }
 
 // --- at the token's rank -------------------------------------------------------------------------
 
-/// Items of a token that have come home, at the lanes that look after their nodes
-/// (node % 32 == lane).
-struct Items {
-  const std::byte* at[kNodesALane];
-
-  /// Calls body(item) in all lanes, in ascending node, and own() in its place.
-  template <class Body, class Own>
-  __device__ void for_each(int nodes, int own_node, bool has_own, Body&& body, Own&& own) const {
-#pragma unroll
-    for (int i = 0; i < kNodesALane; ++i) {
-      std::uint32_t left = __ballot_sync(0xffffffff, at[i] != nullptr);
-      if (has_own && own_node / 32 == i) left |= 1u << own_node % 32;
-      for (; left != 0; left &= left - 1) {
-        const int lane = __ffs(static_cast<int>(left)) - 1;
-        if (i * 32 + lane == own_node) {
-          own();
-          continue;
-        }
-        body(reinterpret_cast<const std::byte*>(
-            __shfl_sync(0xffffffff, reinterpret_cast<std::uintptr_t>(at[i]), lane)));
-      }
-      if (nodes <= (i + 1) * 32) return;
-    }
-  }
+/// What a part of a token's sum is of: `addends` listed ones, items and then biases, and in place
+/// `own_at` among them the sum of `rows` listed rows of this node, or -1.
+struct Parts {
+  int items;
+  int addends;
+  int own_at;
+  int rows;
 };
 
-/// By a lane: kSteps times 16 bytes of a token's sum; `at` in the row, `in_item` in the item's
-/// part.
+/// By a lane: the kSteps times 16 bytes that are `at` in a part, which begins at `begin` in the
+/// row. The first item is loaded ahead of all sums, so that its bytes and those of this node's rows
+/// are under way at once.
 template <class T, int kSteps>
-__device__ void add_columns(const CombineArgs& args, const Blocks& sources, const Items& items,
-                            const Rows* own_rows, std::int64_t token, std::int64_t at,
-                            std::int64_t in_item, bool inside) {
-  Sum16<T> sums[kSteps];
-  const auto add = [&](const std::byte* from) {
+__device__ void add_columns(const Sources& sources, const Parts& parts, std::int64_t begin, int at,
+                            std::byte* out) {
+  uint4 bytes[kSteps];
+  const auto load = [&](const std::byte* from) {
 #pragma unroll
     for (int i = 0; i < kSteps; ++i)
-      if (inside) sums[i].add(*reinterpret_cast<const uint4*>(from + i * 512));
+      bytes[i] = *reinterpret_cast<const uint4*>(from + at + i * 512);
   };
-  items.for_each(
-      args.rails.shape.topology.num_nodes(), args.rails.node, own_rows != nullptr,
-      [&](const std::byte* item) { add(item + args.item.head_bytes + in_item); },
-      [&] {
-        uint4 own[kSteps];
-        sum_columns<T, kSteps>(args, sources, *own_rows, at, inside, own);
+  if (parts.addends > 0) load(sources.addends[0]);
+  uint4 own[kSteps];
+  if (parts.own_at >= 0) {
+    Sum16<T> sums[kSteps];
+    for (int row = 0; row < parts.rows; ++row)
+      add_rows<T, kSteps, 1>(sums, sources.rows + row, begin + at);
 #pragma unroll
-        for (int i = 0; i < kSteps; ++i) sums[i].add(own[i]);
-      });
-  const std::int64_t row = token * args.format.x_bytes + at;
-  for (const std::byte* bias : args.bias)
-    if (bias != nullptr) add(bias + row);
+    for (int i = 0; i < kSteps; ++i) own[i] = sums[i].round();
+  }
+  Sum16<T> sums[kSteps];
+  const auto add = [&](const uint4(&more)[kSteps]) {
 #pragma unroll
-  for (int i = 0; i < kSteps; ++i)
-    if (inside) *reinterpret_cast<uint4*>(args.combined_x + row + i * 512) = sums[i].round();
+    for (int i = 0; i < kSteps; ++i) sums[i].add(more[i]);
+  };
+#pragma unroll 1
+  for (int i = 0; i <= parts.addends; ++i) {
+    if (i == parts.own_at) add(own);
+    if (i == parts.addends) break;
+    if (i > 0) load(sources.addends[i]);
+    add(bytes);
+  }
+#pragma unroll
+  for (int i = 0; i < kSteps; ++i) *reinterpret_cast<uint4*>(out + at + i * 512) = sums[i].round();
+}
+
+/// By a warp: the `bytes` bytes of a part. Not inlined, as sum_part().
+template <class T>
+__device__ __noinline__ void add_part(const Sources& sources, Parts parts, std::int64_t begin,
+                                      int bytes, std::byte* out) {
+  for_each_column<kAddUnroll>(bytes, [&](int at, auto steps) {
+    add_columns<T, steps.kCount>(sources, parts, begin, at, out);
+  });
 }
 
 /// By a warp: a part of a token's sum.
 template <class T>
-__device__ void add_piece(const CombineArgs& args, const Blocks& sources, const Items& items,
-                          const Rows* own_rows, std::int64_t token, int piece) {
+__device__ void add_piece(const CombineArgs& args, const Sources& sources, const Parts& parts,
+                          std::int64_t token, int piece) {
   const std::int64_t begin = args.item.x_begin(piece);
-  const std::int64_t bytes = args.item.x_size(piece);
-  std::int64_t base = 0;
-  for (; base + kUnroll * 512 <= bytes; base += kUnroll * 512) {
-    const std::int64_t at = base + lane_id() * 16;
-    add_columns<T, kUnroll>(args, sources, items, own_rows, token, begin + at, at, true);
-  }
-  for (; base < bytes; base += 512) {
-    const std::int64_t at = base + lane_id() * 16;
-    add_columns<T, 1>(args, sources, items, own_rows, token, begin + at, at, at < bytes);
-  }
+  add_part<T>(sources, parts, begin, static_cast<int>(args.item.x_size(piece)),
+              args.combined_x + token * args.format.x_bytes + begin);
   if (piece > 0 || args.combined_topk_weights == nullptr) return;
   const int topk = args.comm.record.num_topk;
-  for (int k0 = 0; k0 < topk; k0 += 32) {
-    const int k = k0 + lane_id();
+  for (int k = lane_id(); k < topk; k += 32) {
     float sum = 0.0f;
-    items.for_each(
-        args.rails.shape.topology.num_nodes(), args.rails.node, own_rows != nullptr,
-        [&](const std::byte* item) {
-          if (k < topk) sum = plan::add(sum, reinterpret_cast<const float*>(item)[k]);
-        },
-        [&] { sum = plan::add(sum, sum_weight(args, sources, *own_rows, k, k < topk)); });
-    if (k < topk) args.combined_topk_weights[token * topk + k] = plan::from_float<float>(sum);
+    for (int i = 0; i <= parts.items; ++i) {
+      if (i == parts.own_at) sum = plan::add(sum, sum_weight(sources, parts.rows, k));
+      if (i < parts.items) sum = plan::add(sum, sources.item_weights[i][k]);
+    }
+    args.combined_topk_weights[token * topk + k] = plan::from_float<float>(sum);
   }
 }
 
-/// By a warp: waits for the items of a piece of a token; false if it left for a fault.
-__device__ bool wait_items(const CombineArgs& args, int lane, std::int64_t token, Items& items) {
+/// By a warp: waits for the items of a piece of a token and lists what is added; false if it left
+/// for a fault.
+__device__ bool list_addends(const CombineArgs& args, int lane, std::int64_t token, int piece,
+                             Sources& sources, Parts& parts) {
   const Rails& rails = args.rails;
   const int nodes = rails.shape.topology.num_nodes();
-#pragma unroll
-  for (int i = 0; i < kNodesALane; ++i) items.at[i] = nullptr;
+  __syncwarp();  // the list before has been read
+  parts.items = 0;
+#pragma unroll 1
   for (int node = 0; node < nodes; ++node) {
-    if (node == rails.node || args.send_rdma_head[token * nodes + node] < 0) continue;
+    const bool goes = args.send_rdma_head[token * nodes + node] >= 0;
+    if (node == rails.node) parts.own_at = goes ? parts.items : -1;
+    if (node == rails.node || !goes) continue;
     const int peer = RailShape::peer_index(node, rails.node);
     const std::byte* item = wait_item(args.comm, rails, args.item, lane, peer);
     if (item == nullptr) return false;
-#pragma unroll
-    for (int i = 0; i < kNodesALane; ++i)
-      if (i * 32 + lane_id() == node) items.at[i] = item;
+    if (lane_id() == 0) {
+      sources.item_weights[parts.items] = reinterpret_cast<const float*>(item);
+      sources.addends[parts.items] = item + args.item.head_bytes;
+    }
+    ++parts.items;
   }
+  parts.addends = parts.items;
+  for (const std::byte* bias : args.bias) {
+    if (bias == nullptr) continue;
+    if (lane_id() == 0)
+      sources.addends[parts.addends] =
+          bias + token * args.format.x_bytes + args.item.x_begin(piece);
+    ++parts.addends;
+  }
+  __syncwarp();
   return true;
 }
 
 __device__ void release_items(const CombineArgs& args, int lane, std::int64_t token) {
   const int nodes = args.rails.shape.topology.num_nodes();
+#pragma unroll 1
   for (int node = 0; node < nodes; ++node) {
     if (node == args.rails.node || args.send_rdma_head[token * nodes + node] < 0) continue;
     release_item(args.rails, lane, RailShape::peer_index(node, args.rails.node));
@@ -164,22 +216,20 @@ __device__ void release_items(const CombineArgs& args, int lane, std::int64_t to
 
 /// By a warp: a token of a lane; false if it cannot be summed.
 template <class T>
-__device__ bool add_token(const CombineArgs& args, const Blocks& sources, int lane,
-                          std::int64_t token) {
+__device__ bool add_token(const CombineArgs& args, Shared& shared, int lane, std::int64_t token) {
   const Rails& rails = args.rails;
-  const int nodes = rails.shape.topology.num_nodes();
-  const std::int32_t own = args.send_rdma_head[token * nodes + rails.node];
-  const std::int64_t record = plan::part_of(rails.state.records, rails.node).begin + own;
+  const std::int32_t own =
+      args.send_rdma_head[token * rails.shape.topology.num_nodes() + rails.node];
+  Sources& sources = shared.sources[threadIdx.x / 32];
+  Parts parts{};
+  if (own >= 0) {
+    const std::int64_t record = plan::part_of(shared.blocks.records, rails.node).begin + own;
+    parts.rows = list_rows(args, shared.blocks, record, rails.rank(), sources);
+    if (parts.rows < 0) return false;
+  }
   for (int piece = 0; piece < args.item.pieces; ++piece) {
-    Items items;
-    if (!wait_items(args, lane, token, items)) return false;
-    if (own >= 0) {
-      const Rows rows(args, record, rails.rank());
-      if (!rows.good) return false;
-      add_piece<T>(args, sources, items, &rows, token, piece);
-    } else {
-      add_piece<T>(args, sources, items, nullptr, token, piece);
-    }
+    if (!list_addends(args, lane, token, piece, sources, parts)) return false;
+    add_piece<T>(args, sources, parts, token, piece);
     release_items(args, lane, token);
   }
   return true;
@@ -197,15 +247,15 @@ __device__ void void_token(const CombineArgs& args, std::int64_t token) {
 
 /// By an adding warp: the tokens of its lanes; `good` as long as nothing has failed.
 template <class T>
-__device__ void add_tokens(const CombineArgs& args, const Blocks& sources, bool good) {
-  const Role role(kSumWarps, kAddWarps);
-  const int lanes = args.rails.shape.num_lanes;
+__device__ void add_tokens(const CombineArgs& args, Shared& shared, bool good) {
+  const Role role(kRoleWarps, kRoleWarps);
+  const int lanes = args.rails.lanes;
   const std::int64_t tokens = args.comm.record.num_tokens;
   for (std::int64_t lane = role.number; lane < lanes; lane += role.count) {
     const std::int64_t end = plan::channel_begin(tokens, static_cast<int>(lane) + 1, lanes);
     for (std::int64_t token = plan::channel_begin(tokens, static_cast<int>(lane), lanes);
          token < end; ++token) {
-      good = good && add_token<T>(args, sources, static_cast<int>(lane), token);
+      good = good && add_token<T>(args, shared, static_cast<int>(lane), token);
       if (!good) void_token(args, token);
     }
   }
@@ -216,18 +266,25 @@ __device__ void add_tokens(const CombineArgs& args, const Blocks& sources, bool 
 // See notify.cu.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1) combine(const __grid_constant__ CombineArgs args) {
-  __shared__ Blocks sources;
+  extern __shared__ __align__(128) std::byte memory[];
+  Shared& shared = *reinterpret_cast<Shared*>(memory);
   const Comm& comm = args.comm;
   const std::uint64_t epoch = comm.local->epoch + 1;
-  const bool good = find_blocks(args, epoch, sources, [&](int rank, auto rows, auto room) {
+  const bool good = find_blocks(args, epoch, shared.blocks, [&](int rank, auto rows, auto room) {
     if (rank != comm.rank) return check_rows_fit(comm, comm.global_rank(rank), 0, rows, room);
     if (rows > room) raise_invalid(comm, Finding::kHandleRoom, 2, room, rows);
     return rows <= room;
   });
-  if (threadIdx.x >= kSumWarps * 32) {
-    add_tokens<T>(args, sources, good);
+  if (threadIdx.x == 0 && args.x != nullptr) {
+    shared.blocks.of[comm.rank].x = const_cast<std::byte*>(args.x);
+    shared.blocks.of[comm.rank].topk_weights =
+        reinterpret_cast<std::byte*>(const_cast<float*>(args.topk_weights));
+  }
+  __syncthreads();
+  if (threadIdx.x >= kRoleWarps * 32) {
+    add_tokens<T>(args, shared, good);
   } else if (good) {
-    send_sums<T>(args, sources);
+    send_sums<T>(args, shared);
   }
   if (threadIdx.x % 32 == 0) nvshmem_quiet();
   if (!is_last_block(comm)) return;
@@ -242,7 +299,10 @@ __global__ void __launch_bounds__(kThreads, 1) combine(const __grid_constant__ C
 
 template <class T>
 cudaError_t launch(const CombineArgs& args, int num_sms, cudaStream_t stream) {
-  combine<T><<<num_sms, kThreads, 0, stream>>>(args);
+  constexpr int kShared = sizeof(Shared);
+  const cudaError_t allowed = allow_shared<combine<T>>(kShared);
+  if (allowed != cudaSuccess) return allowed;
+  combine<T><<<num_sms, kThreads, kShared, stream>>>(args);
   return cudaGetLastError();
 }
 

@@ -7,11 +7,16 @@ namespace deep_ep::cuda::internode {
 
 namespace {
 
-// Warps of a block that send, and those that pass on: of both kinds each block has some, so that
-// one block is enough. Neither kind waits for the other.
-constexpr int kSendWarps = 8;
-constexpr int kPassWarps = 8;
-constexpr int kThreads = (kSendWarps + kPassWarps) * 32;
+// Of both kinds, those that send and those that pass on, each block has some, so that one block is
+// enough. Neither kind waits for the other.
+constexpr int kThreads = 2 * kRoleWarps * 32;
+
+struct Shared {
+  Stage::Storage stages[2 * kRoleWarps];
+  Blocks targets;
+  unsigned long long own_taken;  // of the block's parts of rows for this node
+};
+static_assert(sizeof(Shared) <= kMaxSharedBytes);
 
 // --- sending -------------------------------------------------------------------------------------
 
@@ -33,17 +38,34 @@ __device__ Ids ids_of(const DispatchArgs& args, std::int64_t token) {
   return ids;
 }
 
-/// By a warp: a row for ranks of this node.
-__device__ void place_own(const DispatchArgs& args, const Blocks& targets, std::int32_t record) {
+/// By a warp of either role that has nothing better to do: the next part of the block's rows for
+/// ranks of this node. False if there is none.
+__device__ bool place_own(const DispatchArgs& args, Shared& shared, Stage& stage, Untold& untold) {
+  const Rails& rails = args.rails;
+  const Blocks& targets = shared.targets;
+  const auto part = plan::part_of(targets.records, rails.node);
+  const std::int64_t own = (part.end - part.begin) * args.item.pieces;
+  unsigned long long ticket = 0;
+  if (lane_id() == 0) ticket = atomicAdd(&shared.own_taken, 1ULL);
+  ticket = __shfl_sync(0xffffffff, ticket, 0);
+  const std::int64_t number = static_cast<std::int64_t>(ticket) * gridDim.x + blockIdx.x;
+  if (number >= own) return false;
+  const auto record = static_cast<std::int32_t>(number / args.item.pieces);
+  const auto piece = static_cast<int>(number % args.item.pieces);
   const std::int64_t token =
-      args.work.record_tokens[args.rails.node * args.comm.record.num_tokens + record];
-  const Positions positions(positions_of(args, token, args.rails.node), args.comm.num_ranks);
+      args.work.record_tokens[rails.node * args.comm.record.num_tokens + record];
+  stage.load(args.x + token * args.format.x_bytes + args.item.x_begin(piece),
+             args.item.x_size(piece));
+  untold.tell();
+  const Positions positions(positions_of(args, token, rails.node), args.comm.num_ranks);
   const float* weights = args.topk_weights;
   place(args, targets,
-        {args.rails.rank(), meta_of(args, token, positions), record, positions, ids_of(args, token),
+        {rails.rank(), meta_of(args, token, positions), record, positions, ids_of(args, token),
          weights == nullptr ? nullptr : weights + token * args.comm.record.num_topk,
          args.scales.data == nullptr ? nullptr : args.scales.data + token * args.scales.row_stride,
-         args.scales.column_stride, args.x + token * args.format.x_bytes, 0, args.format.x_bytes});
+         args.scales.column_stride, args.item.x_begin(piece)},
+        stage, [] {});
+  return true;
 }
 
 /// By a warp: all of an item but x.
@@ -72,8 +94,8 @@ __device__ void compose_head(const DispatchArgs& args, std::int64_t token, int n
     scales[s] = args.scales.data[token * args.scales.row_stride + s * args.scales.column_stride];
 }
 
-/// By a warp: 16 bytes a lane and step, several steps under way at once.
-__device__ void copy_part(std::byte* to, const std::byte* from, std::int64_t bytes) {
+/// By a warp: 16 bytes a lane and step, several steps under way at once. Not inlined, as put_out().
+__device__ __noinline__ void copy_part(std::byte* to, const std::byte* from, std::int64_t bytes) {
   constexpr int kUnroll = 8;
   std::int64_t at = lane_id() * 16;
   for (; at + (kUnroll - 1) * 512 < bytes; at += kUnroll * 512) {
@@ -89,79 +111,87 @@ __device__ void copy_part(std::byte* to, const std::byte* from, std::int64_t byt
 }
 
 /// By a warp: the next item of a ring, if there is room.
-__device__ Turn send_item(const DispatchArgs& args, int lane, int peer) {
+__device__ Turn send_item(const DispatchArgs& args, Stage& stage, Untold& untold, int lane,
+                          int peer) {
   const Rails& rails = args.rails;
   const ItemShape& item = args.item;
   const RingItems items(rails, item, rails.state.lanes_out, lane, peer);
-  const std::int64_t number = rails.state.rings[items.ring].out_item;
+  const std::int64_t number = items_out(rails.state.rings[items.ring]);
   const std::uint64_t in_flight = items_in_flight(rails, items.ring);
-  if (number == items.count) return in_flight == 0 ? Turn::kDone : Turn::kStuck;
-  if (in_flight >= static_cast<std::uint64_t>(item.slots)) return Turn::kStuck;
+  const bool done = number == items.count;
+  if (done || in_flight >= static_cast<std::uint64_t>(item.slots)) {
+    untold.tell();
+    return done && in_flight == 0 ? Turn::kDone : Turn::kStuck;
+  }
   const auto record = static_cast<std::int32_t>(items.record + number / item.pieces);
   const auto piece = static_cast<int>(number % item.pieces);
   const std::int64_t token =
       args.work.record_tokens[items.node * args.comm.record.num_tokens + record];
-  std::byte* to = out_slot(rails, item, items.ring);
-  compose_head(args, token, items.node, record, to);
-  copy_part(to + item.head_bytes, args.x + token * args.format.x_bytes + item.x_begin(piece),
-            item.x_size(piece));
-  put_item(rails, item, lane, peer, item.head_bytes + item.x_size(piece));
+  const std::byte* x = args.x + token * args.format.x_bytes + item.x_begin(piece);
+  const std::int64_t x_size = item.x_size(piece);
+  const OutItem out(rails, item, lane, peer);
+  const bool direct = out.there != nullptr;
+  if (direct) stage.load(x, x_size);
+  compose_head(args, token, items.node, record, out.to);
+  if (direct) {
+    stage.wait();
+    if (lane_id() == 0) stage.store(out.to + item.head_bytes);
+    stage.stored();
+    untold.tell<1>();  // of the item before
+  } else {
+    copy_part(out.to + item.head_bytes, x, x_size);
+  }
+  send_out(rails, out, untold, lane, peer, item.head_bytes + x_size);
   return Turn::kMoved;
-}
-
-/// By a sending warp: its rings, and its share of the rows for this node while those are full.
-__device__ void send_rows(const DispatchArgs& args, const Blocks& targets) {
-  const Rails& rails = args.rails;
-  const Role role(0, kSendWarps);
-  begin_rings<&RailState::Ring::out_item>(rails, role);
-  const std::int64_t own = rails.state.totals[rails.shape.topology.num_ranks + rails.node];
-  std::int64_t next = role.number;
-  (void)serve_rings(
-      args.comm, rails, role, [&](int lane, int peer) { return send_item(args, lane, peer); },
-      [&] {
-        if (next >= own) return false;
-        place_own(args, targets, static_cast<std::int32_t>(next));
-        next += role.count;
-        return true;
-      },
-      [&](std::int64_t ring) { return missing_room(rails, ring); });
 }
 
 // --- passing on ----------------------------------------------------------------------------------
 
 /// By a warp: the next item of a ring, if it is here.
-__device__ Turn pass_on_item(const DispatchArgs& args, const Blocks& targets, int lane, int peer) {
+__device__ Turn pass_on_item(const DispatchArgs& args, const Blocks& targets, Stage& stage,
+                             int lane, int peer) {
   const Rails& rails = args.rails;
   const ItemShape& item = args.item;
   const plan::RecordFormat& format = args.record_format;
   const RingItems items(rails, item, rails.state.lanes_in, lane, peer);
-  const std::int64_t number = rails.state.rings[items.ring].in_item;
+  const std::int64_t number = items_in(rails.state.rings[items.ring]);
   if (number == items.count) return Turn::kDone;
-  const std::byte* from = next_item(rails, item, items.ring);
+  const std::byte* from = next_item(rails, item, lane, peer);
   if (from == nullptr) return Turn::kStuck;
-  const plan::RecordHead head = *reinterpret_cast<const plan::RecordHead*>(from);
+  if (lane_id() == 0) fence_proxy_async_global();
   const auto piece = static_cast<int>(number % item.pieces);
+  stage.load(from + item.head_bytes, item.x_size(piece));
+  const plan::RecordHead head = *reinterpret_cast<const plan::RecordHead*>(from);
   place(args, targets,
         {rails.rank_of_peer(peer), head.meta, head.record,
          Positions(reinterpret_cast<const std::int32_t*>(from + sizeof head), args.comm.num_ranks),
          Ids{from + format.topk_idx, args.topk_idx.wide},
          reinterpret_cast<const float*>(from + format.topk_weights),
-         reinterpret_cast<const std::uint32_t*>(from + format.scales), 1, from + item.head_bytes,
-         item.x_begin(piece), item.x_size(piece)});
-  release_item(rails, lane, peer);
+         reinterpret_cast<const std::uint32_t*>(from + format.scales), 1, item.x_begin(piece)},
+        stage, [&] { release_item(rails, lane, peer); });
   return Turn::kMoved;
 }
 
-/// By a passing warp: its rings.
-__device__ void pass_rows_on(const DispatchArgs& args, const Blocks& targets) {
+/// By a warp of either role: its rings, and rows for this node while none of them moves.
+__device__ void move_rows(const DispatchArgs& args, Shared& shared, Stage& stage) {
   const Rails& rails = args.rails;
-  const Role role(kSendWarps, kPassWarps);
-  begin_rings<&RailState::Ring::in_item>(rails, role);
+  const bool sends = threadIdx.x < kRoleWarps * 32;
+  const Role role(sends ? 0 : kRoleWarps, kRoleWarps);
+  if (sends) {
+    begin_rings<&RailState::Ring::out_begin, &RailState::Ring::sent>(rails, role);
+  } else {
+    begin_rings<&RailState::Ring::in_begin, &RailState::Ring::consumed>(rails, role);
+  }
+  Untold untold;
   (void)serve_rings(
       args.comm, rails, role,
-      [&](int lane, int peer) { return pass_on_item(args, targets, lane, peer); },
-      [] { return false; },
+      [&](int lane, int peer) {
+        return sends ? send_item(args, stage, untold, lane, peer)
+                     : pass_on_item(args, shared.targets, stage, lane, peer);
+      },
+      [&] { return place_own(args, shared, stage, untold); },
       [&](std::int64_t ring) {
+        if (sends) return missing_room(rails, ring);
         const std::uint64_t consumed = rails.state.rings[ring].consumed;
         return Awaited{Wait::kRows, consumed + 1, consumed};
       });
@@ -192,19 +222,20 @@ __device__ void fill_unused_rows(const DispatchArgs& args, const plan::RecvArray
 
 // See notify.cu.
 __global__ void __launch_bounds__(kThreads, 1) dispatch(const __grid_constant__ DispatchArgs args) {
-  __shared__ Blocks targets;
+  extern __shared__ __align__(128) std::byte memory[];
+  Shared& shared = *reinterpret_cast<Shared*>(memory);
+  Blocks& targets = shared.targets;
   const Comm& comm = args.comm;
   const std::uint64_t epoch = comm.local->epoch + 1;
+  if (threadIdx.x == 0) shared.own_taken = 0;
   const bool good = find_blocks(args, epoch, targets, [&](int rank, auto rows, auto room) {
     return check_rows_fit(comm, comm.global_rank(rank), 0, rows, room);
   });
   if (good) {
     fill_unused_rows(args, targets.of[comm.rank]);
-    if (threadIdx.x < kSendWarps * 32) {
-      send_rows(args, targets);
-    } else {
-      pass_rows_on(args, targets);
-    }
+    Stage stage(shared.stages[threadIdx.x / 32]);
+    move_rows(args, shared, stage);
+    stage.finish();
     if (threadIdx.x % 32 == 0) nvshmem_quiet();
   } else {
     void_block(comm, args, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
@@ -225,8 +256,11 @@ __global__ void __launch_bounds__(kThreads, 1) dispatch(const __grid_constant__ 
 cudaError_t load_dispatch() { return load<dispatch>(); }
 
 cudaError_t launch_dispatch(const DispatchArgs& args, int num_sms, cudaStream_t stream) {
+  constexpr int kShared = sizeof(Shared);
+  const cudaError_t allowed = allow_shared<dispatch>(kShared);
+  if (allowed != cudaSuccess) return allowed;
   // Warps wait for those of other ranks, so that all blocks must fit: one an SM.
-  dispatch<<<num_sms, kThreads, 0, stream>>>(args);
+  dispatch<<<num_sms, kThreads, kShared, stream>>>(args);
   return cudaGetLastError();
 }
 

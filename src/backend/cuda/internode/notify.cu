@@ -7,9 +7,6 @@ namespace deep_ep::cuda::internode {
 
 namespace {
 
-using intranode::post;
-using intranode::wait_posted;
-
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kMaxLocalExperts = protocol::ControlBlock::kMaxLocalExperts;
@@ -73,11 +70,13 @@ __device__ void place_records(const NotifyArgs& args, const PartTable& table, st
   }
   const int lanes = args.rails.shape.num_lanes;
   std::int32_t* lane_records = args.rails.state.lanes_out + std::int64_t{node} * (lanes + 1);
-  write_prefix(part, table.tokens, lanes, lane_records + 1);
-  if (threadIdx.x % 32 != 0) return;
-  if (number == 0) lane_records[0] = 0;
-  if (part.end == table.tokens)
-    args.rails.state.totals[topology.num_ranks + node] = part.rows_until(part.end);
+  write_prefix(part, table.tokens, args.rails.lanes, lane_records + 1);
+  if (number == 0 && lane_id() == 0) lane_records[0] = 0;
+  if (part.end != table.tokens) return;
+  const std::int32_t records = part.rows_until(part.end);
+  if (lane_id() == 0) args.rails.state.totals[topology.num_ranks + node] = records;
+  for (int lane = args.rails.lanes + lane_id(); lane < lanes; lane += 32)
+    lane_records[lane + 1] = records;
 }
 
 /// By all warps of the grid, in turn: part by part, so that no warp waits for a later turn.
@@ -330,8 +329,8 @@ __device__ void exchange_counts(const NotifyArgs& args, std::uint64_t epoch) {
   if (!wait_rails(args, number)) return;
   tell_node(args, epoch, number);
   __syncthreads();
-  post(args.comm, epoch);
-  if (!wait_posted(args.comm, epoch)) return;
+  intranode::post(args.comm, epoch);
+  if (!intranode::wait_posted(args.comm, epoch)) return;
   const protocol::Mailbox mailbox = args.comm.control(args.comm.rank).block.mailbox_of(epoch);
   read_counts(args, mailbox, number);
   // Counts that are a fault are not told: the host finds the kernel ended without them.

@@ -17,11 +17,27 @@ __device__ inline int lane_id() { return static_cast<int>(threadIdx.x % 32); }
 
 /// Acquire of a word of this rank's heap that others set: what was put with the signal is here.
 /// nvshmem_signal_fetch() alone promises the word, nvshmem_uint64_test() the data as well.
-__device__ inline bool reached(std::uint64_t* word, std::uint64_t value) {
+__device__ __noinline__ inline bool reached(std::uint64_t* word, std::uint64_t value) {
   if (nvshmem_signal_fetch(word) < value || nvshmem_uint64_test(word, NVSHMEM_CMP_GE, value) == 0)
     return false;
   fence_acq_rel_sys();
   return true;
+}
+
+/// `address` of this rank's heap in that of `rank` of another node, as mapped here, or null: then
+/// it is put to.
+template <class T>
+__device__ T* mapped(const Rails& rails, T* address, int rank) {
+  return rails.puts_only ? nullptr : static_cast<T*>(nvshmem_ptr(address, rank));
+}
+
+/// The same as reached() of a word that `rank` sets: by a store if memory is mapped, so that an
+/// acquire will do, whoever stores.
+__device__ inline bool reached_from(const Rails& rails, int rank, std::uint64_t* word,
+                                    std::uint64_t value) {
+  // acquire: pairs with the release in Untold::tell() of the rank.
+  if (mapped(rails, word, rank) != nullptr) return protocol::load_acquire(word) >= value;
+  return reached(word, value);
 }
 
 /// Takes over what a rank of another node has told, if there is anything: as a fault of this node's
@@ -76,8 +92,9 @@ struct RailWaiter {
 
 /// Waits until a word that `rank`, of another node, sets has reached `value`; on failure reports it
 /// and returns false.
-__device__ inline bool wait_for_rail(const Comm& comm, const Rails& rails, int rank, Wait what,
-                                     std::uint64_t* word, std::uint64_t value) {
+__device__ __noinline__ inline bool wait_for_rail(const Comm& comm, const Rails& rails, int rank,
+                                                  Wait what, std::uint64_t* word,
+                                                  std::uint64_t value) {
   RailWaiter waiter{comm, rails, rank};
   const protocol::WaitResult result =
       protocol::wait_until(waiter, [&] { return reached(word, value); });

@@ -13,11 +13,10 @@
 namespace deep_ep::cuda::internode {
 
 /// A lane is a contiguous share of every source's tokens, and has a ring to each rail peer. A warp
-/// serves a ring, so lanes are many and their rings small.
+/// serves a ring, so lanes are many and their rings small: four rows of 7168 BF16 values.
 struct RailShape {
-  static constexpr int kMostLanes = 128;
-  static constexpr int kFewestLanes = 32;  // of a Buffer that was given no memory for more
-  static constexpr int kMostSlots = 16;    // of a ring
+  static constexpr int kMostLanes = 160;  // warps of a role on 20 SMs
+  static constexpr int kMostSlots = 16;   // of a ring
   static constexpr std::int64_t kRingBytes = 64 << 10;
 
   plan::Topology topology;
@@ -25,6 +24,16 @@ struct RailShape {
 
   DEEP_EP_HD int num_peers() const { return topology.num_nodes() - 1; }
   DEEP_EP_HD int num_rings() const { return num_lanes * num_peers(); }
+  /// Of a Buffer that was given no memory for more: one peer takes as many warps as there are, many
+  /// peers share them.
+  int fewest_lanes() const {
+    const int fair = 4 * kMostLanes / num_peers();
+    return fair > kMostLanes ? kMostLanes : fair < 32 ? 32 : fair;
+  }
+  /// Of a call whose roles have `warps` warps each: as many lanes for each of them.
+  int lanes_of_call(int warps) const {
+    return warps >= num_lanes ? num_lanes : num_lanes / warps * warps;
+  }
   /// Index of another node among all others of `at_node`, and back.
   DEEP_EP_HD static int peer_index(int node, int at_node) {
     return node < at_node ? node : node - 1;
@@ -104,9 +113,9 @@ struct RailState {
   struct Ring {
     std::uint64_t sent;      // items put
     std::uint64_t consumed;  // items read
-    // Of the present kernel: items of this call.
-    std::int64_t out_item;
-    std::int64_t in_item;
+    // Where the present kernel began.
+    std::uint64_t out_begin;
+    std::uint64_t in_begin;
   };
   std::uint64_t* announced;   // [1] announcements that have ended
   std::uint64_t* told_fault;  // [1] 1: the other nodes know of this rank's fault
@@ -147,6 +156,8 @@ struct Rails {
   int node = 0;                 // of this rank
   int index = 0;                // in it
   std::int64_t timeout_ns = 0;  // of a wait for a rail peer
+  int lanes = 1;                // that this rank's tokens of the call are dealt to, of shape's
+  bool puts_only = false;       // peers' memory is not written, also where it is mapped
   RailBlock block;
   RailState state;
 
@@ -170,17 +181,18 @@ struct ItemShape {
   std::int64_t slot_bytes = 0;
   int slots = 1;  // of a ring
 
-  /// pieces = 0: the head alone is too long.
-  static ItemShape make(std::int64_t head_bytes, std::int64_t x_bytes) {
-    constexpr std::int64_t kMost = RailShape::kRingBytes / 4;
+  static constexpr std::int64_t kMostHead = RailShape::kRingBytes / 4;
+
+  /// With parts of at most `most_part` bytes, a multiple of 512. pieces = 0: the head is too long.
+  static ItemShape make(std::int64_t head_bytes, std::int64_t x_bytes, std::int64_t most_part) {
     ItemShape shape;
     shape.head_bytes = head_bytes;
     shape.x_bytes = x_bytes;
-    const std::int64_t room = (kMost - head_bytes) / 512 * 512;
-    shape.part_bytes = x_bytes <= kMost - head_bytes ? x_bytes : room;
     shape.pieces = 0;
-    if (shape.part_bytes <= 0) return shape;
-    shape.pieces = static_cast<int>((x_bytes + shape.part_bytes - 1) / shape.part_bytes);
+    if (head_bytes > kMostHead) return shape;
+    shape.pieces = static_cast<int>((x_bytes + most_part - 1) / most_part);
+    const std::int64_t part = (x_bytes + shape.pieces - 1) / shape.pieces;
+    shape.part_bytes = shape.pieces == 1 ? x_bytes : (part + 511) / 512 * 512;
     shape.slot_bytes = (head_bytes + shape.part_bytes + 127) / 128 * 128;
     const std::int64_t slots = RailShape::kRingBytes / shape.slot_bytes;
     shape.slots = slots < RailShape::kMostSlots ? static_cast<int>(slots) : RailShape::kMostSlots;

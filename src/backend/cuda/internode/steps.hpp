@@ -16,6 +16,12 @@
 // They are in libdeep_ep_nvshmem.so. R counts all ranks.
 namespace deep_ep::cuda::internode {
 
+// Warps of a block in each of the two roles that dispatch and combine have: as many as there is
+// shared memory for in a dispatch, registers in a combine.
+constexpr int kRoleWarps = 7;
+// Bytes of a row in an item: what a warp has shared memory for, a row of 7168 BF16 values.
+constexpr std::int64_t kMostPart = 14336;
+
 /// What of a handle says where rows go; as deep_ep::internode::Routing.
 struct RoutingArrays {
   int num_channels = 1;
@@ -71,7 +77,7 @@ struct NotifyArgs {
 struct DispatchArgs : DispatchStepArgs {
   Comm comm;
   Rails rails;
-  bool cached = false;
+  bool fill_handle = false;  // what of it comes with the rows; else it is compared
   plan::RecordFormat record_format{{}, 1};
   ItemShape item;
   RoutingArrays routing;
@@ -93,6 +99,10 @@ struct CombineArgs {
   std::int64_t block_rows = 0;
   int x_segment = -1;  // of rows that are not in the block
   std::int64_t x_offset = 0;
+  // Of a rank that has its node for itself, so that nobody else reads them: where rows and weights
+  // are in place of the block.
+  const std::byte* x = nullptr;
+  const float* topk_weights = nullptr;
   std::byte* combined_x = nullptr;         // out [N, x_bytes]
   float* combined_topk_weights = nullptr;  // out [N, K] or null
   std::int64_t* wait_stats = nullptr;      // += [R] or null

@@ -44,52 +44,98 @@ __device__ inline std::uint64_t items_in_flight(const Rails& rails, std::int64_t
   return rails.state.rings[ring].sent - read;
 }
 
-/// Where the next item is composed.
-__device__ inline std::byte* out_slot(const Rails& rails, const ItemShape& item,
-                                      std::int64_t ring) {
-  const std::uint64_t slot = rails.state.rings[ring].sent % item.slots;
-  return rails.block.out_slots + ring * RailShape::kRingBytes + slot * item.slot_bytes;
-}
+/// A ring's next item on its way out.
+struct OutItem {
+  std::uint64_t number;  // from 1
+  std::uint64_t* word;   // the slot's, in this rank's heap
+  std::uint64_t* there;  // the same at the peer, if its memory is mapped here, else null
+  std::byte* in_ring;    // the slot, in this rank's heap
+  std::byte* to;         // where it is composed: in the slot at the peer, else in its mirror
 
-/// By the warp: the item of `bytes` bytes that its lanes have composed in out_slot(), to the peer,
-/// with the word that it is there.
-__device__ inline void put_item(const Rails& rails, const ItemShape& item, int lane, int peer,
-                                std::int64_t bytes) {
-  const std::int64_t ring = rails.ring(lane, peer);
-  RailState::Ring& state = rails.state.rings[ring];
-  const std::uint64_t number = state.sent + 1;
-  const std::uint64_t slot = state.sent % item.slots;
-  const std::int64_t there = rails.ring(
-      lane, RailShape::peer_index(rails.node, RailShape::node_of_peer(peer, rails.node)));
+  __device__ OutItem(const Rails& rails, const ItemShape& item, int lane, int peer) {
+    const std::int64_t ring = rails.ring(lane, peer);
+    const std::int64_t at_peer = rails.ring(
+        lane, RailShape::peer_index(rails.node, RailShape::node_of_peer(peer, rails.node)));
+    const std::uint64_t sent = rails.state.rings[ring].sent;
+    const std::uint64_t slot = sent % item.slots;
+    const std::int64_t in_slots = slot * item.slot_bytes;
+    const int rank = rails.rank_of_peer(peer);
+    number = sent + 1;
+    word = rails.block.filled + at_peer * RailShape::kMostSlots + slot;
+    there = mapped(rails, word, rank);
+    in_ring = rails.block.slots + at_peer * RailShape::kRingBytes + in_slots;
+    to = there != nullptr ? mapped(rails, in_ring, rank)
+                          : rails.block.out_slots + ring * RailShape::kRingBytes + in_slots;
+  }
+};
+
+/// What a warp has written to the memory of peers and not yet told: an item's bytes are on their
+/// way while it turns to the next.
+class Untold {
+ public:
+  __device__ void add(const OutItem& out) {
+    word_ = out.there;
+    number_ = out.number;
+  }
+  /// By the warp: tells, behind all that its lanes wrote and that lane 0's bulk copies did, but for
+  /// the last kPending groups of these, which are of a later item.
+  template <int kPending = 0>
+  __device__ void tell() {
+    if (word_ == nullptr) return;
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) {
+      bulk_wait_group<kPending>();
+      // release: pairs with the acquire in next_item() of the peer.
+      protocol::store_release(word_, number_);
+    }
+    word_ = nullptr;
+    __syncwarp();
+  }
+
+ private:
+  std::uint64_t* word_ = nullptr;
+  std::uint64_t number_ = 0;
+};
+
+/// By the warp: an item from the mirror. Not inlined, since it takes registers that loops need.
+__device__ __noinline__ inline void put_out(const OutItem& out, std::int64_t bytes, int rank) {
   // What the lanes wrote is visible to who puts it, a network's adapter too.
   fence_acq_rel_sys();
   __syncwarp();
-  nvshmemx_putmem_signal_nbi_warp(
-      rails.block.slots + there * RailShape::kRingBytes + slot * item.slot_bytes,
-      rails.block.out_slots + ring * RailShape::kRingBytes + slot * item.slot_bytes,
-      static_cast<std::size_t>(bytes), rails.block.filled + there * RailShape::kMostSlots + slot,
-      number, NVSHMEM_SIGNAL_SET, rails.rank_of_peer(peer));
+  nvshmemx_putmem_signal_nbi_warp(out.in_ring, out.to, static_cast<std::size_t>(bytes), out.word,
+                                  out.number, NVSHMEM_SIGNAL_SET, rank);
+}
+
+/// By the warp: the item of `bytes` bytes, composed by its lanes, goes to the peer, with the word
+/// that it is there. If it was composed there, that word is told later.
+__device__ inline void send_out(const Rails& rails, const OutItem& out, Untold& untold, int lane,
+                                int peer, std::int64_t bytes) {
+  RailState::Ring& state = rails.state.rings[rails.ring(lane, peer)];
+  if (out.there != nullptr) {
+    untold.add(out);
+  } else {
+    put_out(out, bytes, rails.rank_of_peer(peer));
+  }
   __syncwarp();
   if (threadIdx.x % 32 == 0) {
-    state.sent = number;
-    state.out_item += 1;
+    state.sent = out.number;
   }
   __syncwarp();
 }
 
 /// By the warp that serves the ring's receiving end: the next item, or null while it is not here.
-__device__ inline const std::byte* next_item(const Rails& rails, const ItemShape& item,
-                                             std::int64_t ring) {
+__device__ inline const std::byte* next_item(const Rails& rails, const ItemShape& item, int lane,
+                                             int peer) {
+  const std::int64_t ring = rails.ring(lane, peer);
   const std::uint64_t consumed = rails.state.rings[ring].consumed;
   const std::uint64_t slot = consumed % item.slots;
   bool here = false;
   if (threadIdx.x % 32 == 0)
-    here = reached(rails.block.filled + ring * RailShape::kMostSlots + slot, consumed + 1);
+    here = reached_from(rails, rails.rank_of_peer(peer),
+                        rails.block.filled + ring * RailShape::kMostSlots + slot, consumed + 1);
   here = __shfl_sync(0xffffffff, here, 0);
   if (!here) return nullptr;
-  // What lane 0 acquired is visible to all.
-  fence_acq_rel_sys();
-  __syncwarp();
+  __syncwarp();  // what lane 0 acquired is visible to all
   return rails.block.slots + ring * RailShape::kRingBytes + slot * item.slot_bytes;
 }
 
@@ -98,35 +144,48 @@ __device__ inline const std::byte* next_item(const Rails& rails, const ItemShape
 __device__ inline const std::byte* wait_item(const Comm& comm, const Rails& rails,
                                              const ItemShape& item, int lane, int peer) {
   const std::int64_t ring = rails.ring(lane, peer);
+  if (const std::byte* next = next_item(rails, item, lane, peer)) return next;
   const std::uint64_t consumed = rails.state.rings[ring].consumed;
   const std::uint64_t slot = consumed % item.slots;
   bool here = false;
   if (threadIdx.x % 32 == 0)
     here = wait_for_rail(comm, rails, rails.rank_of_peer(peer), Wait::kRows,
                          rails.block.filled + ring * RailShape::kMostSlots + slot, consumed + 1);
-  return __shfl_sync(0xffffffff, here, 0) ? next_item(rails, item, ring) : nullptr;
+  return __shfl_sync(0xffffffff, here, 0) ? next_item(rails, item, lane, peer) : nullptr;
 }
 
-/// By the same warp: the item has been read. Credits are added, not set: so they need no order
-/// among themselves.
+/// By a lane, as put_out().
+__device__ __noinline__ inline void put_credit(std::uint64_t* word, int rank) {
+  fence_acq_rel_sys();
+  nvshmemx_signal_op(word, 1, NVSHMEM_SIGNAL_ADD, rank);
+}
+
+/// By the same warp: the item has been read. Credits that are put are added, not set: so they need
+/// no order among themselves.
 __device__ inline void release_item(const Rails& rails, int lane, int peer) {
   RailState::Ring& state = rails.state.rings[rails.ring(lane, peer)];
   const std::int64_t there = rails.ring(
       lane, RailShape::peer_index(rails.node, RailShape::node_of_peer(peer, rails.node)));
-  fence_acq_rel_sys();  // the lanes' reads come before the credit
+  const int rank = rails.rank_of_peer(peer);
+  std::uint64_t* word = mapped(rails, rails.block.credits + there, rank);
   __syncwarp();
   if (threadIdx.x % 32 == 0) {
-    state.consumed += 1;
-    state.in_item += 1;
-    nvshmemx_signal_op(rails.block.credits + there, 1, NVSHMEM_SIGNAL_ADD,
-                       rails.rank_of_peer(peer));
+    const std::uint64_t consumed = state.consumed + 1;
+    state.consumed = consumed;
+    if (word != nullptr) {
+      // release: the lanes' reads come before the credit.
+      protocol::store_release(word, consumed);
+    } else {
+      put_credit(rails.block.credits + there, rank);
+    }
   }
   __syncwarp();
 }
 
 /// By a warp that has a role: turn(ring's lane, peer) for each of its rings, over and over, until
-/// all are done and `rest()`, work that waits for nobody, has no more to do. missing(ring) gives
-/// what one that has not moved waits for. False if it left for a fault.
+/// all are done and `rest()`, work that waits for nobody, has no more to do: it is done while no
+/// ring moves. missing(ring) gives what one that has not moved waits for. False if it left for a
+/// fault.
 template <class TakeTurn, class Rest, class Missing>
 __device__ bool serve_rings(const Comm& comm, const Rails& rails, const Role& role, TakeTurn&& turn,
                             Rest&& rest, Missing&& missing) {
@@ -141,11 +200,11 @@ __device__ bool serve_rings(const Comm& comm, const Rails& rails, const Role& ro
       moved = moved || done == Turn::kMoved;
       if (done == Turn::kStuck) stuck = ring;
     }
-    if (rest()) continue;
     if (moved) {
       patience.moved();
       continue;
     }
+    if (rest()) continue;
     if (stuck < 0) return true;
     bool go_on = false;
     if (threadIdx.x % 32 == 0)
@@ -162,13 +221,21 @@ __device__ inline Awaited missing_room(const Rails& rails, std::int64_t ring) {
 }
 
 /// By a warp, before it serves its rings in one of the two roles.
-template <std::int64_t RailState::Ring::*kItem>
+template <std::uint64_t RailState::Ring::*kBegin, std::uint64_t RailState::Ring::*kItems>
 __device__ void begin_rings(const Rails& rails, const Role& role) {
   if (threadIdx.x % 32 == 0) {
     for (std::int64_t ring = role.number; ring < rails.shape.num_rings(); ring += role.count)
-      rails.state.rings[ring].*kItem = 0;
+      rails.state.rings[ring].*kBegin = rails.state.rings[ring].*kItems;
   }
   __syncwarp();
+}
+
+/// Items of the call that this end has dealt with.
+__device__ inline std::int64_t items_out(const RailState::Ring& ring) {
+  return static_cast<std::int64_t>(ring.sent - ring.out_begin);
+}
+__device__ inline std::int64_t items_in(const RailState::Ring& ring) {
+  return static_cast<std::int64_t>(ring.consumed - ring.in_begin);
 }
 
 }  // namespace deep_ep::cuda::internode

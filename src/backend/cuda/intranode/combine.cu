@@ -13,9 +13,8 @@ namespace {
 // the same time. The last one tells what has been pushed.
 constexpr int kSumWarps = 12;
 constexpr int kThreads = (kPushWarps + kSumWarps + 1) * 32;
-// 16-byte loads of a lane that are under way at once: so many steps of so many rows.
+// 16-byte loads of a lane that are under way at once, of each of two rows.
 constexpr int kUnroll = 4;
-constexpr int kRowsTogether = 2;
 // Warps that share a token, if there are few.
 constexpr int kMaxParts = 8;
 
@@ -167,34 +166,12 @@ __device__ int gather(const CombineArgs& args, Shared& shared, int warp, std::in
   return found;
 }
 
-/// By a lane: kSteps times 16 bytes of kRows rows, added in order; all loads before the first use.
-template <class T, int kSteps, int kRows>
-__device__ void add_rows(Sum16<T> (&sums)[kSteps], const std::byte* const* rows, std::int64_t at) {
-  uint4 bytes[kRows][kSteps];
-#pragma unroll
-  for (int row = 0; row < kRows; ++row) {
-    const std::byte* from = rows[row] + at;
-#pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
-      bytes[row][i] = *reinterpret_cast<const uint4*>(from + i * 512);
-    }
-  }
-#pragma unroll
-  for (int row = 0; row < kRows; ++row) {
-#pragma unroll
-    for (int i = 0; i < kSteps; ++i) sums[i].add(bytes[row][i]);
-  }
-}
-
 /// By a lane: kSteps times 16 bytes of the token's sum.
 template <class T, int kSteps>
 __device__ void sum_columns(const CombineArgs& args, const std::byte* const* rows, int count,
                             std::int64_t token, std::int64_t at) {
   Sum16<T> sums[kSteps];
-  int i = 0;
-  for (; i + kRowsTogether <= count; i += kRowsTogether)
-    add_rows<T, kSteps, kRowsTogether>(sums, rows + i, at);
-  for (; i < count; ++i) add_rows<T, kSteps, 1>(sums, rows + i, at);
+  add_all(sums, rows, count, at);
   const std::int64_t row = token * args.format.x_bytes;
   for (const std::byte* bias : args.bias) {
     if (bias == nullptr) continue;
