@@ -105,7 +105,7 @@ struct LowLatencyPlaces {
 /// other: control words, then for each kind and parity of a ticket a part for packets and a part
 /// for plain rows. docs/memory.md has the formulas.
 struct LowLatencyLayout {
-  /// Rows in packets get so much at most, or an eighth of the memory; calls with more take plain rows.
+  /// Rows in packets get so much, or an eighth of the memory; calls with more take plain rows.
   static constexpr std::int64_t kMaxPacketBytes = std::int64_t{64} << 20;
   static constexpr int kParts = 4;  // two kinds, two parities
 
