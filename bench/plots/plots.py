@@ -9,14 +9,18 @@ import difflib
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 from chart import line_chart
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench/results"
-INTRANODE = "2026-11-24_h100_r1.json"
-LOW_LATENCY = "2026-11-24_h100_low_latency_graph_r1.json"
+MACHINES = {"h100": "One H100, one rank", "h100-r2": "Two H100, a rank each"}
+INTRANODE = {"h100": "2026-11-24_h100_r1.json", "h100-r2": "2026-11-24_h100_r2.json"}
+LOW_LATENCY = {"h100": "2026-11-24_h100_low_latency_graph_r1.json",
+               "h100-r2": "2026-11-24_h100_low_latency_graph_r2.json"}
+LINK_GBPS = 383  # a copy engine, both GPUs at once, of the same machine
 PLANS = {"uniform": "plan_uniform.json", "4 nodes a token": "plan_limited.json"}
 
 
@@ -47,16 +51,16 @@ def table(heads, rows):
 
 # -- measured
 
-def intranode():
-    return Rows(INTRANODE, "num_sms", "dtype", "operation")
-
-
 def both(rows, sms, operation, value):
     return " / ".join(value(rows.row(sms, dtype, operation)) for dtype in ("bf16", "fp8"))
 
 
-def intranode_table():
-    rows = intranode()
+def intranode_rows(machine):
+    return Rows(INTRANODE[machine], "num_sms", "dtype", "operation")
+
+
+def intranode_table(machine):
+    rows = intranode_rows(machine)
     lines = []
     for sms in rows.values(0):
         cells = [both(rows, sms, operation, lambda row: f"{row['median_us']:.0f}")
@@ -68,34 +72,39 @@ def intranode_table():
                   "notify + counts on the host + dispatch", "combine BF16", "cached pair"], lines)
 
 
-def intranode_plot():
-    rows = intranode()
+def intranode_plot(machine):
+    rows = intranode_rows(machine)
     line = lambda dtype, operation: [(sms, rows.us(sms, dtype, operation))
                                      for sms in rows.values(0)]
-    return line_chart(
-        "One H100, one rank: 4096 tokens of 7168 values, top-8", ("SMs", "us a call"),
-        {"cached dispatch, BF16": line("bf16", "dispatch_cached"),
-         "cached dispatch, FP8": line("fp8", "dispatch_cached"),
-         "dispatch, BF16": line("bf16", "dispatch"), "dispatch, FP8": line("fp8", "dispatch"),
-         "combine, BF16": line("bf16", "combine")}, log_x=False, log_y=False)
+    lines = {"cached dispatch, BF16": line("bf16", "dispatch_cached"),
+             "cached dispatch, FP8": line("fp8", "dispatch_cached"),
+             "dispatch, BF16": line("bf16", "dispatch"), "dispatch, FP8": line("fp8", "dispatch"),
+             "combine, BF16": line("bf16", "combine")}
+    for dtype in ("bf16", "fp8"):
+        row = rows.row(rows.values(0)[0], dtype, "dispatch_cached")
+        if row["wire_gbps"] > 0:
+            floor = row["median_us"] * row["wire_gbps"] / LINK_GBPS
+            lines[f"link alone, {dtype.upper()}"] = [(sms, floor) for sms in rows.values(0)]
+    return line_chart(f"{MACHINES[machine]}: 4096 tokens of 7168 values, top-8",
+                      ("SMs", "us a call"), lines, log_x=len(rows.values(0)) > 4, log_y=False)
 
 
-def low_latency():
-    return Rows(LOW_LATENCY, "tokens", "operation")
+def low_latency_rows(machine):
+    return Rows(LOW_LATENCY[machine], "tokens", "operation")
 
 
-def low_latency_table():
-    rows = low_latency()
+def low_latency_table(machine):
+    rows = low_latency_rows(machine)
     return table(["T", "dispatch", "combine", "pair", "pair with hooks"], [
         [tokens] + [f"{rows.us(tokens, operation):.1f}"
                     for operation in ("dispatch", "combine", "pair", "pair_hook")]
         for tokens in rows.values(0)])
 
 
-def low_latency_plot():
-    rows = low_latency()
+def low_latency_plot(machine):
+    rows = low_latency_rows(machine)
     return line_chart(
-        "One H100, one rank: low latency, 7168 values, top-8", ("tokens", "us a call"),
+        f"{MACHINES[machine]}: low latency, 7168 values, top-8", ("tokens", "us a call"),
         {name: [(tokens, rows.us(tokens, operation)) for tokens in rows.values(0)]
          for name, operation in (("dispatch", "dispatch"), ("combine", "combine"),
                                  ("pair", "pair"), ("pair with hooks", "pair_hook"))})
@@ -165,10 +174,13 @@ def low_latency_plan_plot():
          for kind, name in (("low-latency", "a message a rank"), ("per-expert", "an expert"))})
 
 
-TABLES = {"h100-intranode": intranode_table, "h100-low-latency": low_latency_table,
-          "plan-high-throughput": high_throughput_table, "plan-low-latency": low_latency_plan_table}
-PLOTS = {"h100_intranode": intranode_plot, "h100_low_latency": low_latency_plot,
-         "plan_high_throughput": high_throughput_plot, "plan_low_latency": low_latency_plan_plot}
+TABLES = {"plan-high-throughput": high_throughput_table, "plan-low-latency": low_latency_plan_table}
+PLOTS = {"plan_high_throughput": high_throughput_plot, "plan_low_latency": low_latency_plan_plot}
+for name in MACHINES:
+    TABLES[f"{name}-intranode"] = partial(intranode_table, name)
+    TABLES[f"{name}-low-latency"] = partial(low_latency_table, name)
+    PLOTS[f"{name.replace('-', '_')}_intranode"] = partial(intranode_plot, name)
+    PLOTS[f"{name.replace('-', '_')}_low_latency"] = partial(low_latency_plot, name)
 
 
 def filled(text, used):
