@@ -19,6 +19,10 @@ low_latency() { # name argument...
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
 bench sms --tokens 4096 --dtype bf16,fp8 --num-sms 1,2,4,8,12,16,20,24,32,64,132
 bench tokens --tokens 1,16,128,512,2048,8192 --dtype bf16,fp8 --num-sms 16,20
+# A graph keeps the results of all of its calls.
+bin/deepep bench intranode --backend cuda --ranks "$ranks" --iters 7 --warmup 5 --chain 20 --graph \
+  --comm-stream --tokens 128,4096 --dtype bf16,fp8 --num-sms 16,20,132 \
+  --json "$folder/graphs_r$ranks.json"
 bench small_own_stream --tokens 1,128 --dtype bf16 --num-sms 8,16 --comm-stream
 tokens=1,2,4,8,16,32,64,128,256,512
 low_latency low_latency_quantised --payload fp8 --tokens $tokens --max-tokens 512

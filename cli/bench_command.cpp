@@ -165,6 +165,8 @@ void validate(const Options& options, int ranks) {
   require(settings.live_results >= 1, "--live-results {} must be at least 1",
           settings.live_results);
   require(settings.chain >= 1, "--chain {} must be at least 1", settings.chain);
+  require(!settings.graph || options.backend == "cuda", "--graph is for --backend cuda, not '{}'",
+          options.backend);
   for (const int num_sms : options.num_sms) {
     Config config;
     config.num_sms = num_sms;
@@ -211,6 +213,8 @@ void add_run_options(CLI::App& command, Options& options) {
   command.add_option("--seed", settings.seed, "Of routing and payload");
   command.add_option("--live-results", settings.live_results,
                      "Dispatch results that are held while further calls run");
+  command.add_flag("--graph", settings.graph,
+                   "On GPUs: also chains as a CUDA graph, which keeps the results of all calls");
   command.add_flag("--pair-latency", settings.pair_latency,
                    "Also chains of dispatch and combine without barriers, as layers run");
 }

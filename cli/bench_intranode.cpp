@@ -5,6 +5,8 @@
 #include <deque>
 #include <functional>
 
+#include "backend/plugin.hpp"
+#include "base/error.hpp"
 #include "names.hpp"
 #include "verify/checks.hpp"
 #include "verify/transfer.hpp"
@@ -66,6 +68,7 @@ class Point {
     double bytes_per_row;
     std::function<void()> call;
     std::function<void(verify::Checks&)> check;
+    bool in_graph = false;  // it waits for nothing on the host
   };
 
   // New rows in the same memory: results that an earlier call left behind would be wrong.
@@ -77,10 +80,14 @@ class Point {
     copy_into(y_weights_, inputs_.combine_weights(round));
   }
   void copy_into(Tensor& to, const Tensor& from) const {
-    if (!to.defined() || buffer_.device().type != DeviceType::kHost)
+    if (!to.defined()) {
       to = verify::on_device(from, buffer_.device());
-    else if (from.nbytes() > 0)
+    } else if (buffer_.device().type == DeviceType::kCuda) {
+      const Tensor there = verify::on_device(from, buffer_.device());
+      cuda_parts().copy(to.data, there.data, static_cast<std::int64_t>(to.nbytes()), stream());
+    } else if (from.nbytes() > 0) {
       std::memcpy(to.data, from.data, from.nbytes());
+    }
   }
 
   DispatchResult dispatch();
@@ -112,7 +119,9 @@ class Point {
   }
 
   Stream stream() const {
-    return settings_.on_comm_stream ? buffer_.comm_stream() : verify::own_stream();
+    Stream stream = settings_.on_comm_stream ? buffer_.comm_stream() : verify::own_stream();
+    stream.device = buffer_.device();
+    return stream;
   }
   void find_layout() {
     layout_ =
@@ -123,6 +132,7 @@ class Point {
   std::vector<Operation> operations();
   BenchRow measure(const Operation& operation);
   BenchRow measure_chained(const Operation& pair);
+  BenchRow measure_graph(const Operation& operation);
   void time(const Operation& operation, int chain, BenchRow& row);
   void finish(BenchRow& row, const Operation& operation);
 
@@ -198,8 +208,8 @@ std::vector<Point::Operation> Point::operations() {
       {"layout", 0, [this] { find_layout(); },
        [this](verify::Checks& checks) { checks.layout(verify::on_host(layout_)); }},
       {"dispatch", sent, [this] { call_dispatch(); }, check_first},
-      {"dispatch_cached", sent, [this] { call_dispatch_cached(); }, check_rows},
-      {"combine", returned, [this] { call_combine(handle_); }, check_sums},
+      {"dispatch_cached", sent, [this] { call_dispatch_cached(); }, check_rows, true},
+      {"combine", returned, [this] { call_combine(handle_); }, check_sums, true},
       {kCachedPair, sent + returned,
        [this] {
          call_dispatch_cached();
@@ -208,7 +218,8 @@ std::vector<Point::Operation> Point::operations() {
        [=](verify::Checks& checks) {
          check_rows(checks);
          check_sums(checks);
-       }},
+       },
+       true},
       {"layout_pair", sent + returned,
        [this] {
          find_layout();
@@ -273,10 +284,30 @@ BenchRow Point::measure_chained(const Operation& pair) {
   return row;
 }
 
+// A chain as a CUDA graph, by the GPU's clock. It keeps the results of all of its calls.
+BenchRow Point::measure_graph(const Operation& operation) {
+  BenchRow row{std::string(operation.name) + "_graph"};
+  operation.call();
+  last_.host_wait();
+  const auto graph = cuda_parts().capture(stream(), [&] {
+    for (int n = 0; n < settings_.chain; ++n) operation.call();
+  });
+  for (int i = 0; i < settings_.warmup + settings_.iterations; ++i) {
+    if (i == settings_.warmup) row.times_us.clear();
+    if (settings_.check && i + 1 == settings_.warmup + settings_.iterations) load(round_ + 1);
+    buffer_.barrier();
+    row.times_us.push_back(graph->time_us() / settings_.chain);
+  }
+  buffer_.check();
+  finish(row, operation);
+  return row;
+}
+
 std::vector<BenchRow> Point::run() {
   std::vector<BenchRow> rows;
   for (const Operation& operation : operations()) {
     rows.push_back(measure(operation));
+    if (settings_.graph && operation.in_graph) rows.push_back(measure_graph(operation));
     if (settings_.pair_latency && rows.back().operation == kCachedPair)
       rows.push_back(measure_chained(operation));
   }

@@ -37,6 +37,7 @@ struct BenchSettings {
   /// only queued, the end of the last one is waited for.
   int chain = 1;
   bool pair_latency = false;
+  bool graph = false;           ///< GPUs: also chains as a CUDA graph
   bool on_comm_stream = false;  ///< GPUs: the caller works on the Buffer's own stream
   Config config{};
   int ranks_per_node = 0;  ///< 0: all ranks are of one node
