@@ -320,7 +320,7 @@ void CudaBackend::notify_dispatch(const deep_ep::intranode::NotifyDispatchParams
       context_.count_words((record.num_tokens / kTokensPerCount + 1) * options_.num_ranks);
   args.max_rows = params.max_rows;
   const bool counted = params.num_recv_rows != nullptr;
-  if (counted) args.ticket = context_.take_ticket("intranode_dispatch");
+  if (counted) args.ticket = context_.take_ticket(params.call.operation);
   check(intranode::launch_notify(args, sms_of(context_, params.call), context_.comm_stream()),
         "launch of notify");
   if (!counted) return;
