@@ -363,6 +363,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 template <int kRanksALane>
 cudaError_t launch(const DispatchArgs& args, int num_sms, cudaStream_t stream) {
   constexpr int kShared = sizeof(RowShared<kRanksALane>);
+  static_assert(kShared <= kMaxSharedBytes);
   const cudaError_t allowed = allow_shared<dispatch<kRanksALane>>(kShared);
   if (allowed != cudaSuccess) return allowed;
   const int threads = has_small(args) ? kMaxThreads : (kRowWarps + 1) * 32;
