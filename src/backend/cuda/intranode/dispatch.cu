@@ -109,7 +109,7 @@ struct PiecePlaces {
 };
 
 /// What a lane knows of its ranks, once it is known where they want their rows. Only this rank
-/// writes these slots, behind the acquire in wait_place() (I5).
+/// writes these slots, behind wait_place() (I5).
 template <int kRanksALane>
 class LaneTargets {
  public:
