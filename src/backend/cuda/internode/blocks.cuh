@@ -33,6 +33,13 @@ struct Blocks {
   }
 };
 
+/// wait_place() of this rank's call, or null if there is a fault. Not inlined, since it takes
+/// registers that loops need.
+__device__ __noinline__ inline std::byte* wait_block(const Comm& comm, std::uint64_t epoch,
+                                                     int rank, Place& place) {
+  return may_start(comm) ? wait_place(comm, epoch, comm.record, rank, place) : nullptr;
+}
+
 /// By all threads of a block, true in each: every rank of the node has told where its block is, and
 /// it has room for the rows that come there. fits(rank, rows, room) says so, or reports.
 template <class Args, class Fits>
@@ -51,7 +58,7 @@ __device__ bool find_blocks(const Args& args, std::uint64_t epoch, Blocks& block
   bool good = true;
   for (int i = threadIdx.x; good && i < comm.num_ranks; i += blockDim.x) {
     Place place;
-    std::byte* base = may_start(comm) ? wait_place(comm, epoch, comm.record, i, place) : nullptr;
+    std::byte* base = wait_block(comm, epoch, i, place);
     good = base != nullptr;
     if (!good) break;
     std::byte* x =
