@@ -4,7 +4,7 @@ they are sent."""
 import ctypes
 import multiprocessing
 import os
-import socket
+import secrets
 import traceback
 from pathlib import Path
 
@@ -17,9 +17,8 @@ class RankError(AssertionError):
 
 
 def _free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    # Below those that the kernel gives to connections, which others may open meanwhile.
+    return 20000 + secrets.randbelow(12000)
 
 
 def _serve(rank, port, pipe, device):
