@@ -1,6 +1,7 @@
 #pragma once
 
 #include "backend/cuda/arrays.hpp"
+#include "backend/cuda/device/packets.cuh"
 #include "backend/cuda/device/waiting.cuh"
 #include "plan/recv_arrays.hpp"
 
@@ -30,7 +31,7 @@ __device__ inline std::uint32_t place_tag(std::uint64_t epoch) {
 }
 
 /// By `threads` threads of one block, this one the thread-th: this rank's place and record, to all,
-/// in packets: 12 bytes and a tag, written and read by one access each, so that there is no fence.
+/// in packets.
 /// Nobody reads the block that the place names (it comes from the heap, behind its last readers: an
 /// earlier kernel, whose loads have returned), and no sender reads the place of two kernels ago any
 /// more (I3).
@@ -49,9 +50,8 @@ __device__ inline void publish_place(const Comm& comm, std::uint64_t epoch,
   for (int i = thread; i < comm.num_ranks * PlaceMessage::kPackets; i += threads) {
     const int source = (comm.rank + 1 + i / PlaceMessage::kPackets) % comm.num_ranks;
     const int packet = i % PlaceMessage::kPackets;
-    store_relaxed_sys_b128(comm.control(source).place(epoch, comm.rank, comm.num_ranks) + packet,
-                           {std::uint64_t{word(packet * 3 + 1)} << 32 | word(packet * 3),
-                            std::uint64_t{place_tag(epoch)} << 32 | word(packet * 3 + 2)});
+    send_packet(comm.control(source).place(epoch, comm.rank, comm.num_ranks) + packet,
+                word(packet * 3), word(packet * 3 + 1), word(packet * 3 + 2), place_tag(epoch));
   }
 }
 
@@ -74,16 +74,13 @@ __device__ inline std::byte* segment_base(const Comm& comm, int rank, int segmen
 /// True, and the words of a place's packets, once all of them are of the epoch.
 __device__ inline bool take_place(const plan::Packet* from, std::uint64_t epoch,
                                   std::uint32_t (&words)[3 * PlaceMessage::kPackets]) {
-  Words16 packets[PlaceMessage::kPackets];
-#pragma unroll
-  for (int i = 0; i < PlaceMessage::kPackets; ++i) packets[i] = load_relaxed_sys_b128(from + i);
   bool here = true;
 #pragma unroll
   for (int i = 0; i < PlaceMessage::kPackets; ++i) {
-    words[3 * i] = static_cast<std::uint32_t>(packets[i].low);
-    words[3 * i + 1] = static_cast<std::uint32_t>(packets[i].low >> 32);
-    words[3 * i + 2] = static_cast<std::uint32_t>(packets[i].high);
-    here = here && static_cast<std::uint32_t>(packets[i].high >> 32) == place_tag(epoch);
+    plan::Packet packet;
+    here = take_packet(from + i, place_tag(epoch), packet) && here;
+#pragma unroll
+    for (int w = 0; w < 3; ++w) words[3 * i + w] = packet.words[w];
   }
   return here;
 }

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "backend/cuda/device/launch.cuh"
+#include "backend/cuda/device/packets.cuh"
 #include "backend/cuda/device/waiting.cuh"
 #include "backend/cuda/internode_ll/steps.hpp"
 
@@ -132,22 +133,6 @@ __device__ inline bool is_masked(const StepArgs& args, int rank) {
 __device__ inline bool can_keep_own(const StepArgs& args) {
   return args.sends && args.receives && args.num_tokens <= gridDim.x &&
          !is_masked(args, args.comm.rank);
-}
-
-// --- packets ---------------------------------------------------------------------------
-
-__device__ inline void send_packet(Packet* to, std::uint32_t a, std::uint32_t b, std::uint32_t c,
-                                   std::uint32_t tag) {
-  store_relaxed_sys_b128(to, {std::uint64_t{b} << 32 | a, std::uint64_t{tag} << 32 | c});
-}
-
-/// True, and the packet, if it is of the call.
-__device__ inline bool take_packet(const Packet* from, std::uint32_t tag, Packet& packet) {
-  const Words16 words = load_relaxed_sys_b128(from);
-  packet.words[0] = static_cast<std::uint32_t>(words.low);
-  packet.words[1] = static_cast<std::uint32_t>(words.low >> 32);
-  packet.words[2] = static_cast<std::uint32_t>(words.high);
-  return static_cast<std::uint32_t>(words.high >> 32) == tag;
 }
 
 // --- waiting ---------------------------------------------------------------------------

@@ -192,13 +192,13 @@ __device__ void sum_token(const CombineArgs& args, const Shared& shared, int war
   const int lane = threadIdx.x % 32;
   const std::int64_t bytes = args.format.x_bytes;
   const auto steps = static_cast<unsigned>(bytes / kStep);  // what is left is the last part's
-  const std::int64_t end = std::int64_t{steps * (part + 1) / parts} * kStep;
-  std::int64_t at = std::int64_t{steps * part / parts} * kStep + lane * 16;
-  for (; at < end; at += kStep) {
-    sum_columns<T, kUnroll>(args, shared.x[warp], count, token, at);
-  }
-  if (part + 1 < parts) return;
-  for (; at < bytes; at += 512) sum_columns<T, 1>(args, shared.x[warp], count, token, at);
+  const bool last = part + 1 == parts;
+  const std::int64_t begin = std::int64_t{steps * part / parts} * kStep;
+  const std::int64_t end = last ? bytes : std::int64_t{steps * (part + 1) / parts} * kStep;
+  for_each_column<kUnroll>(end - begin, [&](std::int64_t at, auto columns) {
+    sum_columns<T, columns.kCount>(args, shared.x[warp], count, token, begin + at);
+  });
+  if (!last) return;
   if (args.combined_topk_weights == nullptr) return;
   const int topk = args.comm.record.num_topk;
   for (int k = lane; k < topk; k += 32) {
