@@ -248,11 +248,21 @@ __device__ inline void store_row(const auto& args, const std::byte* row) {
   const auto* places = shared_at<RowPlace>(args.shared.places);
   const int count = *shared_at<std::int32_t>(args.shared.num_places);
   const auto units = static_cast<int>(args.x_bytes / 16);
-#pragma unroll 2
-  for (int unit = threadIdx.x; unit < units; unit += kThreads) {
-    const uint4 bytes = reinterpret_cast<const uint4*>(row)[unit];
-#pragma unroll 2
-    for (int i = 0; i < count; ++i) reinterpret_cast<uint4*>(places[i].x)[unit] = bytes;
+  constexpr int kBatch = 2;
+#pragma unroll 1
+  for (int first = threadIdx.x; first < units; first += kBatch * kThreads) {
+    uint4 bytes[kBatch] = {};
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j)
+      if (first + j * kThreads < units)
+        bytes[j] = reinterpret_cast<const uint4*>(row)[first + j * kThreads];
+#pragma unroll 1
+    for (int i = 0; i < count; ++i) {
+      auto* to = reinterpret_cast<uint4*>(places[i].x) + first;
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j)
+        if (first + j * kThreads < units) to[j * kThreads] = bytes[j];
+    }
   }
   const auto* scales = reinterpret_cast<const std::uint32_t*>(row + args.x_bytes);
 #pragma unroll 1

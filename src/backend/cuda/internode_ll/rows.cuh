@@ -9,10 +9,24 @@ namespace deep_ep::cuda::internode_ll {
 /// By the warps from `first_warp` on, each its share.
 __device__ inline void send_packets(const std::byte* row, Packet* to, int count, int first_warp,
                                     std::uint32_t tag) {
+  constexpr int kBatch = 3;
   const auto* words = reinterpret_cast<const std::uint32_t*>(row);
+  const int stride = kThreads - first_warp * 32;
 #pragma unroll 1
-  for (int i = threadIdx.x - first_warp * 32; i < count; i += kThreads - first_warp * 32)
-    send_packet(to + i, words[3 * i], words[3 * i + 1], words[3 * i + 2], tag);
+  for (int first = threadIdx.x - first_warp * 32; first < count; first += kBatch * stride) {
+    std::uint32_t batch[kBatch][3] = {};
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const int i = first + j * stride;
+#pragma unroll
+      for (int w = 0; w < 3; ++w)
+        if (i < count) batch[j][w] = words[3 * i + w];
+    }
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j)
+      if (first + j * stride < count)
+        send_packet(to + first + j * stride, batch[j][0], batch[j][1], batch[j][2], tag);
+  }
 }
 /// By all threads.
 __device__ inline void copy_units(const std::byte* row, std::byte* to, std::int64_t bytes) {

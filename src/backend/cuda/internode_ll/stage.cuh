@@ -1,5 +1,6 @@
 #pragma once
 
+#include "backend/cuda/device/scales.cuh"
 #include "backend/cuda/internode_ll/ticket.cuh"
 #include "plan/numerics.hpp"
 
@@ -10,29 +11,34 @@ __device__ inline float2 widen_bfloat16(std::uint32_t pair) {
   return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
 }
 
+/// The larger magnitudes of two pairs of bfloat16; a NaN is passed over for a number.
+__device__ inline std::uint32_t max_magnitudes(std::uint32_t a, std::uint32_t b) {
+  constexpr std::uint32_t kMagnitudes = 0x7fff7fff;
+  a &= kMagnitudes;
+  b &= kMagnitudes;
+  const __nv_bfloat162 larger = __hmax2(reinterpret_cast<const __nv_bfloat162&>(a),
+                                        reinterpret_cast<const __nv_bfloat162&>(b));
+  return reinterpret_cast<const std::uint32_t&>(larger);
+}
+
 /// Eight values, one lane's share of a group of 128, as FP8; its half warp has the others. The
-/// scale is the same in all of the half warp.
+/// scale is the same in all of the half warp. By all lanes.
 __device__ inline uint2 quantize(const uint4& values, Scaling scaling, float& scale) {
-  const std::uint32_t pairs[4] = {values.x, values.y, values.z, values.w};
-  float amax = 0.0f;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float2 pair = widen_bfloat16(pairs[i]);
-    amax = plan::fp8_amax(plan::fp8_amax(amax, pair.x), pair.y);
-  }
-  const unsigned half = 0xffffu << (threadIdx.x & 16u);
+  std::uint32_t largest =
+      max_magnitudes(max_magnitudes(values.x, values.y), max_magnitudes(values.z, values.w));
 #pragma unroll
   for (int distance = 8; distance > 0; distance /= 2)
-    amax = plan::fp8_amax(amax, __shfl_xor_sync(half, amax, distance));
-  const plan::Fp8Scale both =
-      scaling == Scaling::kFloat ? plan::fp8_scale(amax) : plan::fp8_power_of_two_scale(amax);
+    largest = max_magnitudes(largest, __shfl_xor_sync(0xffffffff, largest, distance));
+  const float2 pair = widen_bfloat16(largest);
+  const plan::Fp8Scale both = fp8_scale(fmaxf(pair.x, pair.y), scaling == Scaling::kFloat);
   scale = both.scale;
+  const std::uint32_t pairs[4] = {values.x, values.y, values.z, values.w};
   std::uint32_t codes[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const float2 pair = widen_bfloat16(pairs[i]);
+    const float2 wide = widen_bfloat16(pairs[i]);
     codes[i] =
-        convert_e4m3x2(plan::multiply(pair.x, both.inverse), plan::multiply(pair.y, both.inverse));
+        convert_e4m3x2(plan::multiply(wide.x, both.inverse), plan::multiply(wide.y, both.inverse));
   }
   return {codes[0] | codes[1] << 16, codes[2] | codes[3] << 16};
 }
@@ -62,11 +68,10 @@ struct RowUnits {
     if (begin < 0) return;
 #pragma unroll 1
     for (int unit = begin;;) {
-#pragma unroll
-      for (int i = 0; i < kUnits; ++i)
-        if (unit + i * stride < count) stage_unit(args, unit + i * stride, next[i], row);
+      stage_units(args, unit, row);
       unit += kUnits * stride;
-      if (unit >= count) break;
+      // Alike in a warp, whose lanes quantise together.
+      if (unit - lane_id() >= count) break;
       load(unit);
     }
     stage_scales(args, token, row, begin, stride);
@@ -79,20 +84,34 @@ struct RowUnits {
       next[i] = unit + i * stride < count ? from[unit + i * stride] : uint4{};
   }
 
-  static __device__ void stage_unit(const DispatchArgs& args, int unit, const uint4& value,
-                                    std::byte* row) {
+  __device__ void stage_units(const DispatchArgs& args, int unit, std::byte* row) const {
     if constexpr (kQuantize) {
-      float scale = 0.0f;
-      reinterpret_cast<uint2*>(row)[unit] = quantize(value, args.scaling, scale);
-      if (threadIdx.x % 16 != 0) return;
-      std::byte* scales = row + args.x_bytes;
-      if (args.scaling == Scaling::kUe8m0) {
-        scales[unit / 16] = static_cast<std::byte>(plan::to_ue8m0(scale));
-      } else {
-        reinterpret_cast<float*>(scales)[unit / 16] = scale;
-      }
+      // All four are under way together: nothing branches before the stores.
+      uint2 codes[kUnits];
+      float scales[kUnits];
+#pragma unroll
+      for (int i = 0; i < kUnits; ++i) codes[i] = quantize(next[i], args.scaling, scales[i]);
+#pragma unroll
+      for (int i = 0; i < kUnits; ++i)
+        if (unit + i * stride < count) reinterpret_cast<uint2*>(row)[unit + i * stride] = codes[i];
+      if (lane_id() % 16 != 0) return;
+#pragma unroll
+      for (int i = 0; i < kUnits; ++i)
+        if (unit + i * stride < count)
+          store_scale(args, (unit + i * stride) / 16, scales[i], row + args.x_bytes);
     } else {
-      reinterpret_cast<uint4*>(row)[unit] = value;
+#pragma unroll
+      for (int i = 0; i < kUnits; ++i)
+        if (unit + i * stride < count) reinterpret_cast<uint4*>(row)[unit + i * stride] = next[i];
+    }
+  }
+
+  static __device__ void store_scale(const DispatchArgs& args, int group, float scale,
+                                     std::byte* scales) {
+    if (args.scaling == Scaling::kUe8m0) {
+      scales[group] = static_cast<std::byte>(plan::to_ue8m0(scale));
+    } else {
+      reinterpret_cast<float*>(scales)[group] = scale;
     }
   }
 

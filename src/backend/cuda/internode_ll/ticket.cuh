@@ -27,7 +27,9 @@ constexpr int kBlocksAnSm = 2;
 inline unsigned num_blocks(const StepArgs& args, int num_sms) {
   constexpr unsigned kSystemBytes = 1024;
   const int here = std::min<int>(kBlocksAnSm, kMaxSharedBytes / (args.shared.used + kSystemBytes));
-  const std::int64_t most = args.shape.max_tokens * (args.comm.num_ranks + 1) + 2;
+  const std::int64_t most = std::max<std::int64_t>(
+      std::min<std::int64_t>(args.shape.max_tokens * (args.comm.num_ranks + 1) + 2, num_sms),
+      args.num_tokens * (args.comm.num_ranks + 1) + 2);
   return static_cast<unsigned>(std::min<std::int64_t>(
       {std::int64_t{num_sms} * std::max(here, 1), most, LowLatencyState::kMaxBlocks}));
 }
@@ -201,23 +203,34 @@ __device__ __forceinline__ Arrival await_packet(const StepArgs& args, int rank, 
 /// What a kernel asks before it begins, on its way while its ticket is.
 struct BeginWords {
   std::uint32_t fault = protocol::FaultRecord::kNone;
-  std::uint64_t consumed[2] = {};  // by the lane's rank, of either parity
+  std::uint64_t consumed[2] = {};  // by the lane's rank, of either parity, as noted
 
   __device__ explicit BeginWords(const StepArgs& args) {
     if (warp_id() != kWarps - 1) return;
     // Relaxed: of a fault nothing is read here.
     fault = protocol::load_relaxed(&args.fault->state);
     if (!args.sends || lane_id() >= args.comm.num_ranks) return;
+    const std::uint64_t* freed = args.comm.local->low_latency.freed;
+    // Both parities, before the ticket is known.
 #pragma unroll
-    for (int odd = 0; odd < 2; ++odd) {
-      const int part = static_cast<int>(args.kind) * 2 + odd;
-      // acquire: pairs with the release in tell_consumed() of the lane's rank. Of both parities,
-      // since a fence once the ticket is known takes 4000 cycles.
-      consumed[odd] = protocol::load_acquire(
-          &args.layout.consumed[part * args.comm.num_ranks + lane_id()].value);
-    }
+    for (int odd = 0; odd < 2; ++odd)
+      consumed[odd] =
+          freed[(static_cast<int>(args.kind) * 2 + odd) * args.comm.num_ranks + lane_id()];
   }
 };
+
+/// By the last warp: waits until all ranks have read what the ticket's memory had before.
+__device__ __noinline__ inline bool await_consumed(const StepArgs& args, const Ticket& ticket) {
+  bool good = true;
+#pragma unroll 1
+  for (int i = lane_id(); good && i < args.comm.num_ranks; i += 32) {
+    const protocol::EpochFlag& flag = args.layout.consumed[ticket.part * args.comm.num_ranks + i];
+    // acquire: pairs with the release in tell_consumed() of that rank.
+    good = await(args, i, Wait::kConsumed, ticket.number - 2,
+                 [&] { return flag.reached(ticket.number - 2); }) != Arrival::kFailed;
+  }
+  return good;
+}
 
 /// By the last warp, before the block's first store: nothing failed before, the ticket may be sent,
 /// and its memory at the other ranks is free. Joined by the caller.
@@ -232,15 +245,23 @@ __device__ inline bool may_begin(const StepArgs& args, const Ticket& ticket,
     return false;
   }
   if (ticket.number <= args.first_ticket + 2) return good;
+  const bool freed =
+      lane_id() >= comm.num_ranks ||
+      (ticket.part % 2 != 0 ? words.consumed[1] : words.consumed[0]) >= ticket.number - 2;
+  if (comm.num_ranks <= 32 && __all_sync(0xffffffff, freed)) return good;
+  return await_consumed(args, ticket) && good;
+}
+
+/// By the last warp of block 0, at its end: what the other ranks are known to have consumed, for
+/// the next kernel, which need not wait for a fence then.
+__device__ inline void note_freed(const StepArgs& args) {
+  const int count = LowLatencyState::kParts * args.comm.num_ranks;
 #pragma unroll 1
-  for (int i = lane_id(); good && i < comm.num_ranks; i += 32) {
-    if (i == lane_id() && words.consumed[ticket.part % 2] >= ticket.number - 2) continue;
-    const protocol::EpochFlag& flag = args.layout.consumed[ticket.part * comm.num_ranks + i];
-    // acquire: likewise.
-    good = await(args, i, Wait::kConsumed, ticket.number - 2,
-                 [&] { return flag.reached(ticket.number - 2); }) != Arrival::kFailed;
+  for (int i = lane_id(); i < count; i += 32) {
+    // acquire: pairs with the release in tell_consumed() of that rank. What sends to it is a later
+    // kernel of this stream.
+    args.comm.local->low_latency.freed[i] = protocol::load_acquire(&args.layout.consumed[i].value);
   }
-  return good;
 }
 
 /// A stripe of the packets of a part is cleared, so that none keeps its tag until the tag returns.
@@ -283,7 +304,7 @@ __device__ inline void tell_consumed(const StepArgs& args) {
 #pragma unroll 1
     for (int i = lane_id(); i < comm.num_ranks; i += 32) {
       protocol::EpochFlag* own = args.layout.consumed + part * comm.num_ranks + comm.rank;
-      // release: pairs with the acquire in may_begin() of that rank.
+      // release: pairs with the acquire in note_freed() or await_consumed() of that rank.
       place_at(args, 0, own, i)->publish(consumed);
     }
     __syncwarp();
@@ -319,6 +340,7 @@ __device__ inline void count(const StepArgs& args, const Ticket& ticket) {
 __device__ inline void end_step(const StepArgs& args, const Ticket& ticket, bool good) {
   const Comm& comm = args.comm;
   count(args, ticket);
+  if (keeps_books() && warp_id() == kWarps - 1) note_freed(args);
   if (!good && threadIdx.x == 0) mirror_fault(comm);
   if (args.wait_stats == nullptr || !args.receives || !is_last_block(comm)) return;
   flush_waits(comm, args.wait_stats);
