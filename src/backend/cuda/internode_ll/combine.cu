@@ -10,7 +10,7 @@ namespace {
 struct PlainRows {
   static constexpr bool kKeepsOwn = true;
   /// What a thread has of a row at once, so that their loads are under way together, and those of
-  /// the next addend while it sums.
+  /// the next two addends while it sums.
   static constexpr int kUnits = 4;
 
   static __device__ std::int64_t x_bytes(const CombineArgs& args) { return args.shape.row_bytes; }
@@ -60,25 +60,30 @@ struct PlainRows {
   static __device__ void sum_units(const auto& args, const Addend* addends, int count, int first,
                                    uint4* row) {
     const auto units = static_cast<int>(args.shape.row_bytes / 16);
-    uint4 next[kUnits] = {};
-    if (count > 0) load_units(addends[0].row, first, units, next);
+    uint4 even[kUnits] = {};
+    uint4 odd[kUnits] = {};
+    if (count > 0) load_units(addends[0].row, first, units, even);
+    if (count > 1) load_units(addends[1].row, first, units, odd);
     Sum8 sums[kUnits];
     if (!args.is_rank_major()) {
 #pragma unroll 1
-      for (int i = 0; i < count; ++i) {
-        const float weight = addends[i].weight;
-        uint4 values[kUnits];
-#pragma unroll
-        for (int j = 0; j < kUnits; ++j) values[j] = next[j];
-        if (i + 1 < count) load_units(addends[i + 1].row, first, units, next);
-#pragma unroll
-        for (int j = 0; j < kUnits; ++j) sums[j].add(values[j], weight);
+      for (int i = 0; i < count; i += 2) {
+        add_units(sums, even, addends[i].weight);
+        if (i + 2 < count) load_units(addends[i + 2].row, first, units, even);
+        if (i + 1 == count) break;
+        add_units(sums, odd, addends[i + 1].weight);
+        if (i + 3 < count) load_units(addends[i + 3].row, first, units, odd);
       }
     }
 #pragma unroll
     for (int j = 0; j < kUnits; ++j)
       if (first + j * kThreads < units)
-        row[first + j * kThreads] = args.is_rank_major() ? next[j] : sums[j].round();
+        row[first + j * kThreads] = args.is_rank_major() ? even[j] : sums[j].round();
+  }
+
+  static __device__ void add_units(Sum8* sums, const uint4* values, float weight) {
+#pragma unroll
+    for (int j = 0; j < kUnits; ++j) sums[j].add(values[j], weight);
   }
 
   static __device__ bool comes_in_packets(const auto& args, const Route& route) {

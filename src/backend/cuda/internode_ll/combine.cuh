@@ -3,6 +3,7 @@
 #include "backend/cuda/internode_ll/announce.cuh"
 #include "backend/cuda/internode_ll/count.cuh"
 #include "backend/cuda/internode_ll/home.cuh"
+#include "backend/cuda/internode_ll/lane_route.cuh"
 #include "backend/cuda/internode_ll/stage.cuh"
 
 // The steps of a combine, whatever its rows look like on their way home. That says `Rows`:
@@ -155,6 +156,56 @@ __device__ inline bool send_weights(const auto& args, const Ticket& ticket, std:
   return good;
 }
 
+/// The same of fewer than 32 entries, one a lane.
+__device__ inline bool send_few_weights(const auto& args, const Ticket& ticket, std::int64_t token,
+                                        float own, const Route& route) {
+  constexpr unsigned kAll = 0xffffffff;
+  constexpr int kBatch = 8;
+  const int lane = lane_id();
+  const int topk = args.shape.num_topk;
+  const MessageArea& area = args.places.messages;
+  const std::int32_t expert = lane < topk ? route.expert[lane] : -1;
+  const int rank = lane < topk ? route.rank[lane] : -1;  // -1 of a repetition, too
+  float weight = own;
+  int position = 0;
+#pragma unroll 1
+  for (int base = 0; base < topk; base += kBatch) {
+#pragma unroll
+    for (int other = base; other < base + kBatch; ++other) {
+      const std::int32_t their_expert = __shfl_sync(kAll, expert, other);
+      const int their_rank = __shfl_sync(kAll, rank, other);
+      const float theirs = __shfl_sync(kAll, own, other);
+      if (their_rank == rank && their_expert < expert) ++position;
+      if (other > lane && their_expert == expert) weight = plan::add(weight, theirs);
+    }
+  }
+  // What comes first, and the places behind the last one.
+  int num_own = 0;
+#pragma unroll 1
+  for (int to = 0; to < *route.num_ranks; ++to) {
+    const int to_rank = route.to_rank[to];
+    const int count = __popc(__ballot_sync(kAll, rank == to_rank));
+    const bool kept = ticket.keeps_own && to_rank == args.comm.rank;
+    if (kept) num_own = count;
+    if (kept || is_masked(args, to_rank)) continue;
+    Packet* head = place_at(args, ticket.packet_shift,
+                            area.head(args.comm.rank, route.to_message[to]), to_rank);
+    if (lane <= topk && (lane == 0 || lane > count))
+      send_packet(head + lane, lane == 0 ? static_cast<std::uint32_t>(token) : 0xffffffffu, 0, 0,
+                  ticket.tag);
+  }
+  *shared_at<std::int32_t>(args.shared.num_own) = num_own;
+  if (rank < 0 || is_masked(args, rank)) return true;
+  const std::int32_t local = expert - route.begin[lane];
+  if (ticket.keeps_own && rank == args.comm.rank)
+    return keep_own(args, token, local, route.index[lane], weight, position);
+  Packet* head =
+      place_at(args, ticket.packet_shift, area.head(args.comm.rank, route.message[lane]), rank);
+  send_packet(head + 1 + position, static_cast<std::uint32_t>(local),
+              static_cast<std::uint32_t>(route.index[lane]), __float_as_uint(weight), ticket.tag);
+  return true;
+}
+
 /// What a thread needs for a token's weights, loaded before anybody waits for it.
 struct WeightIds {
   RouteIds ids;
@@ -175,7 +226,11 @@ __device__ inline bool send_all_weights(const auto& args, const Ticket& ticket, 
   for (std::int64_t token = first_token(); token < args.num_tokens;) {
     __syncthreads();  // the last route has been read
     if (!find_route(args, token, loaded.ids, good, route)) return false;
-    if (warp_id() == 0) good = send_weights(args, ticket, token, loaded.weight, route) && good;
+    if (warp_id() == 0) {
+      good = (args.kFew ? send_few_weights(args, ticket, token, loaded.weight, route)
+                        : send_weights(args, ticket, token, loaded.weight, route)) &&
+             good;
+    }
     token += gridDim.x;
     if (token < args.num_tokens) loaded = WeightIds(args, token);
   }

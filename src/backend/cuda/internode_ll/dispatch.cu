@@ -1,7 +1,7 @@
 #include "backend/cuda/internode_ll/announce.cuh"
 #include "backend/cuda/internode_ll/count.cuh"
+#include "backend/cuda/internode_ll/lane_route.cuh"
 #include "backend/cuda/internode_ll/receive.cuh"
-#include "backend/cuda/internode_ll/route.cuh"
 #include "backend/cuda/internode_ll/stage.cuh"
 
 namespace deep_ep::cuda::internode_ll {

@@ -1,7 +1,9 @@
 #pragma once
 
+#include <type_traits>
+
 #include "backend/cuda/internode_ll/announce.cuh"
-#include "backend/cuda/internode_ll/route.cuh"
+#include "backend/cuda/internode_ll/lane_route.cuh"
 #include "backend/cuda/internode_ll/rows.cuh"
 
 // The messages of a dispatch, from the buffers to their places in the results.
@@ -20,7 +22,9 @@ struct RowPlace {
 __device__ inline HeadEntry entry_of(const auto& args, std::int64_t token, int k, int rank,
                                      const Route& route) {
   const std::int32_t begin = route.begin[k];
-  const bool there = begin == rank * args.local_experts;
+  // A repetition tells rank-major's topk, and has no row of its own.
+  const bool there =
+      args.is_rank_major() ? begin == rank * args.local_experts : route.rank[k] == rank;
   HeadEntry entry{there ? route.expert[k] - begin : -1, route.index[k], 0.0f};
   if (there && args.topk_weights != nullptr)
     entry.weight = args.topk_weights[token * args.shape.num_topk + k];
@@ -174,6 +178,88 @@ __device__ inline void set_place(const auto& args, int i, int group, std::int64_
   place.scales = args.recv_scales + group * strides[0] + index * strides[1];
 }
 
+/// By a lane: how many rows of a local expert come before those of `source`: counts of the sources
+/// before it. False: a fault.
+__device__ inline bool count_rows_before(const auto& args, const Ticket& ticket, int source,
+                                         int expert, std::int32_t& rows) {
+  constexpr int kBatch = 4;
+  const Packet* from = place_here(ticket.packet_shift, args.places.counts + expert / 3);
+  const int word = expert % 3;
+#pragma unroll 1
+  for (int base = 0; base < source; base += kBatch) {
+    Packet packets[kBatch] = {};
+    bool here = true;
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j)
+      if (base + j < source)
+        here = take_packet(from + (base + j) * args.places.count_packets, ticket.tag, packets[j]) &&
+               here;
+    if (!here) {
+      // One after the other, since each may be absent.
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        if (base + j >= source) break;
+        const Arrival arrival = await_packet(
+            args, base + j, from + (base + j) * args.places.count_packets, ticket.tag, packets[j]);
+        if (arrival == Arrival::kFailed) return false;
+        if (arrival == Arrival::kAbsent) packets[j] = {};
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j)
+      rows += static_cast<std::int32_t>(word == 0   ? packets[j].words[0]
+                                        : word == 1 ? packets[j].words[1]
+                                                    : packets[j].words[2]);
+  }
+  return true;
+}
+
+/// By one warp, an entry of a message a lane: the places of its row, and what is known of it.
+/// False: a fault.
+__device__ inline bool place_entries(const auto& args, const Ticket& ticket, int source,
+                                     std::int64_t message, std::int32_t token, int k,
+                                     const HeadEntry& entry) {
+  if (args.is_rank_major()) {
+    const std::int64_t own = source * args.shape.max_tokens + message;
+    if (k >= 0 && k < args.shape.num_topk) write_entry(args, own * args.shape.num_topk + k, entry);
+    if (lane_id() != 0) return true;
+    set_place(args, 0, source, message, token);
+    *shared_at<std::int32_t>(args.shared.num_places) = 1;
+    return true;
+  }
+  const std::int64_t max_rows = args.comm.num_ranks * args.shape.max_tokens;
+  std::int32_t begin = 0;
+  bool placed = k >= 0 && k < args.shape.num_topk && entry.local_expert >= 0 &&
+                entry.local_expert < args.local_experts;
+  const bool good = !placed || count_rows_before(args, ticket, source, entry.local_expert, begin);
+  const std::int64_t place = std::int64_t{begin} + entry.index;
+  // Beyond are only rows of another shape.
+  placed = placed && good && place >= 0 && place < max_rows;
+  const unsigned all = __ballot_sync(0xffffffff, placed);
+  if (placed)
+    set_place(args, __popc(all & ((1u << lane_id()) - 1)), entry.local_expert, place, token);
+  if (lane_id() == 0) *shared_at<std::int32_t>(args.shared.num_places) = __popc(all);
+  return good;
+}
+
+/// By one warp: the head of a message of fewer than 32 entries, and where its row goes. Entries of
+/// a rank that is absent are of no expert. False in any lane: a fault.
+__device__ inline bool take_few_entries(const auto& args, const Ticket& ticket, int source,
+                                        std::int64_t message) {
+  const int part = lane_id();
+  const Packet* from = place_here(ticket.packet_shift, args.places.messages.head(source, message));
+  Packet packet = {};
+  Arrival arrival = Arrival::kHere;
+  if (part <= args.shape.num_topk)
+    arrival = await_packet(args, source, from + part, ticket.tag, packet);
+  const auto token = static_cast<std::int32_t>(__shfl_sync(0xffffffff, packet.words[0], 0));
+  const HeadEntry entry{arrival == Arrival::kHere ? static_cast<std::int32_t>(packet.words[0]) : -1,
+                        static_cast<std::int32_t>(packet.words[1]),
+                        __uint_as_float(packet.words[2])};
+  return place_entries(args, ticket, source, message, token, part - 1, entry) &&
+         arrival != Arrival::kFailed;
+}
+
 /// By one warp: the head of a message, its entries into shared memory. Entries of a rank that is
 /// absent are of no expert. False: a fault.
 __device__ inline bool take_head(const auto& args, const Ticket& ticket, int source,
@@ -281,11 +367,15 @@ __device__ inline bool take_message(const auto& args, const Ticket& ticket, int 
   auto* row = shared_at<std::byte>(args.shared.row);
   bool good = true;
   if (warp_id() == 0) {
-    std::int32_t token = 0;
-    good = take_head(args, ticket, source, message, token);
+    if constexpr (std::remove_cvref_t<decltype(args)>::kFew) {
+      good = take_few_entries(args, ticket, source, message);
+    } else {
+      std::int32_t token = 0;
+      good = take_head(args, ticket, source, message, token);
+      place_row(args, source, message, token);
+    }
     // acquire: pairs with the fence in send_row() of the source; the barrier hands it on.
     if (!packeted) acquire_head(args, place_here(ticket.packet_shift, area.head(source, message)));
-    place_row(args, source, message, token);
   } else if (packeted) {
     const Packet* packets = place_here(ticket.packet_shift, area.row(source, message));
     good =
@@ -297,15 +387,23 @@ __device__ inline bool take_message(const auto& args, const Ticket& ticket, int 
   return true;
 }
 
-/// By all threads: this block's token, whose row is in shared memory, to its places here.
-__device__ inline void place_own(const auto& args, const Route& route) {
+/// By all threads, true in each: this block's token, whose row is in shared memory, to its places
+/// here.
+__device__ inline bool place_own(const auto& args, const Ticket& ticket, const Route& route) {
   const std::int64_t token = first_token();
-  if (token >= args.num_tokens) return;
+  if (token >= args.num_tokens) return true;
   const int own = args.comm.rank;
   int to = 0;
   while (to < *route.num_ranks && route.to_rank[to] != own) ++to;
-  if (to == *route.num_ranks) return;
-  if (warp_id() == 0) {
+  if (to == *route.num_ranks) return true;
+  bool good = true;
+  if (warp_id() != 0) {
+  } else if constexpr (std::remove_cvref_t<decltype(args)>::kFew) {
+    HeadEntry entry{-1, 0, 0.0f};
+    if (lane_id() < args.shape.num_topk) entry = entry_of(args, token, lane_id(), own, route);
+    good = place_entries(args, ticket, own, route.to_message[to], static_cast<std::int32_t>(token),
+                         lane_id(), entry);
+  } else {
     auto* entries = shared_at<HeadEntry>(args.shared.entries);
 #pragma unroll 1
     for (int k = lane_id(); k < args.shape.num_topk; k += 32)
@@ -313,9 +411,10 @@ __device__ inline void place_own(const auto& args, const Route& route) {
     __syncwarp();
     place_row(args, own, route.to_message[to], static_cast<std::int32_t>(token));
   }
-  __syncthreads();
+  if (__syncthreads_and(good) == 0) return false;
   store_row(args, shared_at<std::byte>(args.shared.row));
   __syncthreads();  // the row and its places have been read
+  return true;
 }
 
 /// What a rank-major result says of rows that did not come.
@@ -334,21 +433,23 @@ __device__ inline void fill_unused(const auto& args) {
 
 __device__ inline bool receive(const auto& args, const Ticket& ticket, bool good) {
   __syncthreads();
+  // Of few entries each asks for the counts that it needs.
+  constexpr bool kAsks = std::remove_cvref_t<decltype(args)>::kFew;
   // Who likely has no message, as ranks have about as many tokens, looks first, and leaves the
   // memory to those that wait for counts.
   const auto tokens = static_cast<unsigned>(args.num_tokens);
   const unsigned expected = tokens * (args.comm.num_ranks - (ticket.keeps_own ? 1 : 0));
   const bool likely = first_turn(args) < expected || (ticket.keeps_own && first_token() < tokens);
-  const bool counts = keeps_books() || (!args.is_rank_major() && likely);
+  const bool needs = !kAsks && !args.is_rank_major();
+  const bool counts = keeps_books() || (needs && likely);
   if (!counts && !await_messages(args, ticket, good)) return false;
-  if ((counts || (!args.is_rank_major() && has_message(args, ticket))) &&
-      !await_counts(args, ticket, good))
+  if ((counts || (needs && has_message(args, ticket))) && !await_counts(args, ticket, good))
     return false;
   if (args.is_rank_major()) fill_unused(args);
   const Announced announced(args.shared, args.comm.num_ranks);
   const unsigned blocks = gridDim.x;
   unsigned turn = first_turn(args);
-  if (ticket.keeps_own) place_own(args, Route(args.shared));
+  if (ticket.keeps_own && !place_own(args, ticket, Route(args.shared))) return false;
 #pragma unroll 1
   for (int i = 0; i < args.comm.num_ranks; ++i) {
     const int source = rank_from_own(args, i);

@@ -313,8 +313,8 @@ __device__ inline bool find_route_in_warp(const auto& args, std::int64_t token, 
 
 /// By all threads of a block: where `token` goes. False in each if an id of any token is not
 /// allowed, or `good` is false in any. Nobody reads the last route any more.
-__device__ inline bool find_route(const auto& args, std::int64_t token, const RouteIds& ids,
-                                  bool good, const Route& route) {
+__device__ inline bool find_route_by_table(const auto& args, std::int64_t token,
+                                           const RouteIds& ids, bool good, const Route& route) {
   if (fits_a_warp(args)) {
     if (warp_id() == 0) good = find_route_in_warp(args, token, ids, route) && good;
     return __syncthreads_and(good) != 0;
