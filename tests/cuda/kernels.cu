@@ -1,3 +1,4 @@
+#include "backend/cuda/device/scales.cuh"
 #include "backend/cuda/device/sums.cuh"
 #include "device_waiter.cuh"
 #include "kernels.hpp"
@@ -188,6 +189,25 @@ __global__ void sum_conversions(SumConversions* wrong) {
   }
 }
 
+__device__ bool same_scale(const plan::Fp8Scale& a, const plan::Fp8Scale& b) {
+  return __float_as_uint(a.scale) == __float_as_uint(b.scale) &&
+         __float_as_uint(a.inverse) == __float_as_uint(b.inverse);
+}
+
+__global__ void scales(Scales* wrong) {
+  // Up to infinity, and a NaN.
+  constexpr std::uint32_t kEnd = 0x7f800002;
+  const std::uint32_t step = gridDim.x * blockDim.x;
+  for (std::uint32_t bits = blockIdx.x * blockDim.x + threadIdx.x; bits < kEnd; bits += step) {
+    const float amax = plan::bit_cast<float>(bits);
+    const float number = amax == amax ? amax : 0.0f;
+    if (!same_scale(cuda::fp8_scale(amax, true), plan::fp8_scale(number)))
+      atomicAdd(&wrong->exact, 1ULL);
+    if (!same_scale(cuda::fp8_scale(amax, false), plan::fp8_power_of_two_scale(number)))
+      atomicAdd(&wrong->powers, 1ULL);
+  }
+}
+
 }  // namespace
 
 Carved carve_on_host(std::byte* base, const std::int32_t* prefix) {
@@ -219,6 +239,10 @@ int launch_fault(protocol::FaultRecord* record, std::uint32_t* claims) {
 int launch_convert(std::uint32_t first, std::uint32_t step, std::uint32_t count, Converted* out) {
   constexpr std::uint32_t kThreads = 256;
   convert<<<(count + kThreads - 1) / kThreads, kThreads>>>(first, step, count, out);
+  return cudaGetLastError();
+}
+int launch_scales(Scales* wrong) {
+  scales<<<1024, 256>>>(wrong);
   return cudaGetLastError();
 }
 int launch_sum_conversions(SumConversions* wrong) {

@@ -125,6 +125,13 @@ struct SumConversions {
 };
 int launch_sum_conversions(SumConversions* wrong);
 
+/// How often scales that are found without a branch differ from plan/numerics, over all floats that
+/// can be the largest magnitude of a group: exact ones, and powers of two.
+struct Scales {
+  unsigned long long exact, powers;
+};
+int launch_scales(Scales* wrong);
+
 /// Sizes and places as the device computes them.
 struct Carved {
   std::int64_t control_bytes;

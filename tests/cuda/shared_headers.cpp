@@ -191,6 +191,14 @@ void test_sum_conversions() {
          "every bf16 and fp16 value widens alike");
 }
 
+void test_scales() {
+  const auto wrong = Memory<Scales>::on_device();
+  check(launch_scales(wrong.get()), "scales");
+  finish("scales");
+  expect(wrong.copy()[0].exact == 0, "every largest magnitude has plan/'s scale and inverse");
+  expect(wrong.copy()[0].powers == 0, "and its powers of two");
+}
+
 void test_places() {
   const auto prefix = Memory<std::int32_t>::mapped(4);
   for (int i = 0; i < 4; ++i) prefix.get()[i] = 7 * (i + 1);
@@ -219,6 +227,7 @@ int run() {
   test_faults();
   test_numerics();
   test_sum_conversions();
+  test_scales();
   test_places();
   std::printf("%d failed\n", failures);
   return failures == 0 ? 0 : 1;

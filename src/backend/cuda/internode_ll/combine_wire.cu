@@ -13,10 +13,11 @@ template <class Wire>
 struct WireRows {
   // A row has to be coded as all are.
   static constexpr bool kKeepsOwn = false;
+  static constexpr bool kSlices = false;
 
   static __device__ std::int64_t x_bytes(const CombineArgs& args) { return 2 * args.hidden; }
 
-  static __device__ void stage(const auto& args) {
+  static __device__ void stage(const auto& args, const Slice&) {
     auto* row = shared_at<std::byte>(args.shared.row);
     const auto units = static_cast<int>(args.hidden / 8);
 #pragma unroll 1
@@ -25,7 +26,7 @@ struct WireRows {
   }
 
   static __device__ bool sum_token(const auto& args, const Ticket& ticket, std::int64_t token,
-                                   const Route& route) {
+                                   const Slice&, const Route& route) {
     if (!await_rows(args, ticket, route)) return false;
     const auto* row = shared_at<std::byte>(args.shared.row);
     auto* sums = shared_at<float>(args.shared.sums);
@@ -69,7 +70,8 @@ struct WireRows {
     here = rank >= 0;
     if (!here) return true;
     if (announced.packeted[rank] == 0) {
-      copy_units(plain_home(args, ticket, route, i), row, area.plain_bytes);
+      copy_units(plain_home(args, ticket, route, i), row, 0,
+                 static_cast<int>(area.plain_bytes / 16));
       return true;
     }
     const Packet* from = place_here(ticket.packet_shift, area.row(rank, route.to_message[i]));
@@ -81,14 +83,23 @@ struct WireRows {
 
 /// Sends, receives, or both. kFormat: plan::WireFormat.
 template <int kFormat>
+using RowsOf = WireRows<std::conditional_t<kFormat == static_cast<int>(plan::WireFormat::kLogFmt),
+                                           LogFmtWire, Fp8Wire>>;
+
+template <int kFormat>
 __global__ void __launch_bounds__(kThreads, kBlocksAnSm)
     combine(const __grid_constant__ Formed<CombineArgs, Form::kAny> args) {
-  constexpr bool kLogFmt = kFormat == static_cast<int>(plan::WireFormat::kLogFmt);
-  run_combine<WireRows<std::conditional_t<kLogFmt, LogFmtWire, Fp8Wire>>>(args);
+  run_combine<RowsOf<kFormat>>(args);
 }
 
-constexpr auto kLogFmtKernel = combine<static_cast<int>(plan::WireFormat::kLogFmt)>;
-constexpr auto kFp8Kernel = combine<static_cast<int>(plan::WireFormat::kFp8)>;
+constexpr int kLogFmt = static_cast<int>(plan::WireFormat::kLogFmt);
+constexpr int kFp8 = static_cast<int>(plan::WireFormat::kFp8);
+
+template <int kFormat>
+cudaError_t launch_format(const CombineArgs& args, int num_sms, cudaStream_t stream) {
+  return launch_combine_kernel<combine<kFormat>, RowsOf<kFormat>, Form::kAny>(args, num_sms,
+                                                                              stream);
+}
 
 }  // namespace
 
@@ -96,11 +107,10 @@ cudaError_t launch_wire_combine(const CombineArgs& given, int num_sms, cudaStrea
   CombineArgs args = given;
   args.wire_row = plan::WireRow::of(args.wire, args.hidden);
   args.shared.sums = args.shared.take(4 * args.hidden);
-  return args.wire == plan::WireFormat::kLogFmt
-             ? launch_combine_kernel<kLogFmtKernel, Form::kAny>(args, num_sms, stream)
-             : launch_combine_kernel<kFp8Kernel, Form::kAny>(args, num_sms, stream);
+  return args.wire == plan::WireFormat::kLogFmt ? launch_format<kLogFmt>(args, num_sms, stream)
+                                                : launch_format<kFp8>(args, num_sms, stream);
 }
 
-cudaError_t load_wire_combine() { return load<kLogFmtKernel, kFp8Kernel>(); }
+cudaError_t load_wire_combine() { return load<combine<kLogFmt>, combine<kFp8>>(); }
 
 }  // namespace deep_ep::cuda::internode_ll

@@ -95,12 +95,12 @@ __device__ void send_row(const auto& args, const Ticket& ticket, std::int64_t to
     if (is_skipped(args, ticket, rank)) continue;
     if (packeted) {
       send_packets(row,
-                   place_at(args, ticket.packet_shift, area.row(args.comm.rank, message), rank),
+                   place_at(args, ticket.packet_shift, area.row(args.comm.rank, message), rank), 0,
                    area.row_packets(), 1, ticket.tag);
     } else {
       copy_units(row,
                  place_at(args, ticket.plain_shift, area.plain_row(args.comm.rank, message), rank),
-                 area.plain_bytes);
+                 0, static_cast<int>(area.plain_bytes / 16));
     }
   }
   if (packeted) return;
@@ -143,11 +143,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSm)
     dispatch(const __grid_constant__ Formed<DispatchArgs, kForm> args) {
   // All that the first token needs is on its way before anything is waited for.
   const std::int64_t token = args.sends ? first_token() : args.num_tokens;
-  const RouteIds ids(args, token);
-  const RowUnits<kQuantize> units(args, token, fits_a_warp(args) ? 1 : 0);
   const TicketWords ticket_words(args);
   const BeginWords words(args);
+  const RawRouteIds raw_ids(args, token);
+  const RowUnits<kQuantize> units(args, token, fits_a_warp(args) ? 1 : 0);
   if (warp_id() == 0) clear_marks(args);
+  const RouteIds ids(args, raw_ids);
   bool good = true;
   // Behind nothing but the ids: the others' rows find no place before.
   if (args.sends && counts_for_others())
@@ -155,7 +156,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSm)
                      shared_at<std::int32_t>(args.shared.counts));
   Ticket ticket = take_ticket(args, ticket_words);
   // With blocks to spare a block that has nothing else to do is done with the row sooner.
-  ticket.keeps_own = can_keep_own(args) && args.num_tokens * (args.comm.num_ranks + 1) > gridDim.x;
+  ticket.keeps_own = can_keep_own(args) && args.num_tokens <= gridDim.x &&
+                     args.num_tokens * (args.comm.num_ranks + 1) > gridDim.x;
   if (keeps_books() && warp_id() == 0) tell_consumed(args);
   if (keeps_books() && warp_id() == kWarps - 2) count_for_absent(args, ticket);
   if (warp_id() == kWarps - 1) good = may_begin(args, ticket, words) && good;
@@ -173,7 +175,7 @@ cudaError_t launch(const DispatchArgs& given, int num_sms, cudaStream_t stream) 
   if (status != cudaSuccess) return status;
   if (args.shared.used > kMaxSharedBytes) return cudaErrorInvalidValue;
   dispatch<kQuantize, kForm>
-      <<<num_blocks(args, num_sms), kThreads, args.shared.used, stream>>>(args);
+      <<<num_blocks(args, num_sms, 1), kThreads, args.shared.used, stream>>>(args);
   return cudaGetLastError();
 }
 

@@ -3,11 +3,10 @@
 #include "backend/cuda/device/sums.cuh"
 #include "backend/cuda/internode_ll/announce.cuh"
 #include "backend/cuda/internode_ll/rows.cuh"
+#include "backend/cuda/internode_ll/slices.cuh"
 
 // The rows of a combine on the experts' rank: their weights, their sum, its way home.
 namespace deep_ep::cuda::internode_ll {
-
-using plan::MessageArea;
 
 /// A row of x and its weight in a sum.
 struct alignas(16) Addend {
@@ -120,19 +119,19 @@ __device__ inline uint4 partial(const auto& args, int unit) {
   return sum.round();
 }
 
-/// By all threads: the row in shared memory to its source.
+/// By all threads: the row in shared memory to its source, in packets those of `slice`.
 __device__ inline void send_home(const auto& args, const Ticket& ticket, int source,
-                                 std::int64_t message, bool packeted) {
+                                 std::int64_t message, const Slice& slice, bool packeted) {
   const MessageArea& area = args.places.returns;
   const int rank = args.comm.rank;
   const auto* row = shared_at<std::byte>(args.shared.row);
   if (packeted) {
     send_packets(row, place_at(args, ticket.packet_shift, area.row(rank, message), source),
-                 area.row_packets(), 0, ticket.tag);
+                 slice.first_packet(), slice.end_packet(), 0, ticket.tag);
     return;
   }
-  copy_units(row, place_at(args, ticket.plain_shift, area.plain_row(rank, message), source),
-             area.plain_bytes);
+  copy_units(row, place_at(args, ticket.plain_shift, area.plain_row(rank, message), source), 0,
+             static_cast<int>(area.plain_bytes / 16));
   __syncthreads();
   if (threadIdx.x != 0) return;
   // release: with the head, which is relaxed; pairs with the acquire in await_rows() of the source.

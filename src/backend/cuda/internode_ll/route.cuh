@@ -58,24 +58,44 @@ __device__ inline bool loads_whole(const StepArgs& args) {
          reinterpret_cast<std::uintptr_t>(args.topk_idx.data) % 16 == 0;
 }
 
-/// Entries [from, from + kSize) of a token; none if there is no such token.
-__device__ inline SomeIds load_ids(const StepArgs& args, std::int64_t token, int from) {
-  constexpr int kSize = SomeIds::kSize;
-  const int count = token < args.num_tokens ? args.shape.num_topk - from : 0;
-  const std::int64_t first = token * args.shape.num_topk + from;
-  std::int64_t ids[kSize];
-  // As few instructions as can be: memory works through them one after the other.
-  if (loads_whole(args) && args.topk_idx.wide) {
-    const auto* pairs = static_cast<const longlong2*>(args.topk_idx.data) + first / 2;
+/// Entries [from, from + kSize) of a token as they come from memory, none if there is no such
+/// token: nothing waits for them before some_ids() does.
+struct RawIds {
+  static constexpr int kSize = SomeIds::kSize;
+  // 64 bits an id, or of loads_whole() ids of 32 bits the first half of it.
+  longlong2 pairs[kSize / 2];
+
+  __device__ RawIds(const StepArgs& args, std::int64_t token, int from) {
+    const int count = token < args.num_tokens ? args.shape.num_topk - from : 0;
+    const std::int64_t first = token * args.shape.num_topk + from;
 #pragma unroll
-    for (int i = 0; i < kSize; i += 2) {
-      const longlong2 pair = count > 0 ? pairs[i / 2] : longlong2{-1, -1};
-      ids[i] = pair.x;
-      ids[i + 1] = pair.y;
+    for (longlong2& pair : pairs) pair = {-1, -1};
+    // As few instructions as can be: memory works through them one after the other.
+    if (!loads_whole(args)) {
+#pragma unroll
+      for (int i = 0; i < kSize; i += 2) {
+        if (i < count) pairs[i / 2].x = args.topk_idx[first + i];
+        if (i + 1 < count) pairs[i / 2].y = args.topk_idx[first + i + 1];
+      }
+    } else if (count > 0) {
+      const auto* from_memory = reinterpret_cast<const longlong2*>(
+          static_cast<const std::byte*>(args.topk_idx.data) + first * (args.topk_idx.wide ? 8 : 4));
+#pragma unroll
+      for (int i = 0; i < kSize / 2; ++i)
+        if (i < kSize / 4 || args.topk_idx.wide) pairs[i] = from_memory[i];
     }
-  } else {
+  }
+};
+
+__device__ inline SomeIds some_ids(const StepArgs& args, const RawIds& raw) {
+  constexpr int kSize = SomeIds::kSize;
+  std::int64_t ids[kSize];
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) ids[i] = i < count ? args.topk_idx[first + i] : -1;
+  for (int i = 0; i < kSize; ++i) ids[i] = i % 2 == 0 ? raw.pairs[i / 2].x : raw.pairs[i / 2].y;
+  if (loads_whole(args) && !args.topk_idx.wide) {
+#pragma unroll
+    for (int i = kSize - 1; i >= 0; --i)
+      ids[i] = static_cast<std::int32_t>(ids[i / 2] >> i % 2 * 32);
   }
   const auto experts = static_cast<std::uint64_t>(args.shape.num_experts);
   SomeIds some;
@@ -86,6 +106,9 @@ __device__ inline SomeIds load_ids(const StepArgs& args, std::int64_t token, int
     some.ids[i] = allowed ? static_cast<std::int32_t>(ids[i]) : -1;
   }
   return some;
+}
+__device__ inline SomeIds load_ids(const StepArgs& args, std::int64_t token, int from) {
+  return some_ids(args, RawIds(args, token, from));
 }
 
 /// By a warp: nothing is marked.
@@ -246,14 +269,14 @@ __device__ void list_ranks(const Args& args, const Route& route) {
   if (lane == 0) *route.num_ranks = count;
 }
 
-/// What a thread needs for a route, loaded before anybody waits for it: the ids of its first token,
-/// and one of the token's own.
-struct RouteIds {
-  SomeIds first;
+/// What a thread needs for a route, on its way before anybody waits for it: the ids of its first
+/// token, and one of the token's own.
+struct RawRouteIds {
+  RawIds first;
   std::int32_t own;
 
-  __device__ RouteIds(const StepArgs& args, std::int64_t token)
-      : first(load_ids(args, is_needed(args, token) ? threadIdx.x : args.num_tokens, 0)),
+  __device__ RawRouteIds(const StepArgs& args, std::int64_t token)
+      : first(args, is_needed(args, token) ? threadIdx.x : args.num_tokens, 0),
         own(load_own(args, token, threadIdx.x)) {}
   /// The last block counts without a token, too.
   __device__ static bool is_needed(const StepArgs& args, std::int64_t token) {
@@ -266,6 +289,15 @@ struct RouteIds {
                : -1;
   }
 };
+struct RouteIds {
+  SomeIds first;
+  std::int32_t own;
+
+  __device__ RouteIds(const StepArgs& args, const RawRouteIds& raw)
+      : first(some_ids(args, raw.first)), own(raw.own) {}
+  __device__ RouteIds(const StepArgs& args, std::int64_t token)
+      : RouteIds(args, RawRouteIds(args, token)) {}
+};
 
 /// By the first warp: what is known of a route at once.
 __device__ inline void begin_route(const auto& args, std::int64_t token, const RouteIds& ids,
@@ -275,7 +307,7 @@ __device__ inline void begin_route(const auto& args, std::int64_t token, const R
     const int k = base + lane_id();
     if (k >= args.shape.num_topk) continue;
     const std::int32_t expert =
-        base == 0 ? ids.own : RouteIds::load_own(args, token, static_cast<unsigned>(k));
+        base == 0 ? ids.own : RawRouteIds::load_own(args, token, static_cast<unsigned>(k));
     const int rank = expert >= 0 && expert < args.shape.num_experts ? args.rank_of(expert) : -1;
     route.expert[k] = expert;
     route.rank[k] = rank;

@@ -6,33 +6,33 @@
 // lies next to each other: three words a packet, or sixteen bytes plainly.
 namespace deep_ep::cuda::internode_ll {
 
-/// By the warps from `first_warp` on, each its share.
-__device__ inline void send_packets(const std::byte* row, Packet* to, int count, int first_warp,
-                                    std::uint32_t tag) {
+/// Packets [begin, end) of a row, by the warps from `first_warp` on, each its share.
+__device__ inline void send_packets(const std::byte* row, Packet* to, int begin, int end,
+                                    int first_warp, std::uint32_t tag) {
   constexpr int kBatch = 3;
   const auto* words = reinterpret_cast<const std::uint32_t*>(row);
   const int stride = kThreads - first_warp * 32;
 #pragma unroll 1
-  for (int first = threadIdx.x - first_warp * 32; first < count; first += kBatch * stride) {
+  for (int first = begin + static_cast<int>(threadIdx.x) - first_warp * 32; first < end;
+       first += kBatch * stride) {
     std::uint32_t batch[kBatch][3] = {};
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
       const int i = first + j * stride;
 #pragma unroll
       for (int w = 0; w < 3; ++w)
-        if (i < count) batch[j][w] = words[3 * i + w];
+        if (i < end) batch[j][w] = words[3 * i + w];
     }
 #pragma unroll
     for (int j = 0; j < kBatch; ++j)
-      if (first + j * stride < count)
+      if (first + j * stride < end)
         send_packet(to + first + j * stride, batch[j][0], batch[j][1], batch[j][2], tag);
   }
 }
-/// By all threads.
-__device__ inline void copy_units(const std::byte* row, std::byte* to, std::int64_t bytes) {
-  const auto units = static_cast<int>(bytes / 16);
+/// By all threads: units [begin, end) of 16 bytes.
+__device__ inline void copy_units(const std::byte* row, std::byte* to, int begin, int end) {
 #pragma unroll 1
-  for (int i = threadIdx.x; i < units; i += kThreads)
+  for (int i = begin + static_cast<int>(threadIdx.x); i < end; i += kThreads)
     reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(row)[i];
 }
 

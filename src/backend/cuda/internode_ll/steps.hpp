@@ -103,6 +103,7 @@ struct DispatchArgs : StepArgs {
 cudaError_t launch_dispatch(const DispatchArgs& args, int num_sms, cudaStream_t stream);
 
 struct CombineArgs : StepArgs {
+  int slice_shift = 0;                  // blocks that share a row, as a power of two; by the launch
   const std::byte* x = nullptr;         // [L, R * M, H] or [R, M, H] bfloat16
   const float* topk_weights = nullptr;  // [N, K]; null if rank-major
   const std::int32_t* src_info = nullptr;

@@ -22,16 +22,21 @@ constexpr int kWarps = kThreads / 32;
 // Registers allow so many; all of a kernel must run at once, since they wait for other ranks.
 constexpr int kBlocksAnSm = 2;
 
-/// Blocks of a kernel: all that fit, unless there can never be that much to do side by side: a
-/// token each, a message each, the books, and the counts.
-inline unsigned num_blocks(const StepArgs& args, int num_sms) {
+/// Blocks with something to do, if the other ranks have as many tokens and `shared` blocks share a
+/// row: a token each, a message each, the books, and the counts.
+inline std::int64_t num_likely_blocks(const StepArgs& args, int shared) {
+  return args.num_tokens * (args.comm.num_ranks + 1) * shared + 2;
+}
+
+/// Blocks of a kernel: all that fit, unless there can never be that much to do side by side. Of few
+/// tokens one an SM, since other ranks may have more.
+inline unsigned num_blocks(const StepArgs& args, int num_sms, int shared) {
   constexpr unsigned kSystemBytes = 1024;
   const int here = std::min<int>(kBlocksAnSm, kMaxSharedBytes / (args.shared.used + kSystemBytes));
-  const std::int64_t most = std::max<std::int64_t>(
-      std::min<std::int64_t>(args.shape.max_tokens * (args.comm.num_ranks + 1) + 2, num_sms),
-      args.num_tokens * (args.comm.num_ranks + 1) + 2);
+  const std::int64_t most = args.shape.max_tokens * (args.comm.num_ranks + 1) * shared + 2;
+  const std::int64_t likely = std::max<std::int64_t>(num_likely_blocks(args, shared), num_sms);
   return static_cast<unsigned>(std::min<std::int64_t>(
-      {std::int64_t{num_sms} * std::max(here, 1), most, LowLatencyState::kMaxBlocks}));
+      {std::int64_t{num_sms} * std::max(here, 1), likely, most, LowLatencyState::kMaxBlocks}));
 }
 
 /// What a kernel is compiled for. Both special forms are for fewer than 32 experts a token and at
@@ -130,11 +135,10 @@ __device__ inline bool is_masked(const StepArgs& args, int rank) {
   return args.masks != nullptr && protocol::load_relaxed(&args.masks[rank]) != 0;
 }
 
-/// Whether a token's block can keep what goes to its own rank: it is there when that is taken, and
-/// has but one token. Masks of the own rank change between kernels only.
+/// Whether a token's block can keep what goes to its own rank, if it has but one: it is there when
+/// that is taken. Masks of the own rank change between kernels only.
 __device__ inline bool can_keep_own(const StepArgs& args) {
-  return args.sends && args.receives && args.num_tokens <= gridDim.x &&
-         !is_masked(args, args.comm.rank);
+  return args.sends && args.receives && !is_masked(args, args.comm.rank);
 }
 
 // --- waiting ---------------------------------------------------------------------------
