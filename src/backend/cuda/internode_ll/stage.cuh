@@ -22,13 +22,14 @@ __device__ inline std::uint32_t max_magnitudes(std::uint32_t a, std::uint32_t b)
 }
 
 /// Eight values, one lane's share of a group of 128, as FP8; its half warp has the others. The
-/// scale is the same in all of the half warp. By all lanes.
-__device__ inline uint2 quantize(const uint4& values, Scaling scaling, float& scale) {
+/// scale is the same in all of the half warp. `lanes`: who calls, in whole half warps.
+__device__ inline uint2 quantize(const uint4& values, Scaling scaling, unsigned lanes,
+                                 float& scale) {
   std::uint32_t largest =
       max_magnitudes(max_magnitudes(values.x, values.y), max_magnitudes(values.z, values.w));
 #pragma unroll
   for (int distance = 8; distance > 0; distance /= 2)
-    largest = max_magnitudes(largest, __shfl_xor_sync(0xffffffff, largest, distance));
+    largest = max_magnitudes(largest, __shfl_xor_sync(lanes, largest, distance));
   const float2 pair = widen_bfloat16(largest);
   const plan::Fp8Scale both = fp8_scale(fmaxf(pair.x, pair.y), scaling == Scaling::kFloat);
   scale = both.scale;
@@ -90,7 +91,8 @@ struct RowUnits {
       uint2 codes[kUnits];
       float scales[kUnits];
 #pragma unroll
-      for (int i = 0; i < kUnits; ++i) codes[i] = quantize(next[i], args.scaling, scales[i]);
+      for (int i = 0; i < kUnits; ++i)
+        codes[i] = quantize(next[i], args.scaling, 0xffffffff, scales[i]);
 #pragma unroll
       for (int i = 0; i < kUnits; ++i)
         if (unit + i * stride < count) reinterpret_cast<uint2*>(row)[unit + i * stride] = codes[i];

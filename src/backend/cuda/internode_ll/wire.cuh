@@ -83,7 +83,8 @@ struct Fp8Wire {
   static __device__ void put(const uint4& bytes, int unit, const plan::WireRow& at,
                              std::byte* row) {
     float scale = 0.0f;
-    reinterpret_cast<uint2*>(row)[unit] = quantize(bytes, Scaling::kFloat, scale);
+    reinterpret_cast<uint2*>(row)[unit] =
+        quantize(bytes, Scaling::kFloat, 0xffffu << (threadIdx.x & 16u), scale);
     if (threadIdx.x % 16 == 0) reinterpret_cast<float*>(row + at.words)[unit / 16] = scale;
   }
 
