@@ -117,8 +117,11 @@ class Rank {
             [this, round](verify::Checks& checks) { checks.payload(dispatched_, round); }};
   }
 
+  // Lets go of the results before, as the calls of a loop do: memory that nobody has touched yet
+  // would be part of the time.
   Call combine(int round) {
     dispatched_ = {};
+    combined_ = {};
     input_ = inputs_.combine_x(round);
     weights_ = inputs_.combine_weights(round);
     CombineArgs args;
