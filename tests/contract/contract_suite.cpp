@@ -1,12 +1,14 @@
 #include <fmt/format.h>
 
 #include <cstdlib>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include <CLI/CLI.hpp>
 
 #include "contract/suite.hpp"
+#include "namespaces.hpp"
 
 // The contract suite: every backend and mode must give what plan/reference gives, bit for bit.
 
@@ -79,6 +81,7 @@ int main(int argc, char** argv) {
   const char* wants_full = std::getenv("DEEP_EP_TEST_FULL");
   bool full = wants_full != nullptr && std::string(wants_full) == "1";
   bool list = false;
+  bool namespaces = false;
   test::SuiteOptions options;
   app.add_option("--backend", backend)
       ->check(CLI::IsMember({"host", "cuda"}))
@@ -89,6 +92,9 @@ int main(int argc, char** argv) {
   app.add_option("--seed", seed, "of the covering array and the inputs")->capture_default_str();
   app.add_option("--from", options.from, "first program")->capture_default_str();
   app.add_option("--count", options.count, "number of programs, -1: all")->capture_default_str();
+  app.add_option("--every", options.every, "only one program in so many")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
   app.add_option("--filter", options.filter, "only programs whose name contains this");
   std::string combine;
   std::string inbox_bytes;
@@ -97,6 +103,8 @@ int main(int argc, char** argv) {
   app.add_option("--timeout-ms", timeout_ms, "of each wait")->capture_default_str();
   app.add_option("--seconds", options.max_seconds, "stop after so long; 0: no limit");
   app.add_flag("--full", full, "more programs, with up to 1 GiB each (or DEEP_EP_TEST_FULL=1)");
+  app.add_flag("--namespaces", namespaces,
+               "nodes are network namespaces, as root; else ranks of this machine pose as nodes");
   app.add_flag("--list", list, "print the programs and run none");
   CLI11_PARSE(app, argc, argv);
 
@@ -112,6 +120,17 @@ int main(int argc, char** argv) {
   options.one_world = backend == "cuda" && mode == "internode";
   options.replay = fmt::format("{} --backend {} --mode {} --seed {}{}", argv[0], backend, mode,
                                seed, full ? " --full" : "");
+  std::optional<net::Namespaces> nodes;
+  if (namespaces) {
+    if (const std::string why = net::why_no_namespaces(); !why.empty()) {
+      fmt::print("skipped: {}\n0 passed, 0 failed, 1 skipped\n", why);
+      return 77;
+    }
+    nodes.emplace(test::Limits{}.max_ranks);
+    target.enter_node = [&](int node) { net::live_on(*nodes, node); };
+    options.replay += " --namespaces";
+    if (full) options.every = 1;
+  }
   // The ranks are forked later.
   const auto pass_on = [&](const char* flag, const char* variable, const std::string& value) {
     if (value.empty()) return;

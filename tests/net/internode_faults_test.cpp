@@ -216,9 +216,7 @@ std::string name_of(const testing::TestParamInfo<Op>& op) {
 }
 
 INSTANTIATE_TEST_SUITE_P(BetweenNodes, InternodeFault,
-                         testing::Values(Op::kDispatch, Op::kCachedDispatch, Op::kCombine,
-                                         Op::kLowLatency),
-                         name_of);
+                         testing::Values(Op::kDispatch, Op::kCombine, Op::kLowLatency), name_of);
 
 /// Calls of both modes, all results checked, while `trouble` befalls node 1.
 void expect_right(const std::function<void(const Namespaces&)>& trouble) {
@@ -254,7 +252,7 @@ void expect_right(const std::function<void(const Namespaces&)>& trouble) {
   for (const RankExit& exit : exits) EXPECT_EQ(exit.status, 0) << "rank " << exit.rank;
 }
 
-TEST(InternodeTrouble, ANodeThatTurnsSlowHoldsUpAllAndNothingIsWrong) {
+TEST(TroubleBetweenNodes, ANodeThatTurnsSlowHoldsUpAllAndNothingIsWrong) {
   NEEDS_NAMESPACES();
   const auto begin = std::chrono::steady_clock::now();
   expect_right([](const Namespaces& nodes) {
@@ -265,13 +263,13 @@ TEST(InternodeTrouble, ANodeThatTurnsSlowHoldsUpAllAndNothingIsWrong) {
   EXPECT_GT(std::chrono::steady_clock::now() - begin, 1500ms);
 }
 
-TEST(InternodeTrouble, ANetworkWithoutRoomLosesPacketsAndNothingIsWrong) {
+TEST(TroubleBetweenNodes, ANetworkWithoutRoomLosesPacketsAndNothingIsWrong) {
   NEEDS_NAMESPACES();
   expect_right(
       [](const Namespaces& nodes) { nodes.shape(kNode, "200mbit", "burst 20kb limit 40kb"); });
 }
 
-TEST(InternodeTrouble, ANetworkThatIsSilentForAMomentCostsNothingButTime) {
+TEST(TroubleBetweenNodes, ANetworkThatIsSilentForAMomentCostsNothingButTime) {
   NEEDS_NAMESPACES();
   expect_right([](const Namespaces& nodes) {
     nodes.shape(kNode, "100mbit");
@@ -284,7 +282,7 @@ TEST(InternodeTrouble, ANetworkThatIsSilentForAMomentCostsNothingButTime) {
   });
 }
 
-TEST(InternodeTrouble, DelayAndLossCostNothingButTime) {
+TEST(TroubleBetweenNodes, DelayAndLossCostNothingButTime) {
   if (const std::string why = net::why_no_netem(); !why.empty()) GTEST_SKIP() << why;
   expect_right([](const Namespaces& nodes) { nodes.disturb(kNode, "delay 3ms 2ms loss 1%"); });
 }
