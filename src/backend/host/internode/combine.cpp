@@ -118,9 +118,9 @@ class Lane {
     if (record_of(token_, own) >= 0 && !summers_[own].step(moved)) return false;
     for (int node = 0; node < exchange_.nodes(); ++node) {
       if (record_of(token_, node) < 0) continue;
-      const std::byte* sum = node == own
-                                 ? summers_[own].sum()
-                                 : exchange_.state.rail_from(lane_, node).row(exchange_.format.bytes);
+      const std::byte* sum =
+          node == own ? summers_[own].sum()
+                      : exchange_.state.rail_from(lane_, node).row(exchange_.format.bytes);
       if (sum == nullptr) return false;
       sums_.push_back(sum);
     }
