@@ -1,12 +1,8 @@
-// The symmetric heap over UCX against ucx_perftest, both between two nodes that are network
-// namespaces of this machine, one after the other over the same device.
-#include <unistd.h>
-
+// The symmetric heap over UCX, or whole dispatches and combines, against ucx_perftest, all between
+// two nodes that are network namespaces of this machine, one after the other over the same device.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
-#include <cstring>
-#include <fstream>
 #include <thread>
 #include <vector>
 
@@ -14,14 +10,18 @@
 #include <nlohmann/json.hpp>
 
 #include "base/error.hpp"
-#include "deep_ep/bootstrap.hpp"
+#include "exchange.hpp"
 #include "fabric/symmetric_heap_factory.hpp"
-#include "namespaces.hpp"
+#include "json_file.hpp"
+#include "machine.hpp"
+#include "perftest.hpp"
 #include "protocol/atomic.hpp"
+#include "stats.hpp"
 
 namespace {
 
 using namespace deep_ep;
+using namespace deep_ep::bench;
 using Clock = std::chrono::steady_clock;
 using net::Namespaces;
 
@@ -32,71 +32,9 @@ struct Settings {
   int repeats = 5;
   std::string rate;
   std::string json;
+  bool exchange = false;
+  ExchangeSettings calls;
 };
-
-/// A number that a forked rank leaves in a pipe.
-class Result {
- public:
-  Result() {
-    if (pipe(ends_) != 0) throw_errno("pipe");
-  }
-  ~Result() {
-    close(ends_[0]);
-    close(ends_[1]);
-  }
-  Result(const Result&) = delete;
-  Result& operator=(const Result&) = delete;
-  void give(double number) { (void)!write(ends_[1], &number, sizeof(number)); }
-  double take() {
-    double number = 0;
-    if (read(ends_[0], &number, sizeof(number)) != sizeof(number)) throw_errno("read(pipe)");
-    return number;
-  }
-
- private:
-  int ends_[2];
-};
-
-double in_two_nodes(const Namespaces& nodes, const std::function<void(Bootstrap&, Result&)>& body) {
-  Result result;
-  const auto exits = run_forked(2, [&](const std::shared_ptr<Bootstrap>& bootstrap) {
-    net::live_on(nodes, bootstrap->rank());
-    body(*bootstrap, result);
-    return 0;
-  });
-  for (const RankExit& exit : exits) {
-    if (exit.status != 0)
-      throw Error(ErrorCode::kSystem, fmt::format("rank {} ended with {}", exit.rank, exit.status));
-  }
-  return result.take();
-}
-
-/// Bytes a second of `ucx_perftest -t ucp_put_bw`.
-double perftest(const Namespaces& nodes, const Settings& settings) {
-  return in_two_nodes(nodes, [&](Bootstrap& bootstrap, Result& result) {
-    if (bootstrap.rank() == 0) {
-      bootstrap.barrier();
-      FILE* server = popen("timeout 120 ucx_perftest -p 13399 >/dev/null 2>&1", "r");
-      if (server == nullptr || pclose(server) != 0)
-        throw Error(ErrorCode::kSystem, "ucx_perftest: the server failed (Debian: ucx-utils)");
-      return;
-    }
-    bootstrap.barrier();
-    std::this_thread::sleep_for(std::chrono::milliseconds(700));
-    const std::string command =
-        fmt::format("timeout 120 ucx_perftest {} -p 13399 -t ucp_put_bw -s {} -n {} -w {} 2>&1",
-                    Namespaces::address(0), settings.bytes, settings.total / settings.bytes,
-                    settings.total / settings.bytes / 10);
-    FILE* client = popen(command.c_str(), "r");
-    if (client == nullptr) throw_errno("popen(ucx_perftest)");
-    double mebibytes = 0;
-    char line[512];
-    while (std::fgets(line, sizeof(line), client) != nullptr)
-      std::sscanf(line, "Final: %*s %*s %*s %*s %*s %lf", &mebibytes);
-    pclose(client);
-    result.give(mebibytes * 1048576);
-  });
-}
 
 std::uint64_t word(const fabric::SymmetricHeap& heap, std::int64_t offset) {
   // Pairs with the release of the signal that sets the word.
@@ -137,37 +75,41 @@ void receive(fabric::SymmetricHeap& heap, const Settings& settings, std::uint64_
 }
 
 double heap(const Namespaces& nodes, const Settings& settings) {
-  return in_two_nodes(nodes, [&](Bootstrap& bootstrap, Result& result) {
+  return std::stod(on_nodes(nodes, 1, [&](const auto& bootstrap, Answer& answer) {
     const std::int64_t area = settings.bytes * settings.bundle;
-    const auto heap = fabric::make_symmetric_heap(bootstrap, {.bytes = area + 8});
+    const auto heap = fabric::make_symmetric_heap(*bootstrap, {.bytes = area + 8});
     std::uint64_t bundles = 0;
     for (const std::int64_t total : {settings.total / 10, settings.total}) {
-      if (bootstrap.rank() == 0) {
+      if (bootstrap->rank() == 0) {
         bundles += static_cast<std::uint64_t>((total + area - 1) / area);
         receive(*heap, settings, bundles);
       } else {
         const double speed = send(*heap, settings, total, bundles);
-        if (total == settings.total) result.give(speed);
+        if (total == settings.total) answer.give(fmt::format("{}", speed));
       }
     }
-    bootstrap.barrier();
-  });
+    bootstrap->barrier();
+  }));
 }
 
-double median(std::vector<double> values) {
-  std::nth_element(values.begin(), values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2),
-                   values.end());
-  return values[values.size() / 2];
+double median(const std::vector<double>& values) { return cli::summarize(values).median; }
+
+nlohmann::ordered_json json_of(const Settings& settings, const std::vector<double>& theirs) {
+  nlohmann::ordered_json json;
+  json["environment"] = cli::environment_json();
+  json["rate"] = settings.rate;
+  json["bytes"] = settings.bytes;
+  json["total"] = settings.total;
+  json["ucp_put_bw_bytes_per_s"] = theirs;
+  return json;
 }
 
-void run(const Settings& settings) {
-  const Namespaces nodes(2);
-  if (!settings.rate.empty()) nodes.shape(1, settings.rate);
+int run_heap(const Namespaces& nodes, const Settings& settings) {
   std::vector<double> theirs;
   std::vector<double> ours;
   // In turn, so that a machine that others use as well treats both alike.
   for (int i = 0; i < settings.repeats; ++i) {
-    theirs.push_back(perftest(nodes, settings));
+    theirs.push_back(perftest(nodes, settings.bytes, settings.total));
     ours.push_back(heap(nodes, settings));
     fmt::print("ucp_put_bw {:7.1f} MB/s   heap {:7.1f} MB/s\n", theirs.back() / 1e6,
                ours.back() / 1e6);
@@ -179,23 +121,105 @@ void run(const Settings& settings) {
       "MB/s, ratio {:.2f}\n",
       settings.bytes, settings.bundle, settings.rate.empty() ? "not limited" : settings.rate,
       median(theirs) / 1e6, median(ours) / 1e6, ratio);
-  if (settings.json.empty()) return;
-  std::ofstream(settings.json) << nlohmann::json{{"bytes", settings.bytes},
-                                                 {"bundle", settings.bundle},
-                                                 {"total", settings.total},
-                                                 {"rate", settings.rate},
-                                                 {"ucp_put_bw_bytes_per_s", theirs},
-                                                 {"heap_bytes_per_s", ours},
-                                                 {"ratio_of_medians", ratio}}
-                                      .dump(2)
-                               << '\n';
+  if (settings.json.empty()) return 0;
+  nlohmann::ordered_json json = json_of(settings, theirs);
+  json["bundle"] = settings.bundle;
+  json["heap_bytes_per_s"] = ours;
+  json["ratio_of_medians"] = ratio;
+  cli::write_json(settings.json, json);
+  return 0;
+}
+
+void print_call(const char* name, const CallFigures& call, double theirs) {
+  fmt::print("{:10}  {:>6}  {:>7.2f}  {:>7.1f}  {:>7.1f}  {:>6.2f}  {:>8.4f}  {:>5}  {:>10}\n",
+             name, call.records[0], static_cast<double>(call.bytes[0]) / 1e6,
+             median(call.seconds) * 1e3, median(call.bandwidths()) / 1e6,
+             median(call.bandwidths()) / theirs, cli::summarize(call.veth_vs_plan).max,
+             call.wrong_elements, call.miscounted == 0 ? "yes" : "NO");
+  if (!call.trouble.empty()) fmt::print("  {}\n", call.trouble);
+}
+
+nlohmann::ordered_json json_of(const CallFigures& call) {
+  nlohmann::ordered_json json;
+  json["records"] = call.records;
+  json["record_bytes"] = call.bytes;
+  json["seconds"] = call.seconds;
+  json["bytes_per_s"] = call.bandwidths();
+  json["veth_vs_plan"] = call.veth_vs_plan;
+  json["checked_elements"] = call.checked_elements;
+  json["wrong_elements"] = call.wrong_elements;
+  json["miscounted"] = call.miscounted;
+  return json;
+}
+
+void write_exchange(const Settings& settings, const std::vector<double>& theirs,
+                    const CallFigures& dispatch, const CallFigures& combine) {
+  const ExchangeSettings& calls = settings.calls;
+  nlohmann::ordered_json json = json_of(settings, theirs);
+  json["args"] = {{"nodes", 2},
+                  {"ranks_per_node", calls.ranks_per_node},
+                  {"tokens", calls.tokens},
+                  {"hidden", calls.hidden},
+                  {"topk", calls.topk},
+                  {"experts", calls.experts},
+                  {"iterations", calls.iterations},
+                  {"repeats", settings.repeats}};
+  json["dispatch"] = json_of(dispatch);
+  json["combine"] = json_of(combine);
+  json["dispatch_vs_perftest"] = median(dispatch.bandwidths()) / median(theirs);
+  json["combine_vs_perftest"] = median(combine.bandwidths()) / median(theirs);
+  json["veth_vs_plan"] =
+      std::max(cli::summarize(dispatch.veth_vs_plan).max, cli::summarize(combine.veth_vs_plan).max);
+  json["wrong_elements"] = dispatch.wrong_elements + combine.wrong_elements;
+  json["miscounted"] = dispatch.miscounted + combine.miscounted;
+  cli::write_json(settings.json, json);
+}
+
+int run_exchange(const Namespaces& nodes, const Settings& settings) {
+  std::vector<double> theirs;
+  CallFigures dispatch;
+  CallFigures combine;
+  for (int i = 0; i < settings.repeats; ++i) {
+    theirs.push_back(perftest(nodes, settings.bytes, settings.total));
+    const ExchangeFigures one = measure_exchange(nodes, settings.calls);
+    fmt::print("ucp_put_bw {:7.1f} MB/s   dispatch {:7.1f} MB/s   combine {:7.1f} MB/s\n",
+               theirs.back() / 1e6, median(one.dispatch.bandwidths()) / 1e6,
+               median(one.combine.bandwidths()) / 1e6);
+    std::fflush(stdout);
+    dispatch.merge(one.dispatch);
+    combine.merge(one.combine);
+  }
+  fmt::print(
+      "medians of one direction; veth: the most of any call and direction; counts: records and "
+      "bytes handed to the network are the plan's\n"
+      "{:10}  {:>6}  {:>7}  {:>7}  {:>7}  {:>6}  {:>8}  {:>5}  {:>10}\n"
+      "{:10}  {:>6}  {:>7}  {:>7}  {:>7.1f}\n",
+      "", "records", "MB", "ms", "MB/s", "ratio", "veth", "wrong", "counts", "ucp_put_bw", "", "",
+      "", median(theirs) / 1e6);
+  print_call("dispatch", dispatch, median(theirs));
+  print_call("combine", combine, median(theirs));
+  if (!settings.json.empty()) write_exchange(settings, theirs, dispatch, combine);
+  const bool right = dispatch.wrong_elements + combine.wrong_elements == 0 &&
+                     dispatch.miscounted + combine.miscounted == 0 &&
+                     dispatch.checked_elements > 0 && combine.checked_elements > 0;
+  if (!right) fmt::print("FAILED\n");
+  return right ? 0 : 1;
+}
+
+int run(const Settings& settings) {
+  if (!settings.json.empty()) cli::check_writable(settings.json);
+  const Namespaces nodes(2);
+  if (!settings.rate.empty()) nodes.shape(1, settings.rate);
+  return settings.exchange ? run_exchange(nodes, settings) : run_heap(nodes, settings);
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
   Settings settings;
-  CLI::App app("Puts of the symmetric heap against ucx_perftest, between two network namespaces");
+  CLI::App app(
+      "Puts of the symmetric heap, or dispatch and combine, against ucx_perftest between two "
+      "network namespaces");
   app.add_option("--bytes", settings.bytes, "bytes of a put")->capture_default_str();
   app.add_option("--bundle", settings.bundle, "puts before a signal and a flush")
       ->capture_default_str();
@@ -203,16 +227,27 @@ int main(int argc, char** argv) {
   app.add_option("--repeats", settings.repeats, "measurements of each")->capture_default_str();
   app.add_option("--rate", settings.rate, "limit of the network, in words of tc: 2gbit");
   app.add_option("--json", settings.json, "file for all figures");
+  app.add_flag("--exchange", settings.exchange,
+               "cached dispatch and combine of whole Buffers, in BF16, in place of the heap");
+  ExchangeSettings& calls = settings.calls;
+  app.add_option("--tokens", calls.tokens, "tokens of a rank")->capture_default_str();
+  app.add_option("--hidden", calls.hidden, "values of a row")->capture_default_str();
+  app.add_option("--topk", calls.topk, "experts of a token")->capture_default_str();
+  app.add_option("--experts", calls.experts, "experts of all ranks")->capture_default_str();
+  app.add_option("--ranks-per-node", calls.ranks_per_node)->capture_default_str();
+  app.add_option("--iters", calls.iterations, "timed calls of a measurement")
+      ->capture_default_str();
+  app.add_option("--num-threads", calls.threads, "threads of a rank; 0: cores / ranks")
+      ->capture_default_str();
   CLI11_PARSE(app, argc, argv);
-  if (const std::string why = net::why_no_namespaces(); !why.empty()) {
+  if (const std::string why = why_no_perftest(); !why.empty()) {
     fmt::print(stderr, "{}\n", why);
     return 77;
   }
   try {
-    run(settings);
+    return run(settings);
   } catch (const std::exception& error) {
     fmt::print(stderr, "{}\n", error.what());
     return 1;
   }
-  return 0;
 }

@@ -11,6 +11,7 @@ import re
 import sys
 from functools import partial
 from pathlib import Path
+from statistics import median
 
 from chart import line_chart
 
@@ -20,6 +21,7 @@ MACHINES = {"h100": "One H100, one rank", "h100-r2": "Two H100, a rank each"}
 INTRANODE = {"h100": "2026-11-24_h100_r1.json", "h100-r2": "2026-11-24_h100_r2.json"}
 LOW_LATENCY = {"h100": "2026-11-24_h100_low_latency_graph_r1.json",
                "h100-r2": "2026-11-24_h100_low_latency_graph_r2.json"}
+NETWORK = "2026-11-28_host_network_n2.json"
 LINK_GBPS = 383  # a copy engine, both GPUs at once, of the same machine
 PLANS = {"uniform": "plan_uniform.json", "4 nodes a token": "plan_limited.json"}
 
@@ -174,7 +176,22 @@ def low_latency_plan_plot():
          for kind, name in (("low-latency", "a message a rank"), ("per-expert", "an expert"))})
 
 
-TABLES = {"plan-high-throughput": high_throughput_table, "plan-low-latency": low_latency_plan_table}
+def network_table():
+    run = json.loads((RESULTS / NETWORK).read_text())
+    theirs = median(run["ucp_put_bw_bytes_per_s"])
+    lines = [["`ucx_perftest -t ucp_put_bw`", "", "", "", f"{theirs / 1e6:.0f}", "", ""]]
+    for name in ("dispatch", "combine"):
+        call = run[name]
+        lines.append([name, call["records"][0], f"{call['record_bytes'][0] / 1e6:.1f}",
+                      f"{median(call['seconds']) * 1e3:.0f}",
+                      f"{median(call['bytes_per_s']) / 1e6:.0f}",
+                      f"{run[name + '_vs_perftest']:.2f}", f"{max(call['veth_vs_plan']):.4f}"])
+    return table(["", "records", "MB", "ms", "MB/s", "of `ucp_put_bw`",
+                  "bytes of the devices / of the records, at most"], lines)
+
+
+TABLES = {"network-exchange": network_table,
+          "plan-high-throughput": high_throughput_table, "plan-low-latency": low_latency_plan_table}
 PLOTS = {"plan_high_throughput": high_throughput_plot, "plan_low_latency": low_latency_plan_plot}
 for name in MACHINES:
     TABLES[f"{name}-intranode"] = partial(intranode_table, name)

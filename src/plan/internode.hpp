@@ -51,6 +51,17 @@ struct RecordFormat {
   }
 };
 
+/// On its way back: a node's sum of a token. Weights, x; aligned as records are.
+struct SumFormat {
+  std::int64_t x;  // offset
+  std::int64_t bytes;
+
+  SumFormat(std::int64_t weights_bytes, std::int64_t x_bytes)
+      : x((weights_bytes + 15) / 16 * 16),
+        bytes((x + x_bytes + RecordFormat::kAlignment - 1) / RecordFormat::kAlignment *
+              RecordFormat::kAlignment) {}
+};
+
 /// From is_token_in_rank [N, R]: send_rdma_head [N, nodes] (number of the token's record for that
 /// node, or -1) and rdma_channel_prefix_matrix [nodes, C] (inclusive over channels).
 void build_record_numbers(const bool* is_token_in_rank, std::int64_t num_tokens,

@@ -1,12 +1,14 @@
 #include <fmt/format.h>
 
 #include <cstdlib>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include <CLI/CLI.hpp>
 
 #include "contract/suite.hpp"
+#include "namespaces.hpp"
 
 // The contract suite: every backend and mode must give what plan/reference gives, bit for bit.
 
@@ -66,61 +68,94 @@ class ProgramList final : public ProgramSource {
   std::vector<Program> programs_;
 };
 
-}  // namespace
-}  // namespace deep_ep::test
-
-int main(int argc, char** argv) {
-  using namespace deep_ep;
-  CLI::App app{"Runs a backend and mode against the reference on a pool of rank processes."};
+struct Settings {
   std::string backend = "host";
   std::string mode = "intranode";
   std::uint64_t seed = 1;
   std::int64_t timeout_ms = 20'000;
-  const char* wants_full = std::getenv("DEEP_EP_TEST_FULL");
-  bool full = wants_full != nullptr && std::string(wants_full) == "1";
+  std::string combine{};
+  std::string inbox_bytes{};
+  bool full = false;
   bool list = false;
-  test::SuiteOptions options;
-  app.add_option("--backend", backend)
+  bool namespaces = false;
+  SuiteOptions suite{};
+};
+
+void add_options(CLI::App& app, Settings& settings) {
+  app.add_option("--backend", settings.backend)
       ->check(CLI::IsMember({"host", "cuda"}))
       ->capture_default_str();
-  app.add_option("--mode", mode)
+  app.add_option("--mode", settings.mode)
       ->check(CLI::IsMember({"intranode", "internode", "low-latency", "internode-low-latency"}))
       ->capture_default_str();
-  app.add_option("--seed", seed, "of the covering array and the inputs")->capture_default_str();
-  app.add_option("--from", options.from, "first program")->capture_default_str();
-  app.add_option("--count", options.count, "number of programs, -1: all")->capture_default_str();
-  app.add_option("--filter", options.filter, "only programs whose name contains this");
-  std::string combine;
-  std::string inbox_bytes;
-  app.add_option("--combine", combine, "how combine fetches rows: auto, pull or ring");
-  app.add_option("--inbox-bytes", inbox_bytes, "DEEP_EP_INBOX_BYTES of the ranks");
-  app.add_option("--timeout-ms", timeout_ms, "of each wait")->capture_default_str();
-  app.add_option("--seconds", options.max_seconds, "stop after so long; 0: no limit");
-  app.add_flag("--full", full, "more programs, with up to 1 GiB each (or DEEP_EP_TEST_FULL=1)");
-  app.add_flag("--list", list, "print the programs and run none");
-  CLI11_PARSE(app, argc, argv);
+  app.add_option("--seed", settings.seed, "of the covering array and the inputs")
+      ->capture_default_str();
+  app.add_option("--from", settings.suite.from, "first program")->capture_default_str();
+  app.add_option("--count", settings.suite.count, "number of programs, -1: all")
+      ->capture_default_str();
+  app.add_option("--every", settings.suite.every, "only one program in so many")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  app.add_option("--filter", settings.suite.filter, "only programs whose name contains this");
+  app.add_option("--combine", settings.combine, "how combine fetches rows: auto, pull or ring");
+  app.add_option("--inbox-bytes", settings.inbox_bytes, "DEEP_EP_INBOX_BYTES of the ranks");
+  app.add_option("--timeout-ms", settings.timeout_ms, "of each wait")->capture_default_str();
+  app.add_option("--seconds", settings.suite.max_seconds, "stop after so long; 0: no limit");
+  app.add_flag("--full", settings.full,
+               "all programs, more of them, with up to 1 GiB each (or DEEP_EP_TEST_FULL=1)");
+  app.add_flag("--namespaces", settings.namespaces,
+               "nodes are network namespaces, as root; else ranks of this machine pose as nodes");
+  app.add_flag("--list", settings.list, "print the programs and run none");
+}
 
-  const test::ProgramList programs(mode, seed, full);
-  if (list) {
+/// For ranks that are forked later.
+void pass_on(Settings& settings, const char* flag, const char* variable, const std::string& value) {
+  if (value.empty()) return;
+  setenv(variable, value.c_str(), 1);
+  settings.suite.replay += fmt::format(" {} {}", flag, value);
+}
+
+int run(Settings& settings, const char* program) {
+  SuiteOptions& suite = settings.suite;
+  const ProgramList programs(settings.mode, settings.seed, settings.full);
+  if (settings.list) {
     for (std::int64_t i = 0; i < programs.size(); ++i)
       fmt::print("{} {}\n", i, programs.at(i).describe());
     return 0;
   }
-  test::Target target;
-  target.device.type = backend == "cuda" ? DeviceType::kCuda : DeviceType::kHost;
-  target.timeout = std::chrono::milliseconds(timeout_ms);
-  options.one_world = backend == "cuda" && mode == "internode";
-  options.replay = fmt::format("{} --backend {} --mode {} --seed {}{}", argv[0], backend, mode,
-                               seed, full ? " --full" : "");
-  // The ranks are forked later.
-  const auto pass_on = [&](const char* flag, const char* variable, const std::string& value) {
-    if (value.empty()) return;
-    setenv(variable, value.c_str(), 1);
-    options.replay += fmt::format(" {} {}", flag, value);
-  };
-  pass_on("--combine", "DEEP_EP_COMBINE", combine);
-  pass_on("--inbox-bytes", "DEEP_EP_INBOX_BYTES", inbox_bytes);
-  fmt::print("contract suite: {} {}, {} programs, seed {}{}\n", backend, mode, programs.size(),
-             seed, full ? ", full" : "");
-  return test::run_suite(programs, target, options);
+  Target target;
+  target.device.type = settings.backend == "cuda" ? DeviceType::kCuda : DeviceType::kHost;
+  target.timeout = std::chrono::milliseconds(settings.timeout_ms);
+  suite.one_world = settings.backend == "cuda" && settings.mode == "internode";
+  suite.replay = fmt::format("{} --backend {} --mode {} --seed {}{}{}", program, settings.backend,
+                             settings.mode, settings.seed, settings.full ? " --full" : "",
+                             settings.namespaces ? " --namespaces" : "");
+  std::optional<net::Namespaces> nodes;
+  if (settings.namespaces) {
+    if (const std::string why = net::why_no_namespaces(); !why.empty()) {
+      fmt::print("skipped: {}\n0 passed, 0 failed, 1 skipped\n", why);
+      return 77;
+    }
+    nodes.emplace(Limits{}.max_ranks);
+    target.enter_node = [&](int node) { net::live_on(*nodes, node); };
+  }
+  if (settings.full) suite.every = 1;
+  pass_on(settings, "--combine", "DEEP_EP_COMBINE", settings.combine);
+  pass_on(settings, "--inbox-bytes", "DEEP_EP_INBOX_BYTES", settings.inbox_bytes);
+  fmt::print("contract suite: {} {}, {} programs, seed {}{}\n", settings.backend, settings.mode,
+             programs.size(), settings.seed, settings.full ? ", full" : "");
+  return run_suite(programs, target, suite);
+}
+
+}  // namespace
+}  // namespace deep_ep::test
+
+int main(int argc, char** argv) {
+  CLI::App app{"Runs a backend and mode against the reference on a pool of rank processes."};
+  deep_ep::test::Settings settings;
+  const char* wants_full = std::getenv("DEEP_EP_TEST_FULL");
+  settings.full = wants_full != nullptr && std::string(wants_full) == "1";
+  deep_ep::test::add_options(app, settings);
+  CLI11_PARSE(app, argc, argv);
+  return deep_ep::test::run(settings, argv[0]);
 }

@@ -124,6 +124,15 @@ void append(std::vector<Program>& programs, Program program, const LowLatencyCas
   programs.push_back(std::move(program));
 }
 
+/// Over nodes of one of the sizes that are possible.
+void spread(Program& program, std::uint64_t choice) {
+  std::vector<int> sizes;
+  for (int size = 1; size < program.ranks; ++size)
+    if (program.ranks % size == 0) sizes.push_back(size);
+  program.ranks_per_node = sizes[choice % sizes.size()];
+  for (Step& step : program.steps) step.low_latency->ranks_per_node = program.ranks_per_node;
+}
+
 }  // namespace
 
 std::int64_t estimate_bytes(const LowLatencyCase& c) {
@@ -162,7 +171,7 @@ std::vector<Program> low_latency_covering_programs(std::uint64_t seed, const Lim
   return programs;
 }
 
-Program random_low_latency_program(std::uint64_t seed, const Limits& limits) {
+Program random_low_latency_program(std::uint64_t seed, const Limits& limits, bool several_nodes) {
   std::mt19937_64 random(seed);
   const std::vector<int> levels = factor_levels();
   const auto below = [&random](int bound) {
@@ -174,7 +183,7 @@ Program random_low_latency_program(std::uint64_t seed, const Limits& limits) {
   do {
     ranks_level = below(levels[kRanksFactor]);
     program.ranks = kRanks[static_cast<std::size_t>(ranks_level)];
-  } while (program.ranks > limits.max_ranks);
+  } while (program.ranks > limits.max_ranks || (several_nodes && program.ranks == 1));
   const int num_buffers = random() % 4 == 0 ? 2 : 1;
   program.concurrent = num_buffers == 2 && random() % 2 == 0;
   const int num_steps = 1 + below(5);
@@ -197,20 +206,14 @@ Program random_low_latency_program(std::uint64_t seed, const Limits& limits) {
     step.low_latency = c;
     program.steps.push_back(std::move(step));
   }
+  if (several_nodes) spread(program, random());
   return program;
 }
 
 /// Nodes as large and as small as can be, in turn, and not all of them.
 std::vector<Program> spread_over_nodes(std::vector<Program> programs) {
   std::erase_if(programs, [](const Program& program) { return program.ranks < 2; });
-  for (std::size_t i = 0; i < programs.size(); ++i) {
-    Program& program = programs[i];
-    std::vector<int> sizes;
-    for (int size = 1; size < program.ranks; ++size)
-      if (program.ranks % size == 0) sizes.push_back(size);
-    program.ranks_per_node = sizes[i % sizes.size()];
-    for (Step& step : program.steps) step.low_latency->ranks_per_node = program.ranks_per_node;
-  }
+  for (std::size_t i = 0; i < programs.size(); ++i) spread(programs[i], i);
   return programs;
 }
 

@@ -67,7 +67,8 @@ std::int64_t estimate_bytes(const verify::LowLatencyCase& exchange);
 void fit(verify::LowLatencyCase& exchange, std::int64_t bytes);
 std::vector<Program> low_latency_covering_programs(std::uint64_t seed, const Limits& limits);
 std::vector<Program> low_latency_corner_programs(const Limits& limits);
-Program random_low_latency_program(std::uint64_t seed, const Limits& limits);
+Program random_low_latency_program(std::uint64_t seed, const Limits& limits,
+                                   bool several_nodes = false);
 /// Those of the programs that have two ranks or more, on several nodes.
 std::vector<Program> spread_over_nodes(std::vector<Program> programs);
 

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <mutex>
+#include <stdexcept>
 #include <string>
 #include <thread>
 #include <vector>
@@ -126,6 +127,7 @@ std::string Runner::run(Worker& worker, const Program& program, std::int64_t gen
 std::string Runner::run_steps(Worker& worker, const Program& program, Buffers& buffers) {
   std::map<int, Buffer*> used;
   for (const Step& step : program.steps) used[step.buffer] = nullptr;
+  if (program.ranks_per_node > 0) enter_node(worker.rank() / program.ranks_per_node);
   for (auto& [number, pointer] : used) pointer = &buffer(worker, buffers, program, number);
 
   std::string wrong;
@@ -140,6 +142,13 @@ std::string Runner::run_steps(Worker& worker, const Program& program, Buffers& b
   keep_first(wrong, keepsakes_.combine_oldest(first));
   keepsakes_.take(first);
   return wrong;
+}
+
+// Buffers of programs over other nodes stay where they were made.
+void Runner::enter_node(int node) {
+  if (!target_.enter_node || node == node_) return;
+  target_.enter_node(node);
+  node_ = node;
 }
 
 Buffer& Runner::buffer(Worker& worker, Buffers& buffers, const Program& program, int number) {
@@ -166,8 +175,13 @@ Buffer& Runner::buffer(Worker& worker, Buffers& buffers, const Program& program,
     // Several threads for odd ones: several lanes between nodes.
     if (program.ranks_per_node > 0) options.num_threads = number % 2 == 0 ? 1 : 3;
     const SetVariable first_ticket("DEEP_EP_FIRST_TICKET", program.first_ticket);
-    const SetVariable ranks_per_node("DEEP_EP_RANKS_PER_NODE", program.ranks_per_node);
+    const SetVariable ranks_per_node("DEEP_EP_RANKS_PER_NODE",
+                                     target_.enter_node ? 0 : program.ranks_per_node);
     made = {std::make_unique<Buffer>(worker.bootstrap(), options), rdma_bytes};
+    const int found = made.buffer->num_ranks_per_node();
+    if (program.ranks_per_node > 0 && found != program.ranks_per_node)
+      throw std::runtime_error(
+          fmt::format("the Buffer finds {} ranks a node, not {}", found, program.ranks_per_node));
   }
   return *made.buffer;
 }

@@ -2,6 +2,7 @@
 
 #include <chrono>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <string>
@@ -17,6 +18,8 @@ namespace deep_ep::test {
 struct Target {
   Device device{};
   std::chrono::milliseconds timeout{20'000};  ///< of each Buffer
+  /// Moves the calling thread to a node. Empty: ranks of this machine pose as nodes.
+  std::function<void(int node)> enter_node{};
 };
 
 /// A rank's side of the suite: its Buffers live from program to program.
@@ -42,9 +45,11 @@ class Runner {
 
   Buffer& buffer(Worker& worker, Buffers& buffers, const Program& program, int number);
   std::string run_steps(Worker& worker, const Program& program, Buffers& buffers);
+  void enter_node(int node);
   void drop(Buffers& buffers, int num_ranks);
 
   Target target_;
+  int node_ = -1;  // that this rank's process lives on
   std::int64_t generation_ = -1;
   Buffers buffers_;
   std::map<int, int> programs_since_renewal_;  // by number of ranks

@@ -53,7 +53,7 @@ class Suite {
   /// Those of `ranks` ranks; 0: all.
   void run_programs(Clock::time_point begin, std::int64_t end, int ranks) {
     pool_.reset();
-    for (std::int64_t i = options_.from; i < end; ++i) {
+    for (std::int64_t i = options_.from; i < end; i += options_.every) {
       const Program program = source_.at(i);
       if (program.name.find(options_.filter) == std::string::npos) continue;
       if (ranks != 0 && program.ranks != ranks) continue;

@@ -12,6 +12,7 @@ namespace deep_ep::test {
 struct SuiteOptions {
   std::int64_t from = 0;
   std::int64_t count = -1;  ///< -1: to the end
+  std::int64_t every = 1;   ///< of those only one in so many
   std::string filter{};     ///< only programs whose name contains it
   /// The ranks' processes can be joined once only, all of them: programs run by number of ranks,
   /// and new processes are forked for another number, or after a failure.

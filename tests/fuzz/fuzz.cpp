@@ -24,32 +24,38 @@ struct Range {
   double seconds = 20;
 };
 
+/// Which programs are drawn.
+struct Kind {
+  bool low_latency = false;
+  bool several_nodes = false;
+  Limits limits{};
+};
+
 class RandomPrograms final : public ProgramSource {
  public:
-  RandomPrograms(bool low_latency, const Limits& limits)
-      : low_latency_(low_latency), limits_(limits) {}
+  explicit RandomPrograms(const Kind& kind) : kind_(kind) {}
   std::int64_t size() const override { return INT64_MAX; }
   Program at(std::int64_t i) const override {
     const auto seed = static_cast<std::uint64_t>(i);
-    return low_latency_ ? random_low_latency_program(seed, limits_) : random_program(seed, limits_);
+    return kind_.low_latency ? random_low_latency_program(seed, kind_.limits, kind_.several_nodes)
+                             : random_program(seed, kind_.limits, kind_.several_nodes);
   }
 
  private:
-  bool low_latency_;
-  Limits limits_;
+  Kind kind_;
 };
 
-int fuzz_exchanges(bool low_latency, const Range& range, const Limits& limits,
-                   const Target& target) {
+int fuzz_exchanges(const Kind& kind, const Range& range, const Target& target) {
   SuiteOptions options;
   options.from = range.from;
   options.count = range.count;
   options.max_seconds = range.seconds;
-  options.replay = fmt::format("fuzz {} --backend {} --mebibytes {} --max-ranks {}",
-                               low_latency ? "low-latency" : "exchange",
+  options.replay = fmt::format("fuzz {} --backend {} --mebibytes {} --max-ranks {}{}",
+                               kind.low_latency ? "low-latency" : "exchange",
                                target.device.type == DeviceType::kCuda ? "cuda" : "host",
-                               limits.bytes >> 20, limits.max_ranks);
-  return run_suite(RandomPrograms(low_latency, limits), target, options);
+                               kind.limits.bytes >> 20, kind.limits.max_ranks,
+                               kind.several_nodes ? " --several-nodes" : "");
+  return run_suite(RandomPrograms(kind), target, options);
 }
 
 /// Jobs "first last": one seed after the other in one process.
@@ -108,7 +114,7 @@ int main(int argc, char** argv) {
   CLI::App app{"Random programs of calls. A failure prints the seed that repeats it."};
   app.require_subcommand(1);
   Range range;
-  Limits limits;
+  Kind kind;
   std::int64_t mebibytes = 64;
   CLI::App* exchange = app.add_subcommand("exchange", "random exchanges against the reference");
   CLI::App* low_latency = app.add_subcommand("low-latency", "the same with low latency");
@@ -118,7 +124,8 @@ int main(int argc, char** argv) {
         ->check(CLI::IsMember({"host", "cuda"}))
         ->capture_default_str();
     one->add_option("--mebibytes", mebibytes, "memory of a program")->capture_default_str();
-    one->add_option("--max-ranks", limits.max_ranks)->capture_default_str();
+    one->add_option("--max-ranks", kind.limits.max_ranks)->capture_default_str();
+    one->add_flag("--several-nodes", kind.several_nodes, "ranks of this machine pose as nodes");
   }
   CLI::App* arguments = app.add_subcommand("arguments", "random wrong arguments");
   for (CLI::App* one : {exchange, low_latency, arguments}) {
@@ -127,9 +134,10 @@ int main(int argc, char** argv) {
     one->add_option("--seconds", range.seconds, "time at most")->capture_default_str();
   }
   CLI11_PARSE(app, argc, argv);
-  limits.bytes = mebibytes << 20;
+  kind.limits.bytes = mebibytes << 20;
+  kind.low_latency = low_latency->parsed();
   if (arguments->parsed()) return fuzz_arguments(range, fmt::format("{} arguments", argv[0]));
   Target target;
   if (backend == "cuda") target.device.type = deep_ep::DeviceType::kCuda;
-  return fuzz_exchanges(low_latency->parsed(), range, limits, target);
+  return fuzz_exchanges(kind, range, target);
 }

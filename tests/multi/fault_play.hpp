@@ -26,10 +26,11 @@ class Exchange {
   static constexpr std::int64_t kTokens = 40;
   static constexpr std::int64_t kHidden = 256;
 
-  Exchange(int rank, int num_ranks);
+  Exchange(int rank, int num_ranks, std::int64_t tokens = kTokens, std::int64_t hidden = kHidden);
 
   /// num_rdma_bytes of a Buffer for kLowLatency.
-  static std::int64_t rdma_bytes(int num_ranks);
+  static std::int64_t rdma_bytes(int num_ranks, std::int64_t tokens = kTokens,
+                                 std::int64_t hidden = kHidden);
 
   DispatchArgs dispatch_args(Buffer& buffer) const;
   /// `dispatched` must outlive the call.
@@ -42,6 +43,8 @@ class Exchange {
   void run_low_latency(Buffer& buffer) const;
 
   int num_ranks;
+  std::int64_t tokens;
+  std::int64_t hidden;
   std::vector<float> x;
   std::vector<std::int64_t> topk_idx;
   std::vector<float> topk_weights;
@@ -89,9 +92,9 @@ struct Belongings {
 void check_belongings(Findings& findings, const Belongings& before);
 
 /// What must hold on every rank whose Buffer is faulted: the Error repeats, earlier results are
-/// intact, destroy returns at once.
-void check_aftermath(Findings& findings, Buffer& buffer, const Keepsakes& kept,
-                     const Thrown& fault);
+/// intact, destroy returns within `patience`.
+void check_aftermath(Findings& findings, Buffer& buffer, const Keepsakes& kept, const Thrown& fault,
+                     std::chrono::milliseconds patience = std::chrono::seconds(1));
 
 /// A new Buffer among `ranks` works.
 void check_new_buffer(Findings& findings, Worker& worker, const std::vector<int>& ranks);

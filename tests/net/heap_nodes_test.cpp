@@ -110,6 +110,34 @@ TEST(SymmetricHeapNodes, FlushAndDestructionEndThoughTheCableIsPulled) {
   });
 }
 
+// Both send, so that who closes has not read all, which makes TCP drop what is still under way.
+TEST(SymmetricHeapNodes, WhoAbandonsItsHeapStaysUntilOthersHaveWhatItToldThem) {
+  NEEDS_NAMESPACES();
+  const Namespaces nodes(2);
+  in_ranks(2, [&](Bootstrap& bootstrap) {
+    net::live_on(nodes, bootstrap.rank());
+    constexpr std::int64_t kBytes = 800'000;  // 0.32 s
+    const std::vector<char> source(kBytes, 'x');
+    auto heap = make_heap(bootstrap, kBytes + 8);
+    bootstrap.barrier();
+    if (bootstrap.rank() == 0) nodes.shape(1, "20mbit", "burst 20kb latency 50ms");
+    bootstrap.barrier();
+    const int other = 1 - bootstrap.rank();
+    heap->put(other, 0, source.data(), kBytes);
+    heap->signal(other, kBytes, 1);
+    if (bootstrap.rank() == 0) {
+      const auto begin = Clock::now();
+      heap->abandon();
+      heap.reset();
+      EXPECT_LT(Clock::now() - begin, std::chrono::seconds(3));
+    } else {
+      EXPECT_EQ(await_word(*heap, kBytes, 1, milliseconds(5000)), 1u);
+      EXPECT_EQ(std::memcmp(heap->base(), source.data(), kBytes), 0);
+    }
+    bootstrap.barrier();
+  });
+}
+
 TEST(SymmetricHeapNodes, RanksThatCannotReachEachOtherAllFailInTime) {
   NEEDS_NAMESPACES();
   const Namespaces nodes(2);

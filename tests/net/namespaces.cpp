@@ -4,10 +4,12 @@
 #include <sched.h>
 #include <spawn.h>
 #include <sys/mount.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <cstdlib>
+#include <filesystem>
 #include <fstream>
 #include <sstream>
 
@@ -75,6 +77,17 @@ std::string why_no_namespaces() {
   return "";
 }
 
+std::string why_no_netem() {
+  if (std::string why = why_no_namespaces(); !why.empty()) return why;
+  const Namespaces one(1);
+  try {
+    one.disturb(0, "delay 1ms");
+  } catch (const Error& error) {
+    return fmt::format("the kernel has no netem (CONFIG_NET_SCH_NETEM): {}", error.what());
+  }
+  return "";
+}
+
 Namespaces::Namespaces(int nodes) : hub_(make()), nodes_(static_cast<std::size_t>(nodes)) {
   const Visit visit(hub_);
   shell("ip link add hub mtu 9000 type bridge && ip link set hub up");
@@ -114,15 +127,21 @@ void Namespaces::set_silent(int node, bool silent) const {
       fmt::format("bridge link set dev port{} state {}", node, silent ? "disabled" : "forwarding"));
 }
 
-void Namespaces::shape(int node, const std::string& rate) const {
-  const auto limit = [&](const std::string& device) {
-    return fmt::format("tc qdisc replace dev {} root tbf rate {} burst 256kb latency 50ms", device,
-                       rate);
-  };
-  run(node, limit(kDevice));
+void Namespaces::set_discipline(int node, const std::string& words) const {
+  run(node, fmt::format("tc qdisc {}", fmt::format(fmt::runtime(words), kDevice)));
   const Visit visit(hub_);
-  shell(limit(fmt::format("port{}", node)));
+  shell(fmt::format("tc qdisc {}", fmt::format(fmt::runtime(words), fmt::format("port{}", node))));
 }
+
+void Namespaces::shape(int node, const std::string& rate, const std::string& queue) const {
+  set_discipline(node, fmt::format("replace dev {{}} root tbf rate {} {}", rate, queue));
+}
+
+void Namespaces::disturb(int node, const std::string& netem) const {
+  set_discipline(node, fmt::format("replace dev {{}} root netem {}", netem));
+}
+
+void Namespaces::smooth(int node) const { set_discipline(node, "del dev {} root"); }
 
 Namespaces::Traffic Namespaces::traffic(int node) const {
   const Visit visit(nodes_.at(node));
@@ -136,6 +155,23 @@ Namespaces::Traffic Namespaces::traffic(int node) const {
     return {columns[0], columns[8]};
   }
   throw Error(ErrorCode::kSystem, fmt::format("no {} in /proc/thread-self/net/dev", kDevice));
+}
+
+std::vector<int> Namespaces::inhabitants() const {
+  std::vector<int> found;
+  for (const auto& entry : std::filesystem::directory_iterator("/proc")) {
+    const std::string name = entry.path().filename();
+    if (name.find_first_not_of("0123456789") != name.npos) continue;
+    struct stat theirs {};
+    if (stat((entry.path() / "ns/net").c_str(), &theirs) != 0) continue;  // it has ended
+    for (const Fd& node : nodes_) {
+      struct stat here {};
+      if (fstat(node.get(), &here) != 0) throw_errno("fstat(namespace)");
+      if (theirs.st_dev == here.st_dev && theirs.st_ino == here.st_ino)
+        found.push_back(std::stoi(name));
+    }
+  }
+  return found;
 }
 
 void live_on(const Namespaces& nodes, int node) {

@@ -11,6 +11,9 @@ namespace deep_ep::net {
 /// Why this machine cannot make Namespaces; empty if it can.
 std::string why_no_namespaces();
 
+/// The same of Namespaces::disturb().
+std::string why_no_netem();
+
 /// Nodes on one machine: a network namespace each, joined by a bridge in one more. A node has its
 /// loopback and one device, kDevice, with an MTU of 9000. Nothing leads out of them. Descriptors of
 /// this process and of its forks keep them, so they are gone with the last of these, however it
@@ -34,8 +37,15 @@ class Namespaces {
   /// Loses all that goes to and comes from `node` from now on, or no more. Its device shows
   /// nothing.
   void set_silent(int node, bool silent) const;
-  /// Limits what goes to and comes from `node`; `rate` in words of tc: "2gbit".
-  void shape(int node, const std::string& rate) const;
+  /// Limits what goes to and comes from `node`; `rate` and `queue` in words of tc: "2gbit". What
+  /// finds no room in the queue is lost.
+  void shape(int node, const std::string& rate,
+             const std::string& queue = "burst 256kb latency 50ms") const;
+  /// Disturbs what goes to and comes from `node`; in words of tc: "delay 5ms loss 1%". Needs
+  /// why_no_netem() to be empty.
+  void disturb(int node, const std::string& netem) const;
+  /// As it was before shape() or disturb().
+  void smooth(int node) const;
 
   /// All bytes that crossed the node's device so far, headers included.
   struct Traffic {
@@ -43,8 +53,12 @@ class Namespaces {
     std::int64_t sent = 0;
   };
   Traffic traffic(int node) const;
+  /// Processes that live on any of the nodes.
+  std::vector<int> inhabitants() const;
 
  private:
+  void set_discipline(int node, const std::string& words) const;
+
   fabric::Fd hub_;
   std::vector<fabric::Fd> nodes_;
 };

@@ -16,7 +16,8 @@
 
 namespace deep_ep::fabric::ucx {
 
-enum class Kind : std::uint32_t { kHello, kPut, kSignal };
+/// kLastWord: nothing comes behind it; the target answers kHeard once all before it has come.
+enum class Kind : std::uint32_t { kHello, kPut, kSignal, kLastWord, kHeard };
 
 /// What every message begins with.
 struct Header {
@@ -64,7 +65,8 @@ class UcxHeap final : public SymmetricHeap {
     ucp_ep_h endpoint = nullptr;
     std::atomic<bool> lost = false;
     std::string reason;
-    bool heard = false;
+    bool heard = false;      // kHello
+    bool knows = false;      // kHeard
     std::uint64_t sent = 0;  // messages
     Watermark completed;     // of those: UCX needs neither header nor source any more
     Arrivals arrivals;
@@ -100,7 +102,10 @@ class UcxHeap final : public SymmetricHeap {
   void tell();
   void wake();
   void lose(Peer& peer, std::string reason);
+  void attend();
   void close_lost();
+  void answer();
+  void say_last_words();
   void close(Peer& peer);
   bool receive(const Header& header, const void* data, std::size_t bytes);
   template <class Ready>
@@ -126,6 +131,7 @@ class UcxHeap final : public SymmetricHeap {
   std::deque<Sending> sendings_;
   std::vector<Sending*> free_sendings_;
   std::vector<Peer*> to_close_;
+  std::vector<Peer*> to_answer_;
   int pending_ = 0;      // requests of flushing and closing
   bool asleep_ = false;  // the progress thread, which whoever posts must wake
   bool stop_ = false;

@@ -1,6 +1,7 @@
 #include <fmt/ranges.h>
 #include <poll.h>
 
+#include <algorithm>
 #include <cstring>
 #include <utility>
 
@@ -15,8 +16,10 @@ using Clock = std::chrono::steady_clock;
 
 /// How long destruction tries to hand over what is under way, and again to close endpoints.
 constexpr std::chrono::milliseconds kLinger{1000};
-/// How long a rank that leaves after a fault stays, for others to read what it told them.
-constexpr std::chrono::milliseconds kLastWords{250};
+/// How long a rank that leaves after a fault stays at most, for others to get what it told them.
+constexpr std::chrono::milliseconds kLastWords{750};
+/// The offset of no word: in its turn a last word comes out of Arrivals as such a signal.
+constexpr std::uint64_t kNoWord = UINT64_MAX;
 /// UCX looks at its own timers, such as those of keep-alives, when it is called.
 constexpr int kSleepMs = 500;
 
@@ -75,7 +78,7 @@ void UcxHeap::run() {
   auto lock = turnstile_.enter();
   while (!stop_) {
     const bool moved = ucp_worker_progress(worker_.get()) != 0;
-    close_lost();
+    attend();
     tell();
     if (!moved && ucp_worker_arm(worker_.get()) != UCS_ERR_BUSY) {
       asleep_ = true;
@@ -110,9 +113,23 @@ void UcxHeap::lose(Peer& peer, std::string reason) {
   wake();
 }
 
-// Not from within UCX's calls of us, where an endpoint may not be closed.
+// What may not be done from within UCX's calls of us.
+void UcxHeap::attend() {
+  answer();
+  close_lost();
+}
+
 void UcxHeap::close_lost() {
   for (Peer* peer : std::exchange(to_close_, {})) close(*peer);
+}
+
+void UcxHeap::answer() {
+  for (Peer* peer : std::exchange(to_answer_, {})) {
+    try {
+      send(*peer, {.source = rank_, .kind = Kind::kHeard}, nullptr, 0);
+    } catch (const Error&) {  // it is lost
+    }
+  }
 }
 
 void UcxHeap::close(Peer& peer) {
@@ -129,7 +146,11 @@ void UcxHeap::close(Peer& peer) {
 
 bool UcxHeap::receive(const Header& header, const void* data, std::size_t bytes) {
   Peer& peer = peers_[header.source];
-  const auto set_word = [this](const Word& word) {
+  const auto set_word = [&](const Word& word) {
+    if (word.offset == kNoWord) {
+      to_answer_.push_back(&peer);
+      return;
+    }
     set(word);
     signaled_ = true;
   };
@@ -148,6 +169,13 @@ bool UcxHeap::receive(const Header& header, const void* data, std::size_t bytes)
     case Kind::kSignal:
       if (header.offset % sizeof(std::uint64_t) != 0) return false;
       peer.arrivals.signal(header.number, {header.offset, header.value}, set_word);
+      return true;
+    case Kind::kLastWord:
+      peer.arrivals.signal(header.number, {kNoWord, 0}, set_word);
+      return true;
+    case Kind::kHeard:
+      peer.knows = true;
+      peer.arrivals.put(header.number, set_word);
       return true;
   }
   return false;
@@ -189,7 +217,7 @@ bool UcxHeap::progress_until(Clock::time_point deadline, Ready&& ready) {
     if (Clock::now() > deadline) return false;
     if (ucp_worker_progress(worker_.get()) == 0)
       std::this_thread::sleep_for(std::chrono::microseconds(50));
-    close_lost();
+    attend();
   }
   return true;
 }
@@ -205,6 +233,22 @@ void UcxHeap::flush_all() {
   }
 }
 
+// Flushed is not read: a connection that is closed too soon takes along what said why.
+void UcxHeap::say_last_words() {
+  for (Peer& peer : peers_) {
+    if (peer.endpoint == nullptr || peer.lost.load(std::memory_order_relaxed)) continue;
+    try {
+      send(peer, {.source = rank_, .kind = Kind::kLastWord}, nullptr, 0);
+    } catch (const Error&) {  // it is lost
+    }
+  }
+  progress_until(Clock::now() + kLastWords, [this] {
+    return std::all_of(peers_.begin(), peers_.end(), [](const Peer& peer) {
+      return peer.knows || peer.endpoint == nullptr || peer.lost.load(std::memory_order_relaxed);
+    });
+  });
+}
+
 UcxHeap::~UcxHeap() {
   auto lock = turnstile_.enter();
   stop_ = true;
@@ -215,8 +259,7 @@ UcxHeap::~UcxHeap() {
   flush_all();
   const auto none_pending = [this] { return pending_ == 0; };
   if (abandoned_) {
-    // Flushed is not read: a connection that is closed too soon takes along what said why.
-    progress_until(Clock::now() + kLastWords, [] { return false; });
+    say_last_words();
   } else {
     progress_until(Clock::now() + kLinger, none_pending);
   }

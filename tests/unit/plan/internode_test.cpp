@@ -94,6 +94,20 @@ TEST(Internode, PartsOfARecordDoNotOverlapAndAreAligned) {
   }
 }
 
+TEST(Internode, PartsOfASumDoNotOverlapAndAreAligned) {
+  for (const std::int64_t weights_bytes : {0, 4, 32, 36}) {
+    for (const std::int64_t x_bytes : {16, 48, 14336}) {
+      const SumFormat sum(weights_bytes, x_bytes);
+      EXPECT_GE(sum.x, weights_bytes);
+      EXPECT_LT(sum.x, weights_bytes + 16);
+      EXPECT_EQ(sum.x % 16, 0);
+      EXPECT_GE(sum.bytes, sum.x + x_bytes);
+      EXPECT_LT(sum.bytes, sum.x + x_bytes + RecordFormat::kAlignment);
+      EXPECT_EQ(sum.bytes % RecordFormat::kAlignment, 0);
+    }
+  }
+}
+
 TEST(Internode, PrefixSumsNameTheirParts) {
   std::vector<std::int32_t> sums{3, 0, 4};
   ASSERT_TRUE(build_prefix_sum(sums.data(), 3));

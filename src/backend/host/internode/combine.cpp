@@ -59,7 +59,7 @@ class Lane {
       if (node == exchange_.own_node() || token_ == token_end_ || record_of(token_, node) < 0)
         continue;
       RailReceiver& from = exchange_.state.rail_from(lane_, node);
-      if (from.row(exchange_.sum_bytes) == nullptr)
+      if (from.row(exchange_.format.bytes) == nullptr)
         list.push_back({from.peer(), from.consumed() + 1, from.arrived()});
     }
     bringer_.add_missing(list);
@@ -83,7 +83,7 @@ class Lane {
   bool send_home(int node) {
     NodeSummer& summer = summers_[node];
     RailSender& rail = exchange_.state.rail_to(lane_, node);
-    const std::int64_t window = exchange_.params.window_rows * exchange_.sum_bytes;
+    const std::int64_t window = exchange_.params.window_rows * exchange_.format.bytes;
     const int most = std::max(kRowsPerStep, exchange_.params.chunk_rows);
     bool moved = false;
     for (int rows = 0; rows < most && !summer.done(); ++rows) {
@@ -91,14 +91,14 @@ class Lane {
       if (!rail.in_row() && rail.in_flight() >= window) break;
       const std::uint64_t before = rail.written();
       const bool complete = rail.write_row(
-          exchange_.sum_bytes, [&](std::int64_t begin, std::int64_t bytes, std::byte* to) {
+          exchange_.format.bytes, [&](std::int64_t begin, std::int64_t bytes, std::byte* to) {
             protocol::schedule_point(protocol::Point::kCopy);
             std::memcpy(to, summer.sum() + begin, bytes);
           });
       moved = moved || rail.written() != before;
       if (!complete) break;
       summer.pop();
-      exchange_.state.count_rows(1, exchange_.sum_bytes);
+      exchange_.state.count_rows(1, exchange_.format.bytes);
       if (++unpublished_[node] >= exchange_.params.chunk_rows) publish(node);
     }
     publish(node);
@@ -118,9 +118,9 @@ class Lane {
     if (record_of(token_, own) >= 0 && !summers_[own].step(moved)) return false;
     for (int node = 0; node < exchange_.nodes(); ++node) {
       if (record_of(token_, node) < 0) continue;
-      const std::byte* sum = node == own
-                                 ? summers_[own].sum()
-                                 : exchange_.state.rail_from(lane_, node).row(exchange_.sum_bytes);
+      const std::byte* sum =
+          node == own ? summers_[own].sum()
+                      : exchange_.state.rail_from(lane_, node).row(exchange_.format.bytes);
       if (sum == nullptr) return false;
       sums_.push_back(sum);
     }
@@ -130,7 +130,7 @@ class Lane {
       if (node == own) {
         summers_[own].pop();
       } else {
-        exchange_.state.rail_from(lane_, node).pop(exchange_.sum_bytes);
+        exchange_.state.rail_from(lane_, node).pop(exchange_.format.bytes);
       }
     }
     ++token_;
@@ -149,7 +149,7 @@ class Lane {
     weights.out = reinterpret_cast<std::byte*>(params.combined_topk_weights) +
                   token_ * exchange_.pieces.weights_bytes;
     if (weights.count > 0) sum_piece(weights, Stores::kCached);
-    for (const std::byte*& sum : sums_) sum += exchange_.x_offset;
+    for (const std::byte*& sum : sums_) sum += exchange_.format.x;
     SumPiece x = weights;
     x.dtype = params.dtype;
     x.count = params.call.record.hidden;

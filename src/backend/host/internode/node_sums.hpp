@@ -24,9 +24,7 @@ struct CombineExchange {
   State& state;
   const deep_ep::internode::CombineParams& params;
   const Pieces pieces;
-  // A node's sum of a token on the wire: weights, x; the whole is a multiple of 64.
-  const std::int64_t x_offset = align_up(pieces.weights_bytes, 16);
-  const std::int64_t sum_bytes = align_up(x_offset + pieces.x_bytes, 64);
+  const plan::SumFormat format{pieces.weights_bytes, pieces.x_bytes};
   const Stores stores = choose_stores(params.call.record.num_tokens * pieces.x_bytes);
 
   const plan::Topology& topology() const { return state.topology(); }
@@ -166,7 +164,7 @@ class NodeSummer {
         node_(node),
         source_(
             exchange.topology().rank_of(node, exchange.topology().index_of(exchange.state.rank()))),
-        sum_(exchange.sum_bytes) {
+        sum_(exchange.format.bytes) {
     const auto records = exchange.state.records(node, lane);
     const std::int64_t first =
         plan::part_of(exchange.params.routing.recv_rdma_rank_prefix_sum, node).begin;
@@ -191,7 +189,7 @@ class NodeSummer {
       job.num_sources = static_cast<int>(sources_.size());
       job.dtype = piece.is_weights ? DType::kFloat32 : exchange_.params.dtype;
       job.count = piece.bytes / static_cast<std::int64_t>(size_of(job.dtype));
-      job.out = sum_.data() + (piece.is_weights ? 0 : exchange_.x_offset) + piece.offset;
+      job.out = sum_.data() + (piece.is_weights ? 0 : exchange_.format.x) + piece.offset;
       sum_piece(job, Stores::kCached);
       for (const int local : locals_) {
         ring_from(local).advance(align_up(piece.bytes, 64));

@@ -288,9 +288,10 @@ NetworkCounts State::counts() const {
 bool State::poll() {
   bool some_lost = false;
   for_remote_ranks([&](int rank) {
+    // First, since what it told came before.
+    some_lost = heap_->lost(rank) || some_lost;
     // acquire: pairs with the signal in raise_fault() of that rank.
     if (block_.faulted[rank].reached(1)) adopt(block_.faults[rank]);
-    some_lost = some_lost || heap_->lost(rank);
   });
   return some_lost;
 }
