@@ -161,14 +161,14 @@ class Rank {
     if (trouble.empty()) trouble = checks.result().first_mismatch;
     seconds.erase(seconds.begin());
     sent.erase(sent.begin());
-    return {planned.records,
-            planned.bytes,
-            seconds,
-            sent,
-            checks.result().checked_elements,
-            checks.result().wrong_elements,
-            miscounted,
-            trouble};
+    return {{"records", planned.records},
+            {"bytes", planned.bytes},
+            {"seconds", seconds},
+            {"sent", sent},
+            {"checked_elements", checks.result().checked_elements},
+            {"wrong_elements", checks.result().wrong_elements},
+            {"miscounted", miscounted},
+            {"trouble", trouble}};
   }
 
   /// Beside the records a call puts one message to its rail peer.
@@ -206,20 +206,20 @@ CallFigures put_together(const std::vector<nlohmann::json>& ranks, int ranks_per
   for (std::size_t rank = 0; rank < ranks.size(); ++rank) {
     const nlohmann::json& part = ranks[rank];
     const std::size_t node = rank / static_cast<std::size_t>(ranks_per_node);
-    figures.records[node] += part.at(0).get<std::int64_t>();
-    figures.bytes[node] += part.at(1).get<std::int64_t>();
-    seconds.push_back(part.at(2));
-    figures.checked_elements += part.at(4).get<std::int64_t>();
-    figures.wrong_elements += part.at(5).get<std::int64_t>();
-    figures.miscounted += part.at(6).get<std::int64_t>();
-    const auto trouble = part.at(7).get<std::string>();
+    figures.records[node] += part.at("records").get<std::int64_t>();
+    figures.bytes[node] += part.at("bytes").get<std::int64_t>();
+    seconds.push_back(part.at("seconds"));
+    figures.checked_elements += part.at("checked_elements").get<std::int64_t>();
+    figures.wrong_elements += part.at("wrong_elements").get<std::int64_t>();
+    figures.miscounted += part.at("miscounted").get<std::int64_t>();
+    const auto trouble = part.at("trouble").get<std::string>();
     if (figures.trouble.empty() && !trouble.empty())
       figures.trouble = fmt::format("rank {}: {}", rank, trouble);
   }
   figures.seconds = cli::slowest(seconds);
   for (std::size_t node = 0; node < 2; ++node) {
     const auto& first_rank = ranks[node * static_cast<std::size_t>(ranks_per_node)];
-    for (const std::int64_t sent : first_rank.at(3))
+    for (const std::int64_t sent : first_rank.at("sent"))
       figures.veth_vs_plan.push_back(static_cast<double>(sent) /
                                      static_cast<double>(figures.bytes[node]));
   }

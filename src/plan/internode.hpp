@@ -31,6 +31,10 @@ struct RecordHead {
   std::int32_t unused;
 };
 
+constexpr std::int64_t align_up(std::int64_t bytes, std::int64_t to) {
+  return (bytes + to - 1) / to * to;
+}
+
 /// A record on the wire: head and positions, topk_idx (experts of all ranks), topk_weights, scales,
 /// x. Parts begin at multiples of 16 bytes, records are multiples of kAlignment.
 struct RecordFormat {
@@ -42,12 +46,11 @@ struct RecordFormat {
   std::int64_t bytes;
 
   RecordFormat(const RowFormat& row, int ranks_per_node) {
-    const auto align = [](std::int64_t at, std::int64_t to) { return (at + to - 1) / to * to; };
-    topk_idx = align(static_cast<std::int64_t>(sizeof(RecordHead)) + 4 * ranks_per_node, 16);
-    topk_weights = align(topk_idx + row.topk_idx_bytes, 16);
-    scales = align(topk_weights + row.topk_weights_bytes, 16);
-    x = align(scales + row.scale_bytes, 16);
-    bytes = align(x + row.x_bytes, kAlignment);
+    topk_idx = align_up(static_cast<std::int64_t>(sizeof(RecordHead)) + 4 * ranks_per_node, 16);
+    topk_weights = align_up(topk_idx + row.topk_idx_bytes, 16);
+    scales = align_up(topk_weights + row.topk_weights_bytes, 16);
+    x = align_up(scales + row.scale_bytes, 16);
+    bytes = align_up(x + row.x_bytes, kAlignment);
   }
 };
 
@@ -57,9 +60,7 @@ struct SumFormat {
   std::int64_t bytes;
 
   SumFormat(std::int64_t weights_bytes, std::int64_t x_bytes)
-      : x((weights_bytes + 15) / 16 * 16),
-        bytes((x + x_bytes + RecordFormat::kAlignment - 1) / RecordFormat::kAlignment *
-              RecordFormat::kAlignment) {}
+      : x(align_up(weights_bytes, 16)), bytes(align_up(x + x_bytes, RecordFormat::kAlignment)) {}
 };
 
 /// From is_token_in_rank [N, R]: send_rdma_head [N, nodes] (number of the token's record for that

@@ -218,15 +218,21 @@ std::string name_of(const testing::TestParamInfo<Op>& op) {
 INSTANTIATE_TEST_SUITE_P(BetweenNodes, InternodeFault,
                          testing::Values(Op::kDispatch, Op::kCombine, Op::kLowLatency), name_of);
 
-/// Calls of both modes, all results checked. True if they are right.
-bool exchange_all(Buffer& buffer, const verify::LowLatencyCase& low) {
-  verify::Case c;
+/// Of either mode.
+template <class Case>
+Case case_of_all() {
+  Case c;
   c.ranks = kRanks;
   c.ranks_per_node = kRanksPerNode;
   c.experts = 4 * kRanks;
   c.tokens = {kTokens};
   c.hidden = 2 * kHidden;
-  verify::CaseResult result = verify::run_case(buffer, c);
+  return c;
+}
+
+/// Calls of both modes, all results checked. True if they are right.
+bool exchange_all(Buffer& buffer, const verify::LowLatencyCase& low) {
+  verify::CaseResult result = verify::run_case(buffer, case_of_all<verify::Case>());
   result.merge(verify::run_case(buffer, low));
   EXPECT_TRUE(result.passed()) << result.first_mismatch;
   return result.passed() && result.checked_elements > 0;
@@ -237,12 +243,7 @@ void expect_right(const std::function<void(const Namespaces&)>& trouble) {
   const Namespaces nodes(kNodes);
   const auto exits = run_forked(kRanks, [&](const std::shared_ptr<Bootstrap>& bootstrap) {
     net::live_on(nodes, node_of(bootstrap->rank()));
-    verify::LowLatencyCase low;
-    low.ranks = kRanks;
-    low.ranks_per_node = kRanksPerNode;
-    low.experts = 4 * kRanks;
-    low.tokens = {kTokens};
-    low.hidden = 2 * kHidden;
+    const auto low = case_of_all<verify::LowLatencyCase>();
     Buffer buffer(bootstrap,
                   {.num_rdma_bytes = low.buffer_bytes(), .low_latency_mode = true, .timeout = 20s});
     buffer.barrier();

@@ -79,8 +79,8 @@ struct LowLatencyState {
   };
   std::uint64_t consumed[kParts];  // last ticket received
   std::uint64_t told[kParts];      // the same, as the sources know it; a kernel behind
-  std::uint64_t
-      freed[kParts * kMaxRanks];  // [kParts, R] LowLatencyLayout::consumed; a kernel behind
+  // [kParts, R] LowLatencyLayout::consumed, a kernel behind
+  std::uint64_t freed[kParts * kMaxRanks];
   Block blocks[kMaxBlocks];
 };
 

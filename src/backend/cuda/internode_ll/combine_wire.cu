@@ -81,11 +81,12 @@ struct WireRows {
   }
 };
 
-/// Sends, receives, or both. kFormat: plan::WireFormat.
+/// kFormat: plan::WireFormat.
 template <int kFormat>
 using RowsOf = WireRows<std::conditional_t<kFormat == static_cast<int>(plan::WireFormat::kLogFmt),
                                            LogFmtWire, Fp8Wire>>;
 
+/// Sends, receives, or both.
 template <int kFormat>
 __global__ void __launch_bounds__(kThreads, kBlocksAnSm)
     combine(const __grid_constant__ Formed<CombineArgs, Form::kAny> args) {

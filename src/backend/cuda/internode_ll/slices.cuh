@@ -35,7 +35,7 @@ int find_slice_shift(const CombineArgs& args, int num_sms) {
   constexpr int kMost = 2;
   int shift = 0;
   while (Rows::kSlices && shift < kMost &&
-         num_likely_blocks(args, 2 << shift) <= std::int64_t{kBlocksAnSm} * num_sms)
+         num_busy_blocks(args, args.num_tokens, 2 << shift) <= std::int64_t{kBlocksAnSm} * num_sms)
     ++shift;
   return shift;
 }

@@ -22,10 +22,10 @@ constexpr int kWarps = kThreads / 32;
 // Registers allow so many; all of a kernel must run at once, since they wait for other ranks.
 constexpr int kBlocksAnSm = 2;
 
-/// Blocks with something to do, if the other ranks have as many tokens and `shared` blocks share a
-/// row: a token each, a message each, the books, and the counts.
-inline std::int64_t num_likely_blocks(const StepArgs& args, int shared) {
-  return args.num_tokens * (args.comm.num_ranks + 1) * shared + 2;
+/// Blocks with something to do, if all ranks have so many tokens and `shared` blocks share a row: a
+/// token each, a message each, the books, and the counts.
+inline std::int64_t num_busy_blocks(const StepArgs& args, std::int64_t tokens, int shared) {
+  return tokens * (args.comm.num_ranks + 1) * shared + 2;
 }
 
 /// Blocks of a kernel: all that fit, unless there can never be that much to do side by side. Of few
@@ -33,8 +33,9 @@ inline std::int64_t num_likely_blocks(const StepArgs& args, int shared) {
 inline unsigned num_blocks(const StepArgs& args, int num_sms, int shared) {
   constexpr unsigned kSystemBytes = 1024;
   const int here = std::min<int>(kBlocksAnSm, kMaxSharedBytes / (args.shared.used + kSystemBytes));
-  const std::int64_t most = args.shape.max_tokens * (args.comm.num_ranks + 1) * shared + 2;
-  const std::int64_t likely = std::max<std::int64_t>(num_likely_blocks(args, shared), num_sms);
+  const std::int64_t most = num_busy_blocks(args, args.shape.max_tokens, shared);
+  const std::int64_t likely =
+      std::max<std::int64_t>(num_busy_blocks(args, args.num_tokens, shared), num_sms);
   return static_cast<unsigned>(std::min<std::int64_t>(
       {std::int64_t{num_sms} * std::max(here, 1), likely, most, LowLatencyState::kMaxBlocks}));
 }

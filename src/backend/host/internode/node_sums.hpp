@@ -14,10 +14,7 @@
 namespace deep_ep::host::internode {
 
 using intranode::Pieces;
-
-constexpr std::int64_t align_up(std::int64_t bytes, std::int64_t to) {
-  return (bytes + to - 1) / to * to;
-}
+using plan::align_up;
 
 /// What the lanes of a combine share.
 struct CombineExchange {
