@@ -1,11 +1,9 @@
 #pragma once
 
-#include "backend/cuda/internode_ll/ticket.cuh"
+#include "backend/cuda/internode_ll/places.cuh"
 
 // Of few tokens several blocks share a row of a combine, since one SM reads and writes no faster.
 namespace deep_ep::cuda::internode_ll {
-
-using plan::MessageArea;
 
 /// What one of the blocks that share a row does of it: groups of four packets, three units of 16
 /// bytes each. Where what lies does not depend on it, so ranks need not agree on how many share.

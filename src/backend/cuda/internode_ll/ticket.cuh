@@ -182,7 +182,7 @@ __device__ __noinline__ inline Arrival go_on(const StepArgs& args, int rank, Wai
 
 /// Waits until ready(), for what `rank` does.
 template <class Ready>
-__device__ __forceinline__ Arrival await(const StepArgs& args, int rank, Wait what,
+__device__ __forceinline__ Arrival await(const auto& args, int rank, Wait what,
                                          std::uint64_t expected, Ready&& ready) {
   constexpr int kTurns = 32;  // looks from one question whether to go on to the next
   if (is_masked(args, rank)) return Arrival::kAbsent;
@@ -198,7 +198,8 @@ __device__ __forceinline__ Arrival await(const StepArgs& args, int rank, Wait wh
   return arrival;
 }
 
-__device__ __forceinline__ Arrival await_packet(const StepArgs& args, int rank, const Packet* from,
+/// `from`: a place of a packet, as places.cuh gives it.
+__device__ __forceinline__ Arrival await_packet(const auto& args, int rank, const auto& from,
                                                 std::uint32_t tag, Packet& packet) {
   return await(args, rank, Wait::kRows, tag, [&] { return take_packet(from, tag, packet); });
 }

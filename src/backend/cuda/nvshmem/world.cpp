@@ -61,6 +61,9 @@ class World::PieceHeap final : public Heap {
   }
   std::byte* base() const noexcept override { return base_; }
   std::int64_t bytes() const noexcept override { return bytes_; }
+  std::byte* mapped(int rank) const noexcept override {
+    return static_cast<std::byte*>(nvshmem_ptr(base_, rank));
+  }
   void abandon() noexcept override { abandoned_ = true; }
 
  private:
