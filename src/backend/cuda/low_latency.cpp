@@ -69,11 +69,11 @@ void LowLatency::fill(const deep_ep::internode_ll::Step& step, plan::LowLatencyK
                             step.shape.num_experts, internode_ll::StepArgs::kMaxExperts));
   }
   args.set_experts(step.shape.num_local_experts());
-  args.layout = over_nodes() ? internode_.low_latency().near
-                             : plan::LowLatencyLayout::carve(
-                                   node.bases[node.rank] +
-                                       Context::control_bytes(context_.topology()),
-                                   bytes_, num_ranks_);
+  args.layout = over_nodes()
+                    ? internode_.low_latency().near
+                    : plan::LowLatencyLayout::carve(
+                          node.bases[node.rank] + Context::control_bytes(context_.topology()),
+                          bytes_, num_ranks_);
   args.places = args.layout.places(kind, 0, step.shape);
   args.topk_idx = {step.topk_idx.data, step.topk_idx.dtype == DType::kInt64};
   args.num_tokens = step.call.record.num_tokens;

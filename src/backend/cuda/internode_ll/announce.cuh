@@ -16,8 +16,8 @@ __device__ inline void announce(const auto& args, const Ticket& ticket, int rank
   const int part = lane_id();
   if (part >= plan::kCallPackets) return;
   Packet* to = call_to(args, ticket, rank, part);
-  const auto protocol =
-      packeted && !is_far(args, rank) ? plan::LowLatencyProtocol::kPackets : plan::LowLatencyProtocol::kFlagged;
+  const auto protocol = packeted && !is_far(args, rank) ? plan::LowLatencyProtocol::kPackets
+                                                        : plan::LowLatencyProtocol::kFlagged;
   std::uint32_t words[3] = {static_cast<std::uint32_t>(messages),
                             static_cast<std::uint32_t>(protocol),
                             static_cast<std::uint32_t>(args.num_tokens)};

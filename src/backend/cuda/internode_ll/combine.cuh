@@ -95,9 +95,9 @@ __device__ bool send_all_home(const auto& args, const Ticket& ticket) {
     const auto messages = static_cast<unsigned>(
         args.is_rank_major() ? shared_at<std::int32_t>(args.shared.ranges)[source]
                              : announced.messages[source]);
-    const bool packeted =
-        args.is_rank_major() ? uses_packets(args.places.returns, messages) && !is_far(args, source)
-                             : announced.packeted[source] != 0;
+    const bool packeted = args.is_rank_major()
+                              ? uses_packets(args.places.returns, messages) && !is_far(args, source)
+                              : announced.packeted[source] != 0;
     // Plain rows have one head, and are not shared.
     const int shift = packeted ? args.slice_shift : 0;
 #pragma unroll 1

@@ -67,14 +67,13 @@ __device__ inline void send_head(const auto& args, const Ticket& ticket, std::in
     HeadEntry entry{static_cast<std::int32_t>(token), 0, 0.0f};
     if (part > 0) entry = entry_of(args, token, part - 1, rank, route);
     send_packet(head + part, static_cast<std::uint32_t>(entry.local_expert),
-                static_cast<std::uint32_t>(entry.index), __float_as_uint(entry.weight),
-                ticket.tag);
+                static_cast<std::uint32_t>(entry.index), __float_as_uint(entry.weight), ticket.tag);
   }
 }
 
 /// By one warp: the heads of a token's messages.
 __device__ inline void send_heads(const auto& args, const Ticket& ticket, std::int64_t token,
-                           const Route& route) {
+                                  const Route& route) {
 #pragma unroll 1
   for (int to = 0; to < *route.num_ranks; ++to) {
     const int rank = route.to_rank[to];
@@ -83,43 +82,40 @@ __device__ inline void send_heads(const auto& args, const Ticket& ticket, std::i
   }
 }
 
-/// By all threads: the staged row of a token to those of its ranks that it is put to, which have the
-/// longest way.
-__device__ inline void put_row(const auto& args, const Ticket& ticket, std::int64_t token,
-                               const Route& route) {
-  if constexpr (std::remove_cvref_t<decltype(args)>::kPuts) {
-    const auto units = static_cast<int>(args.places.messages.plain_bytes / 16);
-    const auto is_put = [&](int to) {
-      return is_far(args, route.to_rank[to]) && !is_masked(args, route.to_rank[to]);
-    };
-    bool any = false;
+/// By all threads: the staged row of a token to those of its ranks that it is put to, which have
+/// the longest way.
+__device__ __noinline__ void put_row(const auto& args, const Ticket& ticket, std::int64_t token,
+                                     const Route& route) {
+  const auto units = static_cast<int>(args.places.messages.plain_bytes / 16);
+  const auto is_put = [&](int to) {
+    return is_far(args, route.to_rank[to]) && !is_masked(args, route.to_rank[to]);
+  };
+  bool any = false;
 #pragma unroll 1
-    for (int to = 0; to < *route.num_ranks; ++to) {
-      any = any || is_far(args, route.to_rank[to]);
-      if (!is_put(to)) continue;
-      copy_units(shared_at<std::byte>(args.shared.row),
-                 plain_row_to(args, ticket, Area::kMessages, route.to_rank[to],
-                              route.to_message[to]),
-                 0, units);
-      if (warp_id() == 0)
-        send_head(args, ticket, token, route.to_rank[to], route.to_message[to], route);
-    }
-    if (!any) return;
-    // What each thread wrote is visible to who puts it.
-    fence_acq_rel_sys();
-    __syncthreads();
+  for (int to = 0; to < *route.num_ranks; ++to) {
+    any = any || is_far(args, route.to_rank[to]);
+    if (!is_put(to)) continue;
+    copy_units(shared_at<std::byte>(args.shared.row),
+               plain_row_to(args, ticket, Area::kMessages, route.to_rank[to], route.to_message[to]),
+               0, units);
+    if (warp_id() == 0)
+      send_head(args, ticket, token, route.to_rank[to], route.to_message[to], route);
+  }
+  if (!any) return;
+  // What each thread wrote is visible to who puts it.
+  fence_acq_rel_sys();
+  __syncthreads();
 #pragma unroll 1
-    for (int to = warp_id(); to < *route.num_ranks; to += kWarps) {
-      if (__any_sync(0xffffffff, is_put(to)))
-        put_message(args, ticket, Area::kMessages, route.to_rank[to], route.to_message[to]);
-    }
+  for (int to = warp_id(); to < *route.num_ranks; to += kWarps) {
+    if (__any_sync(0xffffffff, is_put(to)))
+      put_message(args, ticket, Area::kMessages, route.to_rank[to], route.to_message[to]);
   }
 }
 
-/// By all threads: the staged row of a token to all its other ranks, the own one last: what comes later
-/// waits for what goes far. The first warp sends heads meanwhile, if rows are packets.
+/// By all threads: the staged row of a token to all its other ranks, the own one last: what comes
+/// later waits for what goes far. The first warp sends heads meanwhile, if rows are packets.
 __device__ inline void send_row(const auto& args, const Ticket& ticket, std::int64_t token,
-                         const Route& route) {
+                                const Route& route) {
   const MessageArea& area = args.places.messages;
   const bool packeted = uses_packets(area, args.num_tokens);
   if (packeted && warp_id() == 0) {
@@ -170,7 +166,7 @@ __device__ bool send(const Args& args, const Ticket& ticket, bool good, const Ro
     // The first warp finds the route meanwhile, if the tokens are few.
     units.stage(args, token, row);
     if (!find_route(args, token, ids, good, route)) return false;
-    put_row(args, ticket, token, route);
+    if constexpr (Args::kPuts) put_row(args, ticket, token, route);
     send_row(args, ticket, token, route);
     token += gridDim.x;
     if (token >= args.num_tokens) break;
@@ -182,7 +178,7 @@ __device__ bool send(const Args& args, const Ticket& ticket, bool good, const Ro
 
 /// Sends, receives, or both.
 template <bool kQuantize, Form kForm, class Args>
-__global__ void __launch_bounds__(kThreads, kBlocksAnSm)
+__global__ void __launch_bounds__(kThreads, kBlocksAnSm<Args>)
     dispatch(const __grid_constant__ Formed<Args, kForm> args) {
   // All that the first token needs is on its way before anything is waited for.
   const std::int64_t token = args.sends ? first_token() : args.num_tokens;
@@ -218,8 +214,7 @@ cudaError_t launch_form(const Args& given, int num_sms, cudaStream_t stream) {
   const cudaError_t status = allow_shared<kKernel>(kMaxSharedBytes);
   if (status != cudaSuccess) return status;
   if (args.shared.used > kMaxSharedBytes) return cudaErrorInvalidValue;
-  kKernel
-      <<<num_blocks(args, num_sms, 1), kThreads, args.shared.used, stream>>>(args);
+  kKernel<<<num_blocks(args, num_sms, 1), kThreads, args.shared.used, stream>>>(args);
   return cudaGetLastError();
 }
 
@@ -245,10 +240,9 @@ cudaError_t launch_dispatch_kernel(const Args& given, int num_sms, cudaStream_t 
 
 template <class Args>
 cudaError_t load_dispatch_kernels() {
-  return load<
-      dispatch<false, Form::kExpertMajor, Args>, dispatch<false, Form::kRankMajor, Args>,
-      dispatch<false, Form::kAny, Args>, dispatch<true, Form::kExpertMajor, Args>,
-      dispatch<true, Form::kRankMajor, Args>, dispatch<true, Form::kAny, Args>>();
+  return load<dispatch<false, Form::kExpertMajor, Args>, dispatch<false, Form::kRankMajor, Args>,
+              dispatch<false, Form::kAny, Args>, dispatch<true, Form::kExpertMajor, Args>,
+              dispatch<true, Form::kRankMajor, Args>, dispatch<true, Form::kAny, Args>>();
 }
 
 }  // namespace deep_ep::cuda::internode_ll

@@ -181,9 +181,11 @@ struct PlainRows {
   }
 };
 
-/// Sends, receives, or both.
+}  // namespace
+
+/// Sends, receives, or both. Not of this file alone: a name that is would tell nothing.
 template <Form kForm, class Args>
-__global__ void __launch_bounds__(kThreads, kBlocksAnSm)
+__global__ void __launch_bounds__(kThreads, kBlocksAnSm<Args>)
     combine(const __grid_constant__ Formed<Args, kForm> args) {
   run_combine<PlainRows>(args);
 }
@@ -208,7 +210,5 @@ cudaError_t load_plain_combine_kernels() {
   return load<combine<Form::kExpertMajor, Args>, combine<Form::kRankMajor, Args>,
               combine<Form::kAny, Args>>();
 }
-
-}  // namespace
 
 }  // namespace deep_ep::cuda::internode_ll

@@ -192,8 +192,7 @@ __device__ inline bool take_head(const auto& args, const Ticket& ticket, int sou
 /// By one warp: what its source wrote before the head is visible.
 __device__ inline void acquire_head(const auto& args, const auto& head) {
 #pragma unroll 1
-  for (int part = lane_id(); part <= args.shape.num_topk; part += 32)
-    acquire(head + part);
+  for (int part = lane_id(); part <= args.shape.num_topk; part += 32) acquire(head + part);
 }
 
 /// By all threads, true in each: one message to its places. The first warp looks at its head, the
@@ -219,8 +218,7 @@ __device__ inline bool take_message(const auto& args, const Ticket& ticket, int 
         take_packets(args, ticket, source, packets, area.row_packets(), 1, row) != Arrival::kFailed;
   }
   if (__syncthreads_and(good) == 0) return false;
-  store_row(args, packeted ? row
-                           : plain_row_from(args, ticket, Area::kMessages, source, message));
+  store_row(args, packeted ? row : plain_row_from(args, ticket, Area::kMessages, source, message));
   __syncthreads();  // the row and its places have been read
   return true;
 }

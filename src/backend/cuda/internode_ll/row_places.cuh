@@ -1,7 +1,5 @@
 #pragma once
 
-#include <type_traits>
-
 #include "backend/cuda/internode_ll/announce.cuh"
 #include "backend/cuda/internode_ll/rows.cuh"
 
@@ -45,14 +43,7 @@ __device__ inline void set_place(const auto& args, int i, int group, std::int64_
 __device__ inline bool count_rows_before(const auto& args, const Ticket& ticket, int source,
                                          int expert, std::int32_t& rows) {
   constexpr int kBatch = 4;
-  const Packet* first = place_here(ticket.packet_shift, args.places.counts + expert / 3);
-  const auto from = [&](int i) {
-    if constexpr (std::remove_cvref_t<decltype(args)>::kPuts) {
-      return counts_from(args, ticket, i, expert / 3);
-    } else {
-      return first + i * args.places.count_packets;
-    }
-  };
+  const Packet* from = place_here(ticket.packet_shift, args.places.counts + expert / 3);
   const int word = expert % 3;
 #pragma unroll 1
   for (int base = 0; base < source; base += kBatch) {
@@ -61,14 +52,15 @@ __device__ inline bool count_rows_before(const auto& args, const Ticket& ticket,
 #pragma unroll
     for (int j = 0; j < kBatch; ++j)
       if (base + j < source)
-        here = take_packet(from(base + j), ticket.tag, packets[j]) && here;
+        here = take_packet(from + (base + j) * args.places.count_packets, ticket.tag, packets[j]) &&
+               here;
     if (!here) {
       // One after the other, since each may be absent.
 #pragma unroll
       for (int j = 0; j < kBatch; ++j) {
         if (base + j >= source) break;
-        const Arrival arrival =
-            await_packet(args, base + j, from(base + j), ticket.tag, packets[j]);
+        const Arrival arrival = await_packet(
+            args, base + j, from + (base + j) * args.places.count_packets, ticket.tag, packets[j]);
         if (arrival == Arrival::kFailed) return false;
         if (arrival == Arrival::kAbsent) packets[j] = {};
       }

@@ -42,8 +42,8 @@ struct PacketBatch {
   Packet packets[kSize];
 
   /// Packets i, i + stride, ... below `count`.
-  __device__ Arrival await(const auto& args, const Ticket& ticket, int source,
-                           const Packet* from, int i, int stride, int count) {
+  __device__ Arrival await(const auto& args, const Ticket& ticket, int source, const Packet* from,
+                           int i, int stride, int count) {
     return internode_ll::await(args, source, Wait::kRows, ticket.number, [&] {
       bool here = true;
 #pragma unroll

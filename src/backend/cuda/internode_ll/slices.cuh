@@ -28,12 +28,13 @@ __device__ inline Slice slice_of(const CombineArgs& args, unsigned number, int s
 }
 
 /// By the launch: more blocks share a row while there are blocks without any.
-template <class Rows>
-int find_slice_shift(const CombineArgs& args, int num_sms) {
+template <class Rows, class Args>
+int find_slice_shift(const Args& args, int num_sms) {
   constexpr int kMost = 2;
   int shift = 0;
   while (Rows::kSlices && shift < kMost &&
-         num_busy_blocks(args, args.num_tokens, 2 << shift) <= std::int64_t{kBlocksAnSm} * num_sms)
+         num_busy_blocks(args, args.num_tokens, 2 << shift) <=
+             std::int64_t{kBlocksAnSm<Args>} * num_sms)
     ++shift;
   return shift;
 }

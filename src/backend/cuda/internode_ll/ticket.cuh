@@ -19,8 +19,10 @@ using plan::Packet;
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 
-// Registers allow so many; all of a kernel must run at once, since they wait for other ranks.
-constexpr int kBlocksAnSm = 2;
+// Registers allow so many; all of a kernel must run at once, since they wait for other ranks. What
+// puts takes more of them.
+template <class Args>
+constexpr int kBlocksAnSm = Args::kPuts ? 1 : 2;
 
 /// Blocks with something to do, if all ranks have so many tokens and `shared` blocks share a row: a
 /// token each, a message each, the books, and the counts.
@@ -30,9 +32,11 @@ inline std::int64_t num_busy_blocks(const StepArgs& args, std::int64_t tokens, i
 
 /// Blocks of a kernel: all that fit, unless there can never be that much to do side by side. Of few
 /// tokens one an SM, since other ranks may have more.
-inline unsigned num_blocks(const StepArgs& args, int num_sms, int shared) {
+template <class Args>
+unsigned num_blocks(const Args& args, int num_sms, int shared) {
   constexpr unsigned kSystemBytes = 1024;
-  const int here = std::min<int>(kBlocksAnSm, kMaxSharedBytes / (args.shared.used + kSystemBytes));
+  const int here =
+      std::min<int>(kBlocksAnSm<Args>, kMaxSharedBytes / (args.shared.used + kSystemBytes));
   const std::int64_t most = num_busy_blocks(args, args.shape.max_tokens, shared);
   const std::int64_t likely =
       std::max<std::int64_t>(num_busy_blocks(args, args.num_tokens, shared), num_sms);

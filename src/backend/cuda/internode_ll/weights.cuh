@@ -153,6 +153,10 @@ __device__ inline bool send_few_weights(const auto& args, const Ticket& ticket, 
 /// By the same warp: those that are put.
 __device__ inline void put_weights(const auto& args, const Ticket& ticket, const Route& route) {
   if constexpr (std::remove_cvref_t<decltype(args)>::kPuts) {
+    bool any = false;
+#pragma unroll 1
+    for (int to = 0; to < *route.num_ranks; ++to) any = any || is_far(args, route.to_rank[to]);
+    if (!any) return;
     // What each lane wrote is visible to who puts it.
     fence_acq_rel_sys();
     __syncwarp();

@@ -90,9 +90,11 @@ constexpr int kFp8 = static_cast<int>(plan::WireFormat::kFp8);
 template <int kFormat>
 using RowsOf = WireRows<std::conditional_t<kFormat == kLogFmt, LogFmtWire, Fp8Wire>>;
 
-/// Sends, receives, or both.
+}  // namespace
+
+/// Sends, receives, or both. Not of this file alone: a name that is would tell nothing.
 template <int kFormat, class Args>
-__global__ void __launch_bounds__(kThreads, kBlocksAnSm)
+__global__ void __launch_bounds__(kThreads, kBlocksAnSm<Args>)
     combine(const __grid_constant__ Formed<Args, Form::kAny> args) {
   run_combine<RowsOf<kFormat>>(args);
 }
@@ -116,7 +118,5 @@ template <class Args>
 cudaError_t load_wire_combine_kernels() {
   return load<combine<kLogFmt, Args>, combine<kFp8, Args>>();
 }
-
-}  // namespace
 
 }  // namespace deep_ep::cuda::internode_ll

@@ -14,9 +14,7 @@ namespace deep_ep::cuda::internode_ll {
 template <class Args>
 concept Puts = Args::kPuts;
 
-__device__ bool is_far(const Puts auto& args, int rank) {
-  return args.comm.bases[rank] == nullptr;
-}
+__device__ bool is_far(const Puts auto& args, int rank) { return args.comm.bases[rank] == nullptr; }
 
 // --- what this rank sends -----------------------------------------------------------------
 
@@ -56,11 +54,10 @@ __device__ __noinline__ inline void put(const Nodes& nodes, const Ticket& ticket
                                         std::int64_t at, std::int64_t bytes, std::int64_t word) {
   const FarLayout& far = nodes.far;
   const int self = nodes.rails.rank();
-  nvshmemx_putmem_signal_nbi_warp(far.inbox + far.stripe(ticket.part, self) + at,
-                                  mirror_of(nodes, ticket, rank) + at,
-                                  static_cast<std::size_t>(bytes),
-                                  far.words_of(ticket.part, self) + word, ticket.number,
-                                  NVSHMEM_SIGNAL_SET, rank);
+  nvshmemx_putmem_signal_nbi_warp(
+      far.inbox + far.stripe(ticket.part, self) + at, mirror_of(nodes, ticket, rank) + at,
+      static_cast<std::size_t>(bytes), far.words_of(ticket.part, self) + word, ticket.number,
+      NVSHMEM_SIGNAL_SET, rank);
 }
 __device__ void put_call(const Puts auto& args, const Ticket& ticket, int rank) {
   if (!is_far(args, rank)) return;
@@ -128,6 +125,20 @@ __device__ const std::byte* plain_row_from(const Puts auto& args, const Ticket& 
   const FarArea& far = far_area(args.nodes, area);
   return args.nodes.far.inbox + args.nodes.far.stripe(ticket.part, source) + far.at(message) +
          far.head_bytes;
+}
+
+/// As row_places.cuh has it; out of line, where it takes registers from nobody.
+__device__ __noinline__ bool count_rows_before(const Puts auto& args, const Ticket& ticket,
+                                               int source, int expert, std::int32_t& rows) {
+#pragma unroll 1
+  for (int i = 0; i < source; ++i) {
+    Packet packet = {};
+    const FarPackets from = counts_from(args, ticket, i, expert / 3);
+    const Arrival arrival = await_packet(args, i, from, ticket.tag, packet);
+    if (arrival == Arrival::kFailed) return false;
+    if (arrival == Arrival::kHere) rows += static_cast<std::int32_t>(packet.words[expert % 3]);
+  }
+  return true;
 }
 
 // --- waiting and faults -------------------------------------------------------------------

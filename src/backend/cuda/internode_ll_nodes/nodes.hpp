@@ -42,8 +42,7 @@ struct FarShape {
 
   FarShape() = default;
   explicit FarShape(const plan::LowLatencyPlaces& places) {
-    call_bytes =
-        (plan::kCallPackets + places.count_packets) * std::int64_t{sizeof(plan::Packet)};
+    call_bytes = (plan::kCallPackets + places.count_packets) * std::int64_t{sizeof(plan::Packet)};
     messages = FarArea::of(places.messages, call_bytes, 1);
     const std::int64_t count = places.messages.max_tokens;
     returns = FarArea::of(places.returns, messages.at(count), 1 + count);
@@ -56,9 +55,10 @@ struct FarShape {
 struct FarLayout {
   static constexpr int kParts = plan::LowLatencyLayout::kParts;
 
-  std::byte* inbox = nullptr;      // [kParts, R, stripe_bytes] by source
-  std::byte* mirror = nullptr;     // [kParts, R, stripe_bytes] by receiver: put from here
-  std::uint64_t* words = nullptr;  // [kParts, R, stripe_words] by source: the ticket of what is here
+  std::byte* inbox = nullptr;   // [kParts, R, stripe_bytes] by source
+  std::byte* mirror = nullptr;  // [kParts, R, stripe_bytes] by receiver: put from here
+  std::uint64_t* words =
+      nullptr;  // [kParts, R, stripe_words] by source: the ticket of what is here
   std::int64_t stripe_bytes = 0;
   std::int64_t stripe_words = 0;
   int num_ranks = 1;
@@ -71,8 +71,7 @@ struct FarLayout {
     const std::int64_t ranks = near.num_ranks;
     far.num_ranks = near.num_ranks;
     const std::int64_t share = (near.packet_part_bytes + near.plain_part_bytes) / ranks + 1;
-    far.stripe_bytes =
-        (share + Carver::kAlignment - 1) / Carver::kAlignment * Carver::kAlignment;
+    far.stripe_bytes = (share + Carver::kAlignment - 1) / Carver::kAlignment * Carver::kAlignment;
     far.stripe_words = 1 + near.packet_part_bytes / ranks / kFewestBytesAWord;
     far.words = carver.take<std::uint64_t>(kParts * ranks * far.stripe_words);
     far.inbox = carver.take<std::byte>(kParts * ranks * far.stripe_bytes);
