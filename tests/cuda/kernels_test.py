@@ -42,8 +42,8 @@ BUDGETS_OF_NVSHMEM = {
     "internode/combine": (128, 512),  # 448 threads
     "internode/fill_handle": (64, 512),
     "internode/tell": (64, 512),
-    "internode_ll_nodes/dispatch": (128, 512),  # twice 256 threads
-    "internode_ll_nodes/combine": (128, 512),  # twice 256 threads
+    "internode_ll_nodes/dispatch": (168, 512),  # 256 threads
+    "internode_ll_nodes/combine": (224, 512),  # 256 threads
 }
 if WITH_NVSHMEM:
     BUDGETS |= BUDGETS_OF_NVSHMEM
