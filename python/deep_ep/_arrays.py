@@ -50,7 +50,7 @@ class TorchLibrary:
         # What torch's own compiled code calls; a quarter of the time of what it stands for.
         self._reinterpret = getattr(compiled_calls(torch), "_reinterpret_tensor", None)
         _C.load_torch(str(Path(torch.__file__).parent / "lib" / "libtorch_python.so"))
-        self.native = _C.Library(torch.Tensor, self.view, self.make)
+        self.native = _C.Library(torch.Tensor, self.view, self.make, self.typed)
 
     @staticmethod
     def view(tensor, name):
@@ -72,7 +72,7 @@ class TorchLibrary:
 
     def typed(self, tensor, dtype):
         """A result as what its bytes are, which the native module knows of few types."""
-        if tensor is None or tensor.dtype == dtype:
+        if tensor.dtype == dtype:
             return tensor
         view = tensor.view(dtype)
         return self._own(view, tuple(view.shape), view.stride(), 0)
@@ -95,7 +95,7 @@ class NumpyLibrary:
     def __init__(self, numpy):
         self.numpy = numpy
         self.is_tensor = numpy.ndarray
-        self.native = _C.Library(numpy.ndarray, self.view, self.make)
+        self.native = _C.Library(numpy.ndarray, self.view, self.make, self.typed)
 
     def view(self, array, name):
         if not isinstance(array, self.numpy.ndarray):
@@ -109,7 +109,7 @@ class NumpyLibrary:
         return self.typed(array, _ml_dtype(code)) if code in _ML_NAMES else array
 
     def typed(self, array, dtype):
-        return array if array is None or array.dtype == dtype else array.view(dtype)
+        return array if array.dtype == dtype else array.view(dtype)
 
     def code(self, dtype):
         dtype = self.numpy.dtype(dtype)

@@ -1,7 +1,7 @@
 """What a Buffer on a GPU needs of torch: streams, and memory that torch knows of."""
 
 import sys
-from functools import cache
+from functools import cache, partial
 
 from . import _C
 from ._arrays import compiled_calls, library_of_name
@@ -59,6 +59,7 @@ class CudaMemory:
         self._pool_id = self._pool.id
         self._empty_strided = getattr(compiled_calls(self.torch), "_empty_strided_cuda", None)
         self._current_device = native._cuda_getDevice
+        self.current_stream = partial(native._cuda_getCurrentRawStream, device)
         self.comm_stream = None
         library_of_name("torch")  # so that the native module knows it
         pool = None
@@ -69,9 +70,6 @@ class CudaMemory:
 
     def set_comm_stream(self, native):
         self.comm_stream = self.torch.cuda.ExternalStream(native, device=self.device)
-
-    def current_stream(self):
-        return self.torch._C._cuda_getCurrentRawStream(self.device)
 
     def is_capturing(self):
         return self.torch.cuda.is_current_stream_capturing()

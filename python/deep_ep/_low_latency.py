@@ -4,6 +4,7 @@ from functools import partial
 
 from . import _C
 from ._arrays import library_of
+from .event import no_event
 
 
 def _receive(hook, _used):
@@ -45,19 +46,15 @@ class LowLatency:
         """
         library = library_of(x, "x")
         stats = cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats
-        recv_x, scales, count, src_info, layout_range, event, hook = (
-            self.runtime.low_latency_dispatch(
-                library.native, (x, topk_idx, *stats),
-                (num_max_dispatch_tokens_per_rank, num_experts),
-                (use_fp8, round_scale, use_ue8m0, return_recv_hook),
-                self._options(None, async_finish, False)))
+        recv_x, scales, count, handle, event, hook = self.runtime.low_latency_dispatch(
+            library.native, (x, topk_idx, *stats), (num_max_dispatch_tokens_per_rank, num_experts),
+            (use_fp8, round_scale, use_ue8m0, return_recv_hook),
+            self._options(None, async_finish, False))
         if use_fp8:
             recv_x = (recv_x, scales)
-        handle = (src_info, layout_range, num_max_dispatch_tokens_per_rank, x.shape[1],
-                  num_experts)
         used = (x, topk_idx, stats)
         return (recv_x, count, handle,
-                self._end(event, async_finish, used, (recv_x, count, handle)),
+                self._end(event, used, (recv_x, count, handle)) if async_finish else no_event(),
                 None if hook is None else partial(_receive, hook, used))
 
     def low_latency_combine(self, x, topk_idx, topk_weights, handle, use_logfmt=False,
@@ -83,7 +80,7 @@ class LowLatency:
         if out is not None:
             combined = out
         used = (x, topk_idx, topk_weights, handle, out, combine_wait_recv_cost_stats)
-        return (combined, self._end(event, async_finish, used, (combined,)),
+        return (combined, self._end(event, used, (combined,)) if async_finish else no_event(),
                 None if hook is None else partial(_receive, hook, used))
 
     def get_next_low_latency_combine_buffer(self, handle):

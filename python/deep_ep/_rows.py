@@ -71,15 +71,14 @@ class Extras:
             recv_x = self._brought(0, recv_x, rows)
         return recv_x, self._brought(2, ids, rows), self._brought(3, weights, rows), *rest
 
-    def grouped(self, library, more, x, x_scales):
+    def grouped(self, more):
         """(grouped_x or a pair, groups), if asked for."""
         if not self._group_rows:
             return ()
         _, rows, grouped, scales, parts = more
-        grouped = self._brought(4, library.typed(grouped, x.dtype), rows)
-        if x_scales is not None:
-            grouped = (grouped, self._brought(5, scales, rows))
-        return grouped, self._groups if parts is None else RowGroups(*parts)
+        grouped, scales = self._brought(4, grouped, rows), self._brought(5, scales, rows)
+        return (grouped if scales is None else (grouped, scales),
+                self._groups if parts is None else RowGroups(*parts))
 
     def _brought(self, index, made, rows):
         output = self._outputs[index]
@@ -103,7 +102,7 @@ class Rows:
         x, x_scales = _pair(x)
         library = library_of(x, "x")
         return PreparedDispatch(*self.runtime.prepare_dispatch(
-            library.native, (x, x_scales, topk_idx, topk_weights),
+            library.native, (x, x_scales), (topk_idx, topk_weights),
             (num_tokens_per_rank, num_tokens_per_expert, is_token_in_rank), num_experts or 0,
             expert_alignment, self._config_values(config, True),
             self._options(previous_event, False, False)))

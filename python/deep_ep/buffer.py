@@ -12,7 +12,7 @@ from ._groups import bootstrap_of, rank_and_size
 from ._low_latency import LowLatency
 from ._rows import Extras, Rows
 from .config import combine_config, default_values, dispatch_config
-from .event import EventHandle, EventOverlap
+from .event import EventHandle, EventOverlap, no_event
 
 _alive = weakref.WeakSet()
 _NO_LAYOUT = (None, None, None)
@@ -178,11 +178,9 @@ class Buffer(LowLatency, Rows):
         self.runtime.check()
 
     def _options(self, previous_event, async_finish, allocate_on_comm_stream):
-        event = _event_of(previous_event)
-        if self._memory is None:
-            return 0, -1, event, async_finish, allocate_on_comm_stream
-        stream = self._memory.current_stream()
-        if event is not None and self._memory.is_capturing():
+        stream = 0 if self._memory is None else self._memory.current_stream()
+        event = None if previous_event is None else _event_of(previous_event)
+        if event is not None and self._memory is not None and self._memory.is_capturing():
             # Memory of a graph is the current stream's, so the call has to come behind that too.
             event.stream_wait(stream, self._device)
             event = allocate_on_comm_stream = None
@@ -197,10 +195,8 @@ class Buffer(LowLatency, Rows):
             config = get_default(self.group_size)  # somebody's own
         return config._values()
 
-    def _end(self, event, async_finish, used, results):
-        """The event to return of a call that used the arrays `used` of its caller."""
-        if not async_finish:
-            return EventOverlap()
+    def _end(self, event, used, results):
+        """The event to return of an asynchronous call that used the arrays `used` of its caller."""
         if self._memory is not None:
             return EventOverlap(EventHandle._of(event), self._memory.hold(used, results))
         self._in_flight = [one for one in self._in_flight if not one[0].query()]
@@ -220,7 +216,7 @@ class Buffer(LowLatency, Rows):
         *result, event = self.runtime.get_dispatch_layout(
             library.native, topk_idx, num_experts,
             self._options(previous_event, async_finish, allocate_on_comm_stream))
-        return *result, self._end(event, async_finish, (topk_idx,), result)
+        return *result, self._end(event, (topk_idx,), result) if async_finish else no_event()
 
     def dispatch(self, x, handle=None, num_tokens_per_rank=None, num_tokens_per_rdma_rank=None,
                  is_token_in_rank=None, num_tokens_per_expert=None, topk_idx=None,
@@ -263,24 +259,23 @@ class Buffer(LowLatency, Rows):
         x, x_scales = x if isinstance(x, tuple) else (x, None)
         library = library_of(x, "x")
         recv_x, recv_scales, ids, weights, counts, new_handle, event, more = self.runtime.dispatch(
-            library.native, (x, x_scales, *topk), handle,
-            _NO_LAYOUT if handle is not None else layout, *numbers,
-            self._config_values(config, True), stats, self._options(*when),
+            library.native, (x, x_scales), topk, handle, layout if handle is None else _NO_LAYOUT,
+            numbers, self._config_values(config, True), stats, self._options(*when),
             None if extras is None else extras.values())
-        recv_x = library.typed(recv_x, x.dtype)
         if x_scales is not None:
             recv_x = (recv_x, recv_scales)
-        if handle is not None:
-            result, used = (recv_x, None, None, None, None), (x, x_scales, handle)
-        else:
+        if handle is None:
             result = (recv_x, ids, weights, counts, new_handle)
-            used = (x, x_scales, topk, layout)
-        if extras is None:
-            return *result, self._end(event, when[1], used, result)
-        result = extras.received(result, more[0])
-        grouped = extras.grouped(library, more, x, x_scales)
-        end = self._end(event, when[1], used + extras.used(), result + grouped)
-        return *result, end, *grouped
+        else:
+            result = (recv_x, None, None, None, None)
+        grouped = ()
+        if extras is not None:
+            result = extras.received(result, more[0])
+            grouped = extras.grouped(more)
+        if not when[1]:
+            return *result, no_event(), *grouped
+        used = (x, x_scales, topk, layout, handle, () if extras is None else extras.used())
+        return *result, self._end(event, used, result + grouped), *grouped
 
     def combine(self, x, handle, topk_weights=None, bias=None, config=None, previous_event=None,
                 async_finish=False, allocate_on_comm_stream=False, *,
@@ -303,9 +298,10 @@ class Buffer(LowLatency, Rows):
             library.native, (x, topk_weights, first_bias, second_bias), handle,
             self._config_values(config, False), combine_wait_recv_cost_stats,
             self._options(previous_event, async_finish, allocate_on_comm_stream), groups)
-        end = self._end(event, async_finish, (x, topk_weights, bias, handle, groups),
-                        (combined_x, combined_weights))
-        return combined_x, combined_weights, end
+        if not async_finish:
+            return combined_x, combined_weights, no_event()
+        return combined_x, combined_weights, self._end(
+            event, (x, topk_weights, bias, handle, groups), (combined_x, combined_weights))
 
     def internode_dispatch(self, x, handle=None, num_tokens_per_rank=None,
                            num_tokens_per_rdma_rank=None, is_token_in_rank=None,

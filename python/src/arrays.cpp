@@ -105,11 +105,12 @@ TensorView view_of_parts(const nb::tuple& parts) {
 
 }  // namespace
 
-Library::Library(nb::type_object type, nb::callable view, nb::callable make)
+Library::Library(nb::type_object type, nb::callable view, nb::callable make, nb::callable typed)
     : type_(std::move(type)),
       exchange_(find_exchange(type_)),
       view_(std::move(view)),
-      make_(std::move(make)) {}
+      make_(std::move(make)),
+      typed_(std::move(typed)) {}
 
 TensorView Library::view(nb::handle array, const char* name) const {
   if (array.is_none()) return {};
@@ -134,6 +135,12 @@ nb::object Library::make(const Tensor& tensor) const {
   return make_(Array{tensor}, dtype);
 }
 
+nb::object Library::make_like(const Tensor& tensor, nb::handle like) const {
+  nb::object made = make(tensor);
+  const bool opaque = tensor.defined() && tensor.dtype == DType::kUint8;
+  return opaque ? typed_(made, like.attr("dtype")) : made;
+}
+
 bool is_tuple_of(nb::handle value, std::size_t size) {
   return nb::isinstance<nb::tuple>(value) && nb::len(value) == size;
 }
@@ -153,7 +160,7 @@ void bind_arrays(nb::module_& module) {
       .def("__dlpack__", [](const Array& array, const nb::kwargs&) { return to_capsule(array); })
       .def("__dlpack_device__", &dlpack_device);
   nb::class_<Library>(module, "Library")
-      .def(nb::init<nb::type_object, nb::callable, nb::callable>());
+      .def(nb::init<nb::type_object, nb::callable, nb::callable, nb::callable>());
   module.def("load_torch", &TorchCalls::load);
 }
 

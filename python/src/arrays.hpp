@@ -27,18 +27,22 @@ class Library {
   /// the first returns (address, dtype, shape, strides in elements, CUDA device or -1) or raises a
   /// TypeError that names the argument, the second takes an Array, or (owner, offset in bytes,
   /// shape, strides in elements) in memory of an ObjectOwner, and the number of its DType.
-  Library(nb::type_object type, nb::callable view, nb::callable make);
+  /// `typed(array, dtype)` gives bytes the type of elements that they are of.
+  Library(nb::type_object type, nb::callable view, nb::callable make, nb::callable typed);
 
   /// Of None undefined.
   TensorView view(nb::handle array, const char* name) const;
   /// Of an undefined result None.
   nb::object make(const Tensor& tensor) const;
+  /// Elements as those of `like`, which may be of a type that DType does not have.
+  nb::object make_like(const Tensor& tensor, nb::handle like) const;
 
  private:
   nb::type_object type_;
   const Exchange* exchange_;
   nb::callable view_;
   nb::callable make_;
+  nb::callable typed_;
 };
 
 bool is_tuple_of(nb::handle value, std::size_t size);

@@ -97,12 +97,13 @@ nb::tuple get_dispatch_layout(OwnedBuffer& self, const Library& library, nb::han
                         library.make(layout.is_token_in_rank), event_of(call, layout.event));
 }
 
-/// `payload`: (x, x_scales, topk_idx, topk_weights).
-void set_payload(const Library& library, DispatchArgs& args, const nb::tuple& payload) {
+/// `payload`: (x, x_scales); `topk`: (topk_idx, topk_weights).
+void set_payload(const Library& library, DispatchArgs& args, const nb::tuple& payload,
+                 const nb::tuple& topk) {
   args.x = library.view(payload[0], "x");
   args.x_scales = library.view(payload[1], "x_scales");
-  args.topk_idx = library.view(payload[2], "topk_idx");
-  args.topk_weights = library.view(payload[3], "topk_weights");
+  args.topk_idx = library.view(topk[0], "topk_idx");
+  args.topk_weights = library.view(topk[1], "topk_weights");
 }
 
 /// `layout`: (per rank, per expert, in rank).
@@ -132,15 +133,20 @@ void set_extras(const Library& library, DispatchArgs& args, const nb::tuple& ext
 nb::object result_beside(const Library& library, const TensorView& given, const Tensor& result) {
   return given.defined() ? nb::none() : library.make(result);
 }
+/// The same of elements like those of `like`.
+nb::object rows_beside(const Library& library, const TensorView& given, const Tensor& result,
+                       nb::handle like) {
+  return given.defined() ? nb::none() : library.make_like(result, like);
+}
 
 /// (received rows, grouped rows, grouped_x, its scales, groups), the last four with group_rows and
 /// the groups unless they were given.
 nb::object result_of_extras(const Library& library, const DispatchArgs& args,
-                            const DispatchResult& result) {
+                            const DispatchResult& result, nb::handle x) {
   const std::int64_t rows = result.recv_x.shape[0];
   if (!args.group_rows) return nb::make_tuple(rows);
   return nb::make_tuple(rows, result.grouped_x.shape[0],
-                        result_beside(library, args.grouped_x, result.grouped_x),
+                        rows_beside(library, args.grouped_x, result.grouped_x, x),
                         result_beside(library, args.grouped_x_scales, result.grouped_x_scales),
                         args.groups ? nb::none() : result_of_groups(library, result.groups));
 }
@@ -153,18 +159,19 @@ GivenOfHandle given_of(const nb::tuple& layout, nb::handle extras) {
   return given;
 }
 
+/// `numbers`: (expert_alignment, num_worst_tokens).
 nb::tuple dispatch(OwnedBuffer& self, const Library& library, const nb::tuple& payload,
-                   nb::handle handle, const nb::tuple& layout, int expert_alignment,
-                   std::int64_t num_worst_tokens, const nb::tuple& config, nb::handle wait_stats,
+                   const nb::tuple& topk, nb::handle handle, const nb::tuple& layout,
+                   const nb::tuple& numbers, const nb::tuple& config, nb::handle wait_stats,
                    const nb::tuple& options, nb::handle extras) {
   DispatchArgs args;
-  set_payload(library, args, payload);
+  set_payload(library, args, payload, topk);
   if (!handle.is_none())
     set_handle(library, require_handle(handle, self.get().num_nodes()), args.handle,
                args.internode_handle);
   set_layout(library, args, layout);
-  args.expert_alignment = expert_alignment;
-  args.num_worst_tokens = num_worst_tokens;
+  args.expert_alignment = nb::cast<int>(numbers[0]);
+  args.num_worst_tokens = nb::cast<std::int64_t>(numbers[1]);
   args.config = config_of(config);
   args.dispatch_wait_recv_cost_stats = library.view(wait_stats, kWaitStats);
   args.options = options_of(options);
@@ -175,22 +182,23 @@ nb::tuple dispatch(OwnedBuffer& self, const Library& library, const nb::tuple& p
     result = self.get().dispatch(args);
   }
   return nb::make_tuple(
-      result_beside(library, args.recv_x, result.recv_x),
+      rows_beside(library, args.recv_x, result.recv_x, payload[0]),
       result_beside(library, args.recv_x_scales, result.recv_x_scales),
       result_beside(library, args.recv_topk_idx, result.recv_topk_idx),
       result_beside(library, args.recv_topk_weights, result.recv_topk_weights),
       nb::cast(result.num_recv_tokens_per_expert_list),
       result_of_handle(library, result.handle, result.internode_handle, given_of(layout, extras)),
       event_of(args.options, result.event),
-      extras.is_none() ? nb::none() : result_of_extras(library, args, result));
+      extras.is_none() ? nb::none() : result_of_extras(library, args, result, payload[0]));
 }
 
 /// Returns what prepared_of takes.
 nb::tuple prepare_dispatch(OwnedBuffer& self, const Library& library, const nb::tuple& payload,
-                           const nb::tuple& layout, int num_experts, int expert_alignment,
-                           const nb::tuple& config, const nb::tuple& options) {
+                           const nb::tuple& topk, const nb::tuple& layout, int num_experts,
+                           int expert_alignment, const nb::tuple& config,
+                           const nb::tuple& options) {
   DispatchArgs args;
-  set_payload(library, args, payload);
+  set_payload(library, args, payload, topk);
   set_layout(library, args, layout);
   args.num_experts = num_experts;
   args.expert_alignment = expert_alignment;
@@ -285,7 +293,7 @@ void bind_buffers(nb::module_& module) {
   bind_nodes(buffer);
   buffer.def("__init__", &construct, nb::arg(), nb::arg(), nb::arg().none())
       .def("get_dispatch_layout", &get_dispatch_layout)
-      .def("dispatch", &dispatch, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(),
+      .def("dispatch", &dispatch, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(),
            nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg().none())
       .def("prepare_dispatch", &prepare_dispatch)
       .def("combine", &combine, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg().none(),

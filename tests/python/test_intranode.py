@@ -218,7 +218,7 @@ def _older_torch(group):
     """Without DLPack's exchange interface a tensor is asked for each of its properties."""
     library = library_of_name("torch")
     known = library.native
-    library.native = deep_ep._C.Library(object, library.view, library.make)
+    library.native = deep_ep._C.Library(object, library.view, library.make, library.typed)
     try:
         _round_trip(group, 17, {})
         _opaque(group)

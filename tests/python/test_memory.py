@@ -163,6 +163,43 @@ def test_results_in_memory_that_torch_gave_are_plain_tensors(cpu_ranks, device):
     cpu_ranks.run(2, _memory_of_torch, device)
 
 
+def _pool_of_torch(group):
+    """What peers write is taken from torch's pool, unless in a capture; Python is asked where that
+    gives memory from elsewhere, as torch does here, where no allocator of the host's has pools."""
+    done = []
+
+    def is_capturing():
+        done.append("is_capturing")
+        return capturing
+
+    def note(name):
+        def function(*arguments):
+            done.append((name, *arguments))
+        return function
+
+    def allocate(*what):
+        done.append(what)
+
+    pool = (is_capturing, note("begin"), note("end"), note("release"), (0, (7, 8)))
+    buffer = _with_allocator(group, deep_ep._C.Allocator(allocate, -1, pool))
+    one = make_inputs(group.size(), experts=2 * group.size())[group.rank()]
+    capturing = False
+    handle = buffer.dispatch(**dispatch_arguments(buffer, one))[4]
+    place, asked = (0, (7, 8)), (True, False, False)
+    for capturing, between in (
+            (False, [("begin", *place), ("end", *place), ("release", *place)]), (True, [])):
+        done.clear()
+        buffer.dispatch(one.x, handle=handle)
+        *found, (num_bytes, *last) = done
+        assert found == ["is_capturing", *between] and tuple(last) == asked
+        assert num_bytes >= 2 * one.x.shape[1] * handle[3].shape[0]
+    buffer.destroy()
+
+
+def test_what_peers_write_is_asked_of_the_pool(cpu_ranks):
+    cpu_ranks.run(2, _pool_of_torch)
+
+
 def _blocks_of_torch(group):
     """Results of one call share a block, each has what it should be, and the block goes with the
     last of them."""
