@@ -39,7 +39,7 @@ def compiled_calls(torch):
 class TorchLibrary:
     """Views of torch tensors, and tensors of results: what the native module, which is given
     `native`, does not do by itself. It takes a view in one call where torch has one for all of a
-    tensor (2.10), and makes tensors where `load_torch` finds what it needs."""
+    tensor (2.10), and makes tensors where it finds what that needs (`has_calls`)."""
 
     def __init__(self, torch):
         self.torch = torch
@@ -49,7 +49,10 @@ class TorchLibrary:
                         torch.float16, torch.bfloat16, torch.float8_e4m3fn)
         # What torch's own compiled code calls; a quarter of the time of what it stands for.
         self._reinterpret = getattr(compiled_calls(torch), "_reinterpret_tensor", None)
-        _C.load_torch(str(Path(torch.__file__).parent / "lib" / "libtorch_python.so"))
+        # What from_dlpack calls once it has found out that it was given a capsule.
+        self._from_dlpack = getattr(torch._C, "_from_dlpack", torch.utils.dlpack.from_dlpack)
+        self.has_calls = _C.load_torch(
+            str(Path(torch.__file__).parent / "lib" / "libtorch_python.so"))
         self.native = _C.Library(torch.Tensor, self.view, self.make, self.typed)
 
     @staticmethod
@@ -67,7 +70,7 @@ class TorchLibrary:
             block, offset, shape, strides = result
             base = block if block.dtype == dtype else block.view(dtype)
             return self._own(base, shape, strides, offset // dtype.itemsize)
-        tensor = self.torch.utils.dlpack.from_dlpack(result.capsule())
+        tensor = self._from_dlpack(result.capsule())
         return tensor if tensor.dtype == dtype else tensor.view(dtype)
 
     def typed(self, tensor, dtype):
