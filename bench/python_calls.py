@@ -255,7 +255,8 @@ def main():
     parser.add_argument("--beside", nargs="*", default=[], help="JSON of deepep bench")
     parser.add_argument("--json", help="file to write")
     arguments = parser.parse_args()
-    for name, all_of_it, few in (("tokens", [128, 4096], [128]), ("dtype", ["bf16", "fp8"], ["bf16"]),
+    for name, all_of_it, few in (("tokens", [128, 4096], [128]),
+                                 ("dtype", ["bf16", "fp8"], ["bf16"]),
                                  ("low_latency_tokens", [1, 128], [128])):
         if getattr(arguments, name) is None:
             setattr(arguments, name, few if arguments.host_only else all_of_it)
