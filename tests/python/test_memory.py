@@ -12,7 +12,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import deep_ep
-from deep_ep._arrays import INT32, UINT8, TorchLibrary
+from deep_ep._arrays import INT32, UINT8, TorchLibrary, library_of_name
 from deep_ep._groups import bootstrap_of
 from routing import Expected, dispatch_arguments, layout_of, make_inputs
 
@@ -142,7 +142,8 @@ def _memory_of_torch(group, device):
     everyone = make_inputs(group.size(), experts=2 * group.size())
     one = everyone[group.rank()]
     got = buffer.dispatch(**dispatch_arguments(buffer, one))
-    plain = [(False, False, False)] * 2 if device is None else []
+    by_itself = device is not None and library_of_name("torch").has_calls
+    plain = [] if by_itself else [(False, False, False)] * 2
     assert asked == plain + [(True, False, False)] * 2
     Expected(everyone, group.rank()).check(*got[:3], got[4])
     combined = buffer.combine(got[0], got[4], previous_event=buffer.capture())[0]
@@ -230,6 +231,8 @@ def _blocks_of_torch(group):
 
 
 def test_results_of_a_call_share_a_block_of_torch(cpu_ranks):
+    if not library_of_name("torch").has_calls:
+        pytest.skip("this torch lacks what the native module allocates with")
     cpu_ranks.run(1, _blocks_of_torch)
 
 
