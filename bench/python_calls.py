@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """What `deepep bench` measures on GPUs, through Python: the same calls, chains and names, so that
-its JSON can be laid beside (`--beside`), and what a call takes of the host until it is queued.
+its JSON can be laid beside (`--beside`), and what a call takes of the host until it is queued,
+alone with `--host-only`, in some seconds.
 
 One process a GPU, started by hand or by torchrun (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT)."""
 
@@ -95,6 +96,13 @@ class Bench:
         self.rows.append({"operation": operation, "median_us": median, "wrong_elements": wrong,
                           "hidden": HIDDEN, "topk": TOPK, "experts": EXPERTS, **shape})
 
+    def add_host(self, calls, buffer, wrong, **shape):
+        """What calls take of the host, on the Buffer's own stream and on one of the caller's."""
+        own = torch.cuda.Stream()
+        for name, call in calls:
+            self.add(f"{name} host", host_us(call, buffer.get_comm_stream()), wrong, **shape)
+            self.add(f"{name} host, own stream", host_us(call, own), wrong, **shape)
+
     # --- high throughput
 
     def intranode(self, tokens, dtype, num_sms):
@@ -142,20 +150,19 @@ class Bench:
                     call()
             return run
 
-        for name, call in (("layout", layout), ("dispatch", lambda: dispatch(found)),
-                           ("dispatch_cached", cached), ("combine", combine),
-                           ("pair_cached", cached_pair), ("layout_pair", layout_pair)):
-            self.add(name, self.times_of(chain(call), CHAIN), **shape)
+        timed = (("layout", layout), ("dispatch", lambda: dispatch(found)),
+                 ("dispatch_cached", cached), ("combine", combine), ("pair_cached", cached_pair),
+                 ("layout_pair", layout_pair))
+        times = [] if self.arguments.host_only else [
+            (name, self.times_of(chain(call), CHAIN)) for name, call in timed]
         # Every rank that a token went to brings the same row back.
         ranks = found[3].sum(1, keepdim=True)
         cached()
         y = widened(live[-1][0]).bfloat16()
         wrong = int((combine() != (ranks * widened(sent).bfloat16().float()).bfloat16()).sum())
-        for row in self.rows[-6:]:
-            row["wrong_elements"] = wrong
-        stream = buffer.get_comm_stream()
-        self.add("dispatch_cached host", host_us(cached, stream), **shape)
-        self.add("combine host", host_us(combine, stream), **shape)
+        for name, median in times:
+            self.add(name, median, wrong, **shape)
+        self.add_host((("dispatch_cached", cached), ("combine", combine)), buffer, wrong, **shape)
         live.clear()
         buffer.destroy()
 
@@ -175,8 +182,13 @@ class Bench:
         got = dispatch()
         y = widened((got[0][0], got[0][1].contiguous())).bfloat16()
 
+        out = torch.empty_like(x)
+
         def combine():
             return buffer.low_latency_combine(y, ids, weights, got[2])[0]
+
+        def combine_out():
+            return buffer.low_latency_combine(y, ids, weights, got[2], out=out)[0]
 
         def pair():
             dispatch()
@@ -184,8 +196,10 @@ class Bench:
 
         # A row has one value for all its experts, so sums lose what bfloat16 does, twice.
         exact = widened(quantized(x)).bfloat16().float() * weights.sum(1, keepdim=True)
-        wrong = int(((combine().float() - exact).abs() > 0.01 * exact.abs()).sum())
-        for name, call in (("dispatch", dispatch), ("combine", combine), ("pair", pair)):
+        wrong = sum(int(((call().float() - exact).abs() > 0.01 * exact.abs()).sum())
+                    for call in (combine, combine_out))
+        chained = (("dispatch", dispatch), ("combine", combine), ("pair", pair))
+        for name, call in () if self.arguments.host_only else chained:
             torch.cuda.synchronize()
             dist.barrier(self.group)
             graph = torch.cuda.CUDAGraph()
@@ -195,9 +209,8 @@ class Bench:
             self.add(name, self.times_of(graph.replay, CHAIN, warmup=20), wrong, mode="graph",
                      **shape)
             del graph
-        stream = buffer.get_comm_stream()
-        self.add("dispatch host", host_us(dispatch, stream), wrong, mode="eager", **shape)
-        self.add("combine host", host_us(combine, stream), wrong, mode="eager", **shape)
+        self.add_host((("ll_dispatch", dispatch), ("ll_combine", combine),
+                       ("ll_combine out=", combine_out)), buffer, wrong, mode="eager", **shape)
         buffer.destroy()
 
     def finish(self):
@@ -207,14 +220,14 @@ class Bench:
             with open(file, encoding="utf-8") as text:
                 for row in json.load(text)["results"]:
                     beside[key_of(row)] = row["median_us"]
-        print(f"{'call':24}{'tokens':>8}  {'':12}{'us':>9}{'C++':>9}{'ratio':>7}{'wrong':>7}")
+        print(f"{'call':34}{'tokens':>8}  {'':12}{'us':>9}{'C++':>9}{'ratio':>7}{'wrong':>7}")
         for row in self.rows:
             what = row.get("mode") or f"{row['dtype']} {row['num_sms']} SMs"
             native = beside.get(key_of(row))
             if native is not None:
                 row["native_median_us"] = native
             more = f"{native:9.1f}{row['median_us'] / native:7.2f}" if native else " " * 16
-            print(f"{row['operation']:24}{row['tokens']:8}  {what:12}{row['median_us']:9.1f}{more}"
+            print(f"{row['operation']:34}{row['tokens']:8}  {what:12}{row['median_us']:9.1f}{more}"
                   f"{row['wrong_elements']:7}")
         if self.arguments.json:
             report = {"command": "python_calls.py", "version": deep_ep.__version__,
@@ -233,17 +246,25 @@ def key_of(row):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--tokens", type=int, nargs="*", default=[128, 4096])
-    parser.add_argument("--dtype", nargs="*", choices=["bf16", "fp8"], default=["bf16", "fp8"])
+    parser.add_argument("--tokens", type=int, nargs="*", help="default 128 and 4096")
+    parser.add_argument("--dtype", nargs="*", choices=["bf16", "fp8"], help="default both")
     parser.add_argument("--num-sms", type=int, default=16)
-    parser.add_argument("--low-latency-tokens", type=int, nargs="*", default=[1, 128])
+    parser.add_argument("--low-latency-tokens", type=int, nargs="*", help="default 1 and 128")
+    parser.add_argument("--host-only", action="store_true",
+                        help="only until calls are queued; of 128 tokens in bf16 by default")
     parser.add_argument("--beside", nargs="*", default=[], help="JSON of deepep bench")
     parser.add_argument("--json", help="file to write")
-    bench = Bench(parser.parse_args())
-    for tokens in bench.arguments.tokens:
-        for dtype in bench.arguments.dtype:
-            bench.intranode(tokens, dtype, bench.arguments.num_sms)
-    for tokens in bench.arguments.low_latency_tokens:
+    arguments = parser.parse_args()
+    for name, all_of_it, few in (("tokens", [128, 4096], [128]),
+                                 ("dtype", ["bf16", "fp8"], ["bf16"]),
+                                 ("low_latency_tokens", [1, 128], [128])):
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, few if arguments.host_only else all_of_it)
+    bench = Bench(arguments)
+    for tokens in arguments.tokens:
+        for dtype in arguments.dtype:
+            bench.intranode(tokens, dtype, arguments.num_sms)
+    for tokens in arguments.low_latency_tokens:
         bench.low_latency(tokens)
     good = bench.finish() if bench.rank == 0 else True
     dist.destroy_process_group()

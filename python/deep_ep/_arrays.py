@@ -5,6 +5,7 @@ is imported before somebody has passed an array of it.
 """
 
 import sys
+from pathlib import Path
 
 from . import _C
 
@@ -36,25 +37,23 @@ def compiled_calls(torch):
 
 
 class TorchLibrary:
-    """Views of torch tensors, and tensors of results."""
+    """Views of torch tensors, and tensors of results: what the native module, which is given
+    `native`, does not do by itself. It takes a view in one call where torch has one for all of a
+    tensor (2.10), and makes tensors where it finds what that needs (`has_calls`)."""
 
     def __init__(self, torch):
         self.torch = torch
         self.is_tensor = torch.Tensor
-        self.int32, self.int64, self.bool = torch.int32, torch.int64, torch.bool
-        self.uint8 = torch.uint8
-        self.float32, self.bfloat16 = torch.float32, torch.bfloat16
-        self.float8 = torch.float8_e4m3fn
+        # By number of deep_ep::DType.
+        self._dtypes = (torch.uint8, torch.bool, torch.int32, torch.int64, torch.float32,
+                        torch.float16, torch.bfloat16, torch.float8_e4m3fn)
         # What torch's own compiled code calls; a quarter of the time of what it stands for.
         self._reinterpret = getattr(compiled_calls(torch), "_reinterpret_tensor", None)
-        if _C.has_exchange(torch.Tensor):
-            self.view = self._tensor_itself
-
-    def _tensor_itself(self, tensor, name):
-        """torch 2.10 and newer tell the native module all of a tensor in one call."""
-        if isinstance(tensor, self.is_tensor):
-            return tensor
-        raise _not_an_array(name, tensor, "torch.Tensor")
+        # What from_dlpack calls once it has found out that it was given a capsule.
+        self._from_dlpack = getattr(torch._C, "_from_dlpack", torch.utils.dlpack.from_dlpack)
+        self.has_calls = _C.load_torch(
+            str(Path(torch.__file__).parent / "lib" / "libtorch_python.so"))
+        self.native = _C.Library(torch.Tensor, self.view, self.make, self.typed)
 
     @staticmethod
     def view(tensor, name):
@@ -64,20 +63,30 @@ class TorchLibrary:
         except AttributeError:
             raise _not_an_array(name, tensor, "torch.Tensor") from None
 
-    def make(self, result, dtype):
+    def make(self, result, code):
         """The tensor of a result: a view of the memory that torch gave, or of the library's."""
-        if result is None:
-            return None
+        dtype = self._dtypes[code]
         if type(result) is tuple:
             block, offset, shape, strides = result
-            # No view: what autograd returns must not be one of a tensor that it does not know.
-            if self._reinterpret is not None:
-                base = block if block.dtype == dtype else block.view(dtype)
-                return self._reinterpret(base, shape, strides, offset // dtype.itemsize)
-            tensor = self.torch.empty(0, dtype=dtype, device=block.device)
-            return tensor.set_(block.untyped_storage(), offset // dtype.itemsize, shape, strides)
-        tensor = self.torch.utils.dlpack.from_dlpack(result.capsule())
+            base = block if block.dtype == dtype else block.view(dtype)
+            return self._own(base, shape, strides, offset // dtype.itemsize)
+        tensor = self._from_dlpack(result.capsule())
         return tensor if tensor.dtype == dtype else tensor.view(dtype)
+
+    def typed(self, tensor, dtype):
+        """A result as what its bytes are, which the native module knows of few types."""
+        if tensor.dtype == dtype:
+            return tensor
+        view = tensor.view(dtype)
+        return self._own(view, tuple(view.shape), view.stride(), 0)
+
+    def _own(self, base, shape, strides, offset):
+        """A tensor over the memory of `base`, from element `offset` of that on; no view, since what
+        autograd returns must not be one of a tensor that it does not know."""
+        if self._reinterpret is not None:
+            return self._reinterpret(base, shape, strides, offset)
+        tensor = self.torch.empty(0, dtype=base.dtype, device=base.device)
+        return tensor.set_(base.untyped_storage(), base.storage_offset() + offset, shape, strides)
 
     def code(self, dtype):
         return _TORCH_CODES[dtype]
@@ -89,19 +98,7 @@ class NumpyLibrary:
     def __init__(self, numpy):
         self.numpy = numpy
         self.is_tensor = numpy.ndarray
-        self.int32, self.int64, self.bool = numpy.int32, numpy.int64, numpy.bool_
-        self.uint8 = numpy.uint8
-        self.float32 = numpy.float32
-
-    @property
-    def bfloat16(self):
-        import ml_dtypes
-        return ml_dtypes.bfloat16
-
-    @property
-    def float8(self):
-        import ml_dtypes
-        return ml_dtypes.float8_e4m3fn
+        self.native = _C.Library(numpy.ndarray, self.view, self.make, self.typed)
 
     def view(self, array, name):
         if not isinstance(array, self.numpy.ndarray):
@@ -110,10 +107,11 @@ class NumpyLibrary:
         return (array.__array_interface__["data"][0], self.code(array.dtype), array.shape,
                 tuple(stride // size for stride in array.strides), -1)
 
-    def make(self, result, dtype):
-        if result is None:
-            return None
+    def make(self, result, code):
         array = self.numpy.asarray(result)
+        return self.typed(array, _ml_dtype(code)) if code in _ML_NAMES else array
+
+    def typed(self, array, dtype):
         return array if array.dtype == dtype else array.view(dtype)
 
     def code(self, dtype):
@@ -124,6 +122,15 @@ class NumpyLibrary:
                             f"{', '.join(_NAMES)} (of ml_dtypes where NumPy has none) and any type "
                             "of one byte")
         return code
+
+
+# Of ml_dtypes, since NumPy has none.
+_ML_NAMES = {BFLOAT16: "bfloat16", FLOAT8_E4M3: "float8_e4m3fn"}
+
+
+def _ml_dtype(code):
+    import ml_dtypes
+    return getattr(ml_dtypes, _ML_NAMES[code])
 
 
 def _not_an_array(name, value, expected):

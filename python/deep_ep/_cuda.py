@@ -1,10 +1,10 @@
 """What a Buffer on a GPU needs of torch: streams, and memory that torch knows of."""
 
 import sys
-from functools import cache
+from functools import cache, partial
 
 from . import _C
-from ._arrays import compiled_calls
+from ._arrays import compiled_calls, library_of_name
 
 
 def comm_stream_of(native, device):
@@ -59,13 +59,17 @@ class CudaMemory:
         self._pool_id = self._pool.id
         self._empty_strided = getattr(compiled_calls(self.torch), "_empty_strided_cuda", None)
         self._current_device = native._cuda_getDevice
+        self.current_stream = partial(native._cuda_getCurrentRawStream, device)
         self.comm_stream = None
+        library_of_name("torch")  # so that the native module knows it
+        pool = None
+        if self._begin is not None:
+            pool = (native._cuda_isCurrentStreamCapturing, self._begin, *self._ends,
+                    (device, self._pool_id))
+        self.allocator = _C.Allocator(self.allocate, device, pool)
 
     def set_comm_stream(self, native):
         self.comm_stream = self.torch.cuda.ExternalStream(native, device=self.device)
-
-    def current_stream(self):
-        return self.torch._C._cuda_getCurrentRawStream(self.device)
 
     def is_capturing(self):
         return self.torch.cuda.is_current_stream_capturing()
@@ -75,7 +79,8 @@ class CudaMemory:
         self._pool = None
 
     def allocate(self, num_bytes, mapped, behind_event, async_finish):
-        """The native module's question for memory: (address, tensor of bytes)."""
+        """The native module's question for memory: (address, tensor of bytes). Of plain calls it
+        takes memory by itself, as _empty does, where torch lets it."""
         torch = self.torch
         if behind_event:
             with torch.cuda.stream(self.comm_stream):

@@ -4,6 +4,7 @@ from functools import partial
 
 from . import _C
 from ._arrays import library_of
+from .event import no_event
 
 
 def _receive(hook, _used):
@@ -44,28 +45,16 @@ class LowLatency:
         rows of each local expert int32 [L], handle, event, hook or None).
         """
         library = library_of(x, "x")
-        view = library.view
-        stats = (None if cumulative_local_expert_recv_stats is None else
-                 view(cumulative_local_expert_recv_stats, "cumulative_local_expert_recv_stats"),
-                 self._stats_view(library, dispatch_wait_recv_cost_stats))
-        recv_x, scales, count, src_info, layout_range, event, hook = (
-            self.runtime.low_latency_dispatch(
-                view(x, "x"), view(topk_idx, "topk_idx"),
-                (num_max_dispatch_tokens_per_rank, num_experts),
-                (use_fp8, round_scale, use_ue8m0, return_recv_hook), stats,
-                self._options(None, async_finish, False)))
-        make = library.make
+        stats = cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats
+        recv_x, scales, count, handle, event, hook = self.runtime.low_latency_dispatch(
+            library.native, (x, topk_idx, *stats), (num_max_dispatch_tokens_per_rank, num_experts),
+            (use_fp8, round_scale, use_ue8m0, return_recv_hook),
+            self._options(None, async_finish, False))
         if use_fp8:
-            recv_x = (make(recv_x, library.float8),
-                      make(scales, library.int32 if use_ue8m0 else library.float32))
-        else:
-            recv_x = make(recv_x, x.dtype)
-        handle = (make(src_info, library.int32), make(layout_range, library.int64),
-                  num_max_dispatch_tokens_per_rank, x.shape[1], num_experts)
-        count = make(count, library.int32)
-        used = (x, topk_idx, cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats)
+            recv_x = (recv_x, scales)
+        used = (x, topk_idx, stats)
         return (recv_x, count, handle,
-                self._end(event, async_finish, used, (recv_x, count, handle)),
+                self._end(event, used, (recv_x, count, handle)) if async_finish else no_event(),
                 None if hook is None else partial(_receive, hook, used))
 
     def low_latency_combine(self, x, topk_idx, topk_weights, handle, use_logfmt=False,
@@ -84,34 +73,21 @@ class LowLatency:
         Returns (combined_x [N, H], event, hook or None).
         """
         library = library_of(x, "x")
-        view = library.view
         combined, event, hook = self.runtime.low_latency_combine(
-            (view(x, "x"), view(topk_idx, "topk_idx"), view(topk_weights, "topk_weights"),
-             None if out is None else view(out, "out")),
-            self._low_latency_handle(library, handle),
+            library.native, (x, topk_idx, topk_weights, out, combine_wait_recv_cost_stats), handle,
             (use_logfmt, use_fp8, zero_copy, return_recv_hook),
-            self._stats_view(library, combine_wait_recv_cost_stats),
             self._options(None, async_finish, False))
-        combined = library.make(combined, x.dtype) if out is None else out
+        if out is not None:
+            combined = out
         used = (x, topk_idx, topk_weights, handle, out, combine_wait_recv_cost_stats)
-        return (combined, self._end(event, async_finish, used, (combined,)),
+        return (combined, self._end(event, used, (combined,)) if async_finish else no_event(),
                 None if hook is None else partial(_receive, hook, used))
-
-    @staticmethod
-    def _low_latency_handle(library, handle):
-        if not isinstance(handle, tuple) or len(handle) != 5:
-            what = f"a tuple of {len(handle)}" if isinstance(handle, tuple) else type(handle)
-            raise TypeError(f"handle is {what}, must be the tuple of 5 that low_latency_dispatch "
-                            "returned")
-        return (library.view(handle[0], "handle[0]"), library.view(handle[1], "handle[1]"),
-                *handle[2:])
 
     def get_next_low_latency_combine_buffer(self, handle):
         """[L, R * M, H] bfloat16, for the experts to write to: pass it to the next
         low_latency_combine, with `zero_copy`. Valid until `destroy`."""
         library = library_of(handle[0], "handle[0]")
-        return library.make(self.runtime.get_next_low_latency_combine_buffer(
-            self._low_latency_handle(library, handle)), library.bfloat16)
+        return self.runtime.get_next_low_latency_combine_buffer(library.native, handle)
 
     def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank, hidden, num_experts):
         """Checks that calls of this shape fit; nothing needs to be cleaned between calls."""
@@ -127,7 +103,7 @@ class LowLatency:
         """Fills `mask_status`, int32 [R] on the Buffer's device: 1 for each rank that is left
         out."""
         library = library_of(mask_status, "mask_status")
-        self.runtime.low_latency_query_mask_buffer(library.view(mask_status, "mask_status"),
+        self.runtime.low_latency_query_mask_buffer(library.native, mask_status,
                                                    *self._options(None, False, False)[:2])
 
     def low_latency_clean_mask_buffer(self):

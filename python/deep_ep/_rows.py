@@ -4,7 +4,6 @@ caller's, rows grouped by expert."""
 from collections import namedtuple
 
 from ._arrays import library_of
-from ._handles import handle_of_parts
 
 
 class PreparedDispatch(namedtuple("PreparedDispatch", (
@@ -40,37 +39,8 @@ class GroupedDispatch(namedtuple("GroupedDispatch", (
     __slots__ = ()
 
 
-NO_LAYOUT = (None, None, None)
-_OUTPUTS = ("recv_x", "recv_x_scales", "recv_topk_idx", "recv_topk_weights", "grouped_x",
-            "grouped_x_scales")
-
-
 def _pair(x):
     return x if isinstance(x, tuple) else (x, None)
-
-
-def _view(library, array, name):
-    return None if array is None else library.view(array, name)
-
-
-def views_of_payload(library, x, x_scales, topk_idx, topk_weights):
-    view = library.view
-    return (view(x, "x"), None if x_scales is None else view(x_scales, "x_scales"),
-            None if topk_idx is None else view(topk_idx, "topk_idx"),
-            None if topk_weights is None else view(topk_weights, "topk_weights"))
-
-
-def views_of_layout(library, per_rank, per_expert, in_rank):
-    return (_view(library, per_rank, "num_tokens_per_rank"),
-            _view(library, per_expert, "num_tokens_per_expert"),
-            _view(library, in_rank, "is_token_in_rank"))
-
-
-def views_of_groups(library, groups):
-    if not isinstance(groups, tuple) or len(groups) != 4:
-        what = f"a tuple of {len(groups)}" if isinstance(groups, tuple) else type(groups)
-        raise TypeError(f"groups is {what}, must be the RowGroups that dispatch_grouped returned")
-    return tuple(_view(library, one, "an element of groups") for one in groups)
 
 
 class Extras:
@@ -85,15 +55,8 @@ class Extras:
         self._outputs = (*_pair(recv_x), recv_topk_idx, recv_topk_weights, *_pair(grouped_x))
         self._group_rows, self._groups = group_rows, groups
 
-    def views(self, library):
-        prepared, groups = self.prepared, self._groups
-        if prepared is not None:
-            prepared = (tuple(_view(library, one, "an element of prepared.handle")
-                              for one in prepared.handle), *prepared[1:])
-        if groups is not None:
-            groups = views_of_groups(library, groups)
-        outputs = tuple(_view(library, one, name) for one, name in zip(self._outputs, _OUTPUTS))
-        return self.num_experts, prepared, outputs, self._group_rows, groups
+    def values(self):
+        return self.num_experts, self.prepared, self._outputs, self._group_rows, self._groups
 
     def used(self):
         """What an asynchronous call uses of the caller's."""
@@ -108,18 +71,14 @@ class Extras:
             recv_x = self._brought(0, recv_x, rows)
         return recv_x, self._brought(2, ids, rows), self._brought(3, weights, rows), *rest
 
-    def grouped(self, library, more, x, x_scales):
+    def grouped(self, more):
         """(grouped_x or a pair, groups), if asked for."""
         if not self._group_rows:
             return ()
         _, rows, grouped, scales, parts = more
-        grouped = self._brought(4, library.make(grouped, x.dtype), rows)
-        if x_scales is not None:
-            grouped = (grouped, self._brought(5, library.make(scales, x_scales.dtype), rows))
-        if parts is None:  # the given ones
-            return grouped, self._groups
-        return grouped, RowGroups(*[library.make(one, library.int32) for one in parts[:3]],
-                                  library.make(parts[3], library.float32))
+        grouped, scales = self._brought(4, grouped, rows), self._brought(5, scales, rows)
+        return (grouped if scales is None else (grouped, scales),
+                self._groups if parts is None else RowGroups(*parts))
 
     def _brought(self, index, made, rows):
         output = self._outputs[index]
@@ -142,12 +101,11 @@ class Rows:
         """
         x, x_scales = _pair(x)
         library = library_of(x, "x")
-        parts, *counts = self.runtime.prepare_dispatch(
-            views_of_payload(library, x, x_scales, topk_idx, topk_weights),
-            views_of_layout(library, num_tokens_per_rank, num_tokens_per_expert, is_token_in_rank),
-            num_experts or 0, expert_alignment, self._config_values(config, True),
-            self._options(previous_event, False, False))
-        return PreparedDispatch(handle_of_parts(library, parts, is_token_in_rank), *counts)
+        return PreparedDispatch(*self.runtime.prepare_dispatch(
+            library.native, (x, x_scales), (topk_idx, topk_weights),
+            (num_tokens_per_rank, num_tokens_per_expert, is_token_in_rank), num_experts or 0,
+            expert_alignment, self._config_values(config, True),
+            self._options(previous_event, False, False)))
 
     def dispatch_grouped(self, x, handle=None, groups=None, num_tokens_per_rank=None,
                          is_token_in_rank=None, num_tokens_per_expert=None, topk_idx=None,

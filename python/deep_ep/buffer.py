@@ -9,13 +9,13 @@ from . import _C
 from ._arrays import library_of, library_of_dtype
 from ._cuda import CudaMemory, comm_stream_of
 from ._groups import bootstrap_of, rank_and_size
-from ._handles import handle_of_parts, views_of_handle
 from ._low_latency import LowLatency
-from ._rows import (NO_LAYOUT, Extras, Rows, views_of_groups, views_of_layout, views_of_payload)
+from ._rows import Extras, Rows
 from .config import combine_config, default_values, dispatch_config
-from .event import EventHandle, EventOverlap
+from .event import EventHandle, EventOverlap, no_event
 
 _alive = weakref.WeakSet()
+_NO_LAYOUT = (None, None, None)
 
 
 @atexit.register
@@ -103,8 +103,8 @@ class Buffer(LowLatency, Rows):
             "timeout_ms": 0 if timeout is None else max(1, round(timeout * 1000)),
             "num_threads": num_threads,
         }
-        allocate = None if self._memory is None else self._memory.allocate
-        self.runtime = _C.Buffer(bootstrap_of(group_or_comm), options, allocate)
+        allocator = None if self._memory is None else self._memory.allocator
+        self.runtime = _C.Buffer(bootstrap_of(group_or_comm), options, allocator)
         self._num_nodes = self.runtime.get_num_rdma_ranks()
         if self._memory is not None:
             self._memory.set_comm_stream(self.runtime.comm_stream())
@@ -157,7 +157,8 @@ class Buffer(LowLatency, Rows):
         """The rank's own memory that ranks of its node map, from `offset` bytes on, as elements of
         `dtype`: of shape `size`, else all of it. Whichever kind of buffer is asked for."""
         library = library_of_dtype(dtype)
-        tensor = library.make(self.runtime.local_buffer(library.code(dtype), offset), dtype)
+        tensor = library.typed(self.runtime.local_buffer(library.native, library.code(dtype),
+                                                         offset), dtype)
         if size is None:
             return tensor
         count = 1
@@ -177,11 +178,9 @@ class Buffer(LowLatency, Rows):
         self.runtime.check()
 
     def _options(self, previous_event, async_finish, allocate_on_comm_stream):
-        event = _event_of(previous_event)
-        if self._memory is None:
-            return 0, -1, event, async_finish, allocate_on_comm_stream
-        stream = self._memory.current_stream()
-        if event is not None and self._memory.is_capturing():
+        stream = 0 if self._memory is None else self._memory.current_stream()
+        event = None if previous_event is None else _event_of(previous_event)
+        if event is not None and self._memory is not None and self._memory.is_capturing():
             # Memory of a graph is the current stream's, so the call has to come behind that too.
             event.stream_wait(stream, self._device)
             event = allocate_on_comm_stream = None
@@ -196,10 +195,8 @@ class Buffer(LowLatency, Rows):
             config = get_default(self.group_size)  # somebody's own
         return config._values()
 
-    def _end(self, event, async_finish, used, results):
-        """The event to return of a call that used the arrays `used` of its caller."""
-        if not async_finish:
-            return EventOverlap()
+    def _end(self, event, used, results):
+        """The event to return of an asynchronous call that used the arrays `used` of its caller."""
         if self._memory is not None:
             return EventOverlap(EventHandle._of(event), self._memory.hold(used, results))
         self._in_flight = [one for one in self._in_flight if not one[0].query()]
@@ -216,13 +213,10 @@ class Buffer(LowLatency, Rows):
         ranks are of one node, num_tokens_per_expert int32[E], is_token_in_rank bool[N, R], event).
         """
         library = library_of(topk_idx, "topk_idx")
-        per_rank, per_node, per_expert, in_rank, event = self.runtime.get_dispatch_layout(
-            library.view(topk_idx, "topk_idx"), num_experts,
+        *result, event = self.runtime.get_dispatch_layout(
+            library.native, topk_idx, num_experts,
             self._options(previous_event, async_finish, allocate_on_comm_stream))
-        make, int32 = library.make, library.int32
-        result = (make(per_rank, int32), make(per_node, int32), make(per_expert, int32),
-                  make(in_rank, library.bool))
-        return *result, self._end(event, async_finish, (topk_idx,), result)
+        return *result, self._end(event, (topk_idx,), result) if async_finish else no_event()
 
     def dispatch(self, x, handle=None, num_tokens_per_rank=None, num_tokens_per_rdma_rank=None,
                  is_token_in_rank=None, num_tokens_per_expert=None, topk_idx=None,
@@ -265,29 +259,23 @@ class Buffer(LowLatency, Rows):
         x, x_scales = x if isinstance(x, tuple) else (x, None)
         library = library_of(x, "x")
         recv_x, recv_scales, ids, weights, counts, new_handle, event, more = self.runtime.dispatch(
-            views_of_payload(library, x, x_scales, *topk),
-            None if handle is None else views_of_handle(library, handle, self._num_nodes),
-            NO_LAYOUT if handle is not None else views_of_layout(library, *layout),
-            *numbers, self._config_values(config, True), self._stats_view(library, stats),
-            self._options(*when), None if extras is None else extras.views(library))
-        make = library.make
-        recv_x = make(recv_x, x.dtype)
+            library.native, (x, x_scales), topk, handle, layout if handle is None else _NO_LAYOUT,
+            numbers, self._config_values(config, True), stats, self._options(*when),
+            None if extras is None else extras.values())
         if x_scales is not None:
-            recv_x = (recv_x, make(recv_scales, x_scales.dtype))
-        if handle is not None:
-            result, used = (recv_x, None, None, None, None), (x, x_scales, handle)
+            recv_x = (recv_x, recv_scales)
+        if handle is None:
+            result = (recv_x, ids, weights, counts, new_handle)
         else:
-            ids = None if ids is None else make(ids, topk[0].dtype)
-            result = (recv_x, ids, make(weights, library.float32), counts,
-                      handle_of_parts(library, new_handle, layout[2],
-                                      None if extras is None else extras.prepared))
-            used = (x, x_scales, topk, layout)
-        if extras is None:
-            return *result, self._end(event, when[1], used, result)
-        result = extras.received(result, more[0])
-        grouped = extras.grouped(library, more, x, x_scales)
-        end = self._end(event, when[1], used + extras.used(), result + grouped)
-        return *result, end, *grouped
+            result = (recv_x, None, None, None, None)
+        grouped = ()
+        if extras is not None:
+            result = extras.received(result, more[0])
+            grouped = extras.grouped(more)
+        if not when[1]:
+            return *result, no_event(), *grouped
+        used = (x, x_scales, topk, layout, handle, () if extras is None else extras.used())
+        return *result, self._end(event, used, result + grouped), *grouped
 
     def combine(self, x, handle, topk_weights=None, bias=None, config=None, previous_event=None,
                 async_finish=False, allocate_on_comm_stream=False, *,
@@ -305,26 +293,15 @@ class Buffer(LowLatency, Rows):
         Returns (combined_x [N, H], combined_topk_weights [N, K] or None, event).
         """
         library = library_of(x, "x")
-        view = library.view
         first_bias, second_bias = bias if isinstance(bias, tuple) else (bias, None)
         combined_x, combined_weights, event = self.runtime.combine(
-            (view(x, "x"), None if topk_weights is None else view(topk_weights, "topk_weights"),
-             None if first_bias is None else view(first_bias, "bias"),
-             None if second_bias is None else view(second_bias, "bias")),
-            views_of_handle(library, handle, self._num_nodes),
-            self._config_values(config, False),
-            self._stats_view(library, combine_wait_recv_cost_stats),
-            self._options(previous_event, async_finish, allocate_on_comm_stream),
-            None if groups is None else views_of_groups(library, groups))
-        combined_x = library.make(combined_x, x.dtype)
-        combined_weights = library.make(combined_weights, library.float32)
-        end = self._end(event, async_finish, (x, topk_weights, bias, handle, groups),
-                        (combined_x, combined_weights))
-        return combined_x, combined_weights, end
-
-    @staticmethod
-    def _stats_view(library, stats):
-        return None if stats is None else library.view(stats, "wait_recv_cost_stats")
+            library.native, (x, topk_weights, first_bias, second_bias), handle,
+            self._config_values(config, False), combine_wait_recv_cost_stats,
+            self._options(previous_event, async_finish, allocate_on_comm_stream), groups)
+        if not async_finish:
+            return combined_x, combined_weights, no_event()
+        return combined_x, combined_weights, self._end(
+            event, (x, topk_weights, bias, handle, groups), (combined_x, combined_weights))
 
     def internode_dispatch(self, x, handle=None, num_tokens_per_rank=None,
                            num_tokens_per_rdma_rank=None, is_token_in_rank=None,

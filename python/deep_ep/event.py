@@ -1,7 +1,7 @@
 """Points in a stream of work, and what is said to wait for them."""
 
 import sys
-from functools import cache
+from functools import cache, partial
 
 from . import _C
 
@@ -54,6 +54,8 @@ class EventOverlap:
     """An event of a call, to be waited for when its results are needed. `event` is None for calls
     that were not asynchronous. `extra_tensors` are kept alive as long as this object."""
 
+    event = extra_tensors = None  # of `no_event`
+
     def __init__(self, event=None, extra_tensors=None):
         self.event = event
         self.extra_tensors = extra_tensors
@@ -71,3 +73,7 @@ class EventOverlap:
     def __exit__(self, *_):
         if self.event is not None:
             self.event.current_stream_wait()
+
+
+# What a call that was not asynchronous returns: an EventOverlap() in a quarter of the time.
+no_event = partial(object.__new__, EventOverlap)

@@ -1,10 +1,14 @@
 #include "allocator.hpp"
 
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/shared_ptr.h>
+
 #include <cstdio>
 #include <map>
 #include <mutex>
 
 #include "arrays.hpp"
+#include "torch_calls.hpp"
 
 namespace deep_ep::python {
 
@@ -44,10 +48,66 @@ bool is_held(const void* data, std::int64_t bytes) {
          static_cast<const std::byte*>(piece->first) + piece->second.nbytes();
 }
 
+/// What this thread takes from torch meanwhile comes from a pool; the GIL is held.
+class InPool {
+ public:
+  explicit InPool(nb::handle pool) : pool_(pool) { call(1); }
+  ~InPool() {
+    for (const int end : {2, 3}) {
+      try {
+        call(end);
+      } catch (nb::python_error& error) {
+        error.discard_as_unraisable("deep_ep: the end of an allocation");
+      }
+    }
+  }
+  InPool(const InPool&) = delete;
+  InPool& operator=(const InPool&) = delete;
+
+ private:
+  void call(int function) const {
+    PyObject* done = PyObject_CallObject(PyTuple_GetItem(pool_.ptr(), function),
+                                         PyTuple_GetItem(pool_.ptr(), 4));
+    if (done == nullptr) throw nb::python_error();
+    Py_DECREF(done);
+  }
+
+  nb::handle pool_;
+};
+
 }  // namespace
 
-std::shared_ptr<void> ObjectAllocator::allocate(std::int64_t bytes, bool mapped,
-                                                const CallOptions& options) {
+TorchAllocator::TorchAllocator(nb::callable allocate, std::optional<int> device,
+                               std::optional<nb::tuple> pool)
+    : allocate_(std::move(allocate)), device_(device) {
+  if (pool) pool_.emplace(std::move(*pool));
+}
+
+std::shared_ptr<void> TorchAllocator::allocate(std::int64_t bytes, bool mapped,
+                                               const CallOptions& options) {
+  // Only the callable tells torch of a second stream.
+  const bool one_stream = !options.previous_event.has_value() && !options.async_finish;
+  if (one_stream && device_ && (!mapped || pool_)) {
+    if (std::shared_ptr<void> block = allocate_by_torch(bytes, mapped)) return block;
+  }
+  return ask(bytes, mapped, options);
+}
+
+std::shared_ptr<void> TorchAllocator::allocate_by_torch(std::int64_t bytes, bool mapped) const {
+  const TorchCalls* torch = TorchCalls::get();
+  if (torch == nullptr) return nullptr;
+  if (!mapped) return torch->allocate(bytes, *device_);
+  const nb::gil_scoped_acquire gil;
+  const nb::handle pool = pool_->get();
+  if (nb::cast<bool>(nb::handle(PyTuple_GetItem(pool.ptr(), 0))())) return nullptr;
+  const Asking here(buffer_);
+  const InPool in_pool(pool);
+  std::shared_ptr<void> block = torch->allocate(bytes, *device_);
+  return block && is_held(block.get(), bytes) ? block : nullptr;
+}
+
+std::shared_ptr<void> TorchAllocator::ask(std::int64_t bytes, bool mapped,
+                                          const CallOptions& options) const {
   const nb::gil_scoped_acquire gil;
   const Asking here(mapped ? buffer_ : nullptr);
   nb::object given =
@@ -59,6 +119,12 @@ std::shared_ptr<void> ObjectAllocator::allocate(std::int64_t bytes, bool mapped,
   // memory serves, which stays with the graph as well.
   if (mapped && !is_held(data, bytes)) return nullptr;
   return {data, ObjectOwner{Reference(nb::borrow(parts[1]))}};
+}
+
+void bind_allocator(nb::module_& module) {
+  nb::class_<TorchAllocator>(module, "Allocator")
+      .def(nb::init<nb::callable, std::optional<int>, std::optional<nb::tuple>>(), nb::arg(),
+           nb::arg().none(), nb::arg().none());
 }
 
 }  // namespace deep_ep::python

@@ -1,11 +1,12 @@
 #include "arrays.hpp"
 
 #include <dlpack/dlpack.h>
+#include <nanobind/stl/string.h>
 
 #include <array>
 #include <string>
 
-#include "exchange.hpp"
+#include "torch_calls.hpp"
 
 namespace deep_ep::python {
 
@@ -82,13 +83,8 @@ nb::tuple dlpack_device(const Array& array) {
                         device.index);
 }
 
-}  // namespace
-
-TensorView view_of(nb::handle array) {
+TensorView view_of_parts(const nb::tuple& parts) {
   TensorView view;
-  if (array.is_none()) return view;
-  if (!nb::isinstance<nb::tuple>(array)) return exchanged_view(array);
-  const auto parts = nb::cast<nb::tuple>(array);
   view.data = reinterpret_cast<void*>(nb::cast<std::uintptr_t>(parts[0]));
   view.dtype = static_cast<DType>(nb::cast<int>(parts[1]));
   const auto shape = nb::cast<nb::tuple>(parts[2]);
@@ -107,15 +103,53 @@ TensorView view_of(nb::handle array) {
   return view;
 }
 
-nb::object result_of(const Tensor& tensor) {
+}  // namespace
+
+Library::Library(nb::type_object type, nb::callable view, nb::callable make, nb::callable typed)
+    : type_(std::move(type)),
+      exchange_(find_exchange(type_)),
+      view_(std::move(view)),
+      make_(std::move(make)),
+      typed_(std::move(typed)) {}
+
+TensorView Library::view(nb::handle array, const char* name) const {
+  if (array.is_none()) return {};
+  if (exchange_ != nullptr &&
+      PyObject_TypeCheck(array.ptr(), reinterpret_cast<PyTypeObject*>(type_.ptr())) != 0)
+    return exchanged_view(*exchange_, array);
+  return view_of_parts(nb::cast<nb::tuple>(view_(array, name)));
+}
+
+nb::object Library::make(const Tensor& tensor) const {
   if (!tensor.defined()) return nb::none();
+  if (const auto* block = std::get_deleter<TorchOwner>(tensor.owner()))
+    return TorchCalls::get()->object(*block, tensor);
+  const int dtype = static_cast<int>(tensor.dtype);
   if (const auto* held = std::get_deleter<ObjectOwner>(tensor.owner())) {
     const std::int64_t offset =
         static_cast<std::byte*>(tensor.data) - static_cast<std::byte*>(tensor.owner().get());
-    return nb::make_tuple(nb::borrow(held->object.get()), offset, shape_of(tensor),
-                          tuple_of(tensor, tensor.strides));
+    return make_(nb::make_tuple(nb::borrow(held->object.get()), offset, shape_of(tensor),
+                                tuple_of(tensor, tensor.strides)),
+                 dtype);
   }
-  return nb::cast(Array{tensor});
+  return make_(Array{tensor}, dtype);
+}
+
+nb::object Library::make_like(const Tensor& tensor, nb::handle like) const {
+  nb::object made = make(tensor);
+  const bool opaque = tensor.defined() && tensor.dtype == DType::kUint8;
+  return opaque ? typed_(made, like.attr("dtype")) : made;
+}
+
+bool is_tuple_of(nb::handle value, std::size_t size) {
+  return nb::isinstance<nb::tuple>(value) && nb::len(value) == size;
+}
+
+nb::builtin_exception wrong_tuple(const char* name, nb::handle value, const std::string& expected) {
+  const std::string what = nb::isinstance<nb::tuple>(value)
+                               ? "a tuple of " + std::to_string(nb::len(value))
+                               : nb::str(value.type()).c_str();
+  return nb::type_error((name + (" is " + what) + ", must be " + expected).c_str());
 }
 
 void bind_arrays(nb::module_& module) {
@@ -125,7 +159,9 @@ void bind_arrays(nb::module_& module) {
       .def_prop_ro("__array_interface__", &array_interface)
       .def("__dlpack__", [](const Array& array, const nb::kwargs&) { return to_capsule(array); })
       .def("__dlpack_device__", &dlpack_device);
-  module.def("has_exchange", &has_exchange);
+  nb::class_<Library>(module, "Library")
+      .def(nb::init<nb::type_object, nb::callable, nb::callable, nb::callable>());
+  module.def("load_torch", &TorchCalls::load);
 }
 
 }  // namespace deep_ep::python

@@ -2,7 +2,10 @@
 
 #include <nanobind/nanobind.h>
 
+#include <string>
+
 #include "deep_ep/tensor.hpp"
+#include "exchange.hpp"
 #include "references.hpp"
 
 namespace deep_ep::python {
@@ -14,13 +17,37 @@ struct ObjectOwner {
   void operator()(void*) const {}
 };
 
-/// None, an array whose type speaks DLPack's exchange interface, or what deep_ep/_arrays.py makes
-/// of another: (address, dtype, shape, strides in elements, CUDA device or -1).
-TensorView view_of(nb::handle array);
+/// What a caller reads of statistics that are no array.
+constexpr const char* kWaitStats = "wait_recv_cost_stats";
 
-/// What becomes of a result: None if undefined; (owner, offset in bytes, shape, strides in
-/// elements or None if contiguous) in memory of an ObjectOwner; else an Array.
-nb::object result_of(const Tensor& tensor);
+/// Whose arrays a call takes and returns: one of the libraries of deep_ep/_arrays.py.
+class Library {
+ public:
+  /// `type`: of its arrays. `view(array, name)` and `make(result, dtype)` do what is not done here:
+  /// the first returns (address, dtype, shape, strides in elements, CUDA device or -1) or raises a
+  /// TypeError that names the argument, the second takes an Array, or (owner, offset in bytes,
+  /// shape, strides in elements) in memory of an ObjectOwner, and the number of its DType.
+  /// `typed(array, dtype)` gives bytes the type of elements that they are of.
+  Library(nb::type_object type, nb::callable view, nb::callable make, nb::callable typed);
+
+  /// Of None undefined.
+  TensorView view(nb::handle array, const char* name) const;
+  /// Of an undefined result None.
+  nb::object make(const Tensor& tensor) const;
+  /// Elements as those of `like`, which may be of a type that DType does not have.
+  nb::object make_like(const Tensor& tensor, nb::handle like) const;
+
+ private:
+  nb::type_object type_;
+  const Exchange* exchange_;
+  nb::callable view_;
+  nb::callable make_;
+  nb::callable typed_;
+};
+
+bool is_tuple_of(nb::handle value, std::size_t size);
+/// The TypeError for one that is none: "`name` is ..., must be `expected`".
+nb::builtin_exception wrong_tuple(const char* name, nb::handle value, const std::string& expected);
 
 void bind_arrays(nb::module_& module);
 

@@ -24,30 +24,35 @@ Config config_of(const nb::tuple& parts) {
   return config;
 }
 
-RowGroups groups_of(const nb::tuple& parts) {
-  return {view_of(parts[0]), view_of(parts[1]), view_of(parts[2]), view_of(parts[3])};
+/// `parts`: what dispatch_grouped returned for its groups.
+RowGroups groups_of(const Library& library, nb::handle parts) {
+  constexpr std::size_t kTensors = 4;
+  if (!is_tuple_of(parts, kTensors))
+    throw wrong_tuple("groups", parts, "the RowGroups that dispatch_grouped returned");
+  const auto part = [&](int i) { return library.view(parts[i], "an element of groups"); };
+  return {part(0), part(1), part(2), part(3)};
 }
 
-nb::object result_of_groups(const RowGroups& groups) {
-  return nb::make_tuple(result_of(groups.group_offsets), result_of(groups.grouped_rows),
-                        result_of(groups.recv_rows), result_of(groups.weights));
+nb::object result_of_groups(const Library& library, const RowGroups& groups) {
+  return nb::make_tuple(library.make(groups.group_offsets), library.make(groups.grouped_rows),
+                        library.make(groups.recv_rows), library.make(groups.weights));
 }
 
 /// What dispatch and combine take for a handle: one of 6 tensors, or of 10 with several nodes.
 template <class OneNode, class SeveralNodes>
-void set_handle(const nb::tuple& parts, OneNode& handle, SeveralNodes& internode) {
+void set_handle(const Library& library, const nb::tuple& parts, OneNode& handle,
+                SeveralNodes& internode) {
   if (parts.size() == kInternodeTensors) {
-    internode = internode_handle_of(parts);
+    internode = internode_handle_of(library, parts);
   } else {
-    handle = intranode_handle_of(parts);
+    handle = intranode_handle_of(library, parts);
   }
 }
 
-/// `parts`: (handle, received rows, list of rows for each expert, num_experts, expert_alignment,
-/// tokens to pass on).
-PreparedDispatch prepared_of(const nb::tuple& parts) {
+/// `parts`: a PreparedDispatch.
+PreparedDispatch prepared_of(const Library& library, const nb::tuple& parts) {
   PreparedDispatch prepared;
-  set_handle(nb::cast<nb::tuple>(parts[0]), prepared.handle, prepared.internode_handle);
+  set_handle(library, nb::cast<nb::tuple>(parts[0]), prepared.handle, prepared.internode_handle);
   prepared.num_recv_tokens = nb::cast<std::int64_t>(parts[1]);
   prepared.num_recv_tokens_per_expert_list = nb::cast<std::vector<std::int32_t>>(parts[2]);
   prepared.num_experts = nb::cast<int>(parts[3]);
@@ -57,7 +62,7 @@ PreparedDispatch prepared_of(const nb::tuple& parts) {
 }
 
 void construct(OwnedBuffer* self, std::shared_ptr<Bootstrap> bootstrap, const nb::dict& given,
-               nb::object allocate) {
+               const std::shared_ptr<TorchAllocator>& allocator) {
   BufferOptions options;
   const auto number = [&](const char* name) { return nb::cast<std::int64_t>(given[name]); };
   const auto flag = [&](const char* name) { return nb::cast<bool>(given[name]); };
@@ -74,106 +79,127 @@ void construct(OwnedBuffer* self, std::shared_ptr<Bootstrap> bootstrap, const nb
   options.enable_shrink = flag("enable_shrink");
   options.timeout = std::chrono::milliseconds(number("timeout_ms"));
   options.num_threads = static_cast<int>(number("num_threads"));
-  new (self) OwnedBuffer(std::move(bootstrap), options, std::move(allocate));
+  new (self) OwnedBuffer(std::move(bootstrap), options, allocator);
 }
 
-nb::tuple get_dispatch_layout(OwnedBuffer& self, nb::handle topk_idx, int num_experts,
-                              const nb::tuple& options) {
-  const TensorView ids = view_of(topk_idx);
+nb::tuple get_dispatch_layout(OwnedBuffer& self, const Library& library, nb::handle topk_idx,
+                              int num_experts, const nb::tuple& options) {
+  const TensorView ids = library.view(topk_idx, "topk_idx");
   const CallOptions call = options_of(options);
   DispatchLayout layout;
   {
     const NoGil no_gil;
     layout = self.get().get_dispatch_layout(ids, num_experts, call);
   }
-  return nb::make_tuple(
-      result_of(layout.num_tokens_per_rank), result_of(layout.num_tokens_per_rdma_rank),
-      result_of(layout.num_tokens_per_expert), result_of(layout.is_token_in_rank), layout.event);
+  return nb::make_tuple(library.make(layout.num_tokens_per_rank),
+                        library.make(layout.num_tokens_per_rdma_rank),
+                        library.make(layout.num_tokens_per_expert),
+                        library.make(layout.is_token_in_rank), event_of(call, layout.event));
 }
 
-/// `payload`: (x, x_scales, topk_idx, topk_weights).
-void set_payload(DispatchArgs& args, const nb::tuple& payload) {
-  args.x = view_of(payload[0]);
-  args.x_scales = view_of(payload[1]);
-  args.topk_idx = view_of(payload[2]);
-  args.topk_weights = view_of(payload[3]);
+/// `payload`: (x, x_scales); `topk`: (topk_idx, topk_weights).
+void set_payload(const Library& library, DispatchArgs& args, const nb::tuple& payload,
+                 const nb::tuple& topk) {
+  args.x = library.view(payload[0], "x");
+  args.x_scales = library.view(payload[1], "x_scales");
+  args.topk_idx = library.view(topk[0], "topk_idx");
+  args.topk_weights = library.view(topk[1], "topk_weights");
 }
 
 /// `layout`: (per rank, per expert, in rank).
-void set_layout(DispatchArgs& args, const nb::tuple& layout) {
-  args.layout.num_tokens_per_rank = view_of(layout[0]);
-  args.layout.num_tokens_per_expert = view_of(layout[1]);
-  args.layout.is_token_in_rank = view_of(layout[2]);
+void set_layout(const Library& library, DispatchArgs& args, const nb::tuple& layout) {
+  args.layout.num_tokens_per_rank = library.view(layout[0], "num_tokens_per_rank");
+  args.layout.num_tokens_per_expert = library.view(layout[1], "num_tokens_per_expert");
+  args.layout.is_token_in_rank = library.view(layout[2], "is_token_in_rank");
 }
 
 /// What few calls give: (num_experts, prepared, outputs, group_rows, groups). `outputs`: recv_x,
 /// its scales, recv_topk_idx, recv_topk_weights, grouped_x, its scales.
-void set_extras(DispatchArgs& args, const nb::tuple& extras) {
+void set_extras(const Library& library, DispatchArgs& args, const nb::tuple& extras) {
   args.num_experts = nb::cast<int>(extras[0]);
-  if (!extras[1].is_none()) args.prepared = prepared_of(nb::cast<nb::tuple>(extras[1]));
+  if (!extras[1].is_none()) args.prepared = prepared_of(library, nb::cast<nb::tuple>(extras[1]));
   const auto outputs = nb::cast<nb::tuple>(extras[2]);
-  args.recv_x = view_of(outputs[0]);
-  args.recv_x_scales = view_of(outputs[1]);
-  args.recv_topk_idx = view_of(outputs[2]);
-  args.recv_topk_weights = view_of(outputs[3]);
-  args.grouped_x = view_of(outputs[4]);
-  args.grouped_x_scales = view_of(outputs[5]);
+  args.recv_x = library.view(outputs[0], "recv_x");
+  args.recv_x_scales = library.view(outputs[1], "recv_x_scales");
+  args.recv_topk_idx = library.view(outputs[2], "recv_topk_idx");
+  args.recv_topk_weights = library.view(outputs[3], "recv_topk_weights");
+  args.grouped_x = library.view(outputs[4], "grouped_x");
+  args.grouped_x_scales = library.view(outputs[5], "grouped_x_scales");
   args.group_rows = nb::cast<bool>(extras[3]);
-  if (!extras[4].is_none()) args.groups = groups_of(nb::cast<nb::tuple>(extras[4]));
+  if (!extras[4].is_none()) args.groups = groups_of(library, extras[4]);
 }
 
 /// None in place of an output that the caller brought, who has it.
-nb::object result_beside(const TensorView& given, const Tensor& result) {
-  return given.defined() ? nb::none() : result_of(result);
+nb::object result_beside(const Library& library, const TensorView& given, const Tensor& result) {
+  return given.defined() ? nb::none() : library.make(result);
+}
+/// The same of elements like those of `like`.
+nb::object rows_beside(const Library& library, const TensorView& given, const Tensor& result,
+                       nb::handle like) {
+  return given.defined() ? nb::none() : library.make_like(result, like);
 }
 
 /// (received rows, grouped rows, grouped_x, its scales, groups), the last four with group_rows and
 /// the groups unless they were given.
-nb::object result_of_extras(const DispatchArgs& args, const DispatchResult& result) {
+nb::object result_of_extras(const Library& library, const DispatchArgs& args,
+                            const DispatchResult& result, nb::handle x) {
   const std::int64_t rows = result.recv_x.shape[0];
   if (!args.group_rows) return nb::make_tuple(rows);
   return nb::make_tuple(rows, result.grouped_x.shape[0],
-                        result_beside(args.grouped_x, result.grouped_x),
-                        result_beside(args.grouped_x_scales, result.grouped_x_scales),
-                        args.groups ? nb::none() : result_of_groups(result.groups));
+                        rows_beside(library, args.grouped_x, result.grouped_x, x),
+                        result_beside(library, args.grouped_x_scales, result.grouped_x_scales),
+                        args.groups ? nb::none() : result_of_groups(library, result.groups));
 }
 
-nb::tuple dispatch(OwnedBuffer& self, const nb::tuple& payload, nb::handle handle,
-                   const nb::tuple& layout, int expert_alignment, std::int64_t num_worst_tokens,
-                   const nb::tuple& config, nb::handle wait_stats, const nb::tuple& options,
-                   nb::handle extras) {
+/// What of the coming handle the caller has.
+GivenOfHandle given_of(const nb::tuple& layout, nb::handle extras) {
+  GivenOfHandle given;
+  given.is_token_in_rank = layout[2];
+  if (!extras.is_none() && !extras[1].is_none()) given.prepared = extras[1][0];
+  return given;
+}
+
+/// `numbers`: (expert_alignment, num_worst_tokens).
+nb::tuple dispatch(OwnedBuffer& self, const Library& library, const nb::tuple& payload,
+                   const nb::tuple& topk, nb::handle handle, const nb::tuple& layout,
+                   const nb::tuple& numbers, const nb::tuple& config, nb::handle wait_stats,
+                   const nb::tuple& options, nb::handle extras) {
   DispatchArgs args;
-  set_payload(args, payload);
+  set_payload(library, args, payload, topk);
   if (!handle.is_none())
-    set_handle(nb::cast<nb::tuple>(handle), args.handle, args.internode_handle);
-  set_layout(args, layout);
-  args.expert_alignment = expert_alignment;
-  args.num_worst_tokens = num_worst_tokens;
+    set_handle(library, require_handle(handle, self.get().num_nodes()), args.handle,
+               args.internode_handle);
+  set_layout(library, args, layout);
+  args.expert_alignment = nb::cast<int>(numbers[0]);
+  args.num_worst_tokens = nb::cast<std::int64_t>(numbers[1]);
   args.config = config_of(config);
-  args.dispatch_wait_recv_cost_stats = view_of(wait_stats);
+  args.dispatch_wait_recv_cost_stats = library.view(wait_stats, kWaitStats);
   args.options = options_of(options);
-  if (!extras.is_none()) set_extras(args, nb::cast<nb::tuple>(extras));
+  if (!extras.is_none()) set_extras(library, args, nb::cast<nb::tuple>(extras));
   DispatchResult result;
   {
     const NoGil no_gil;
     result = self.get().dispatch(args);
   }
-  return nb::make_tuple(result_beside(args.recv_x, result.recv_x),
-                        result_beside(args.recv_x_scales, result.recv_x_scales),
-                        result_beside(args.recv_topk_idx, result.recv_topk_idx),
-                        result_beside(args.recv_topk_weights, result.recv_topk_weights),
-                        nb::cast(result.num_recv_tokens_per_expert_list),
-                        result_of_handle(result.handle, result.internode_handle), result.event,
-                        extras.is_none() ? nb::none() : result_of_extras(args, result));
+  return nb::make_tuple(
+      rows_beside(library, args.recv_x, result.recv_x, payload[0]),
+      result_beside(library, args.recv_x_scales, result.recv_x_scales),
+      result_beside(library, args.recv_topk_idx, result.recv_topk_idx),
+      result_beside(library, args.recv_topk_weights, result.recv_topk_weights),
+      nb::cast(result.num_recv_tokens_per_expert_list),
+      result_of_handle(library, result.handle, result.internode_handle, given_of(layout, extras)),
+      event_of(args.options, result.event),
+      extras.is_none() ? nb::none() : result_of_extras(library, args, result, payload[0]));
 }
 
 /// Returns what prepared_of takes.
-nb::tuple prepare_dispatch(OwnedBuffer& self, const nb::tuple& payload, const nb::tuple& layout,
-                           int num_experts, int expert_alignment, const nb::tuple& config,
+nb::tuple prepare_dispatch(OwnedBuffer& self, const Library& library, const nb::tuple& payload,
+                           const nb::tuple& topk, const nb::tuple& layout, int num_experts,
+                           int expert_alignment, const nb::tuple& config,
                            const nb::tuple& options) {
   DispatchArgs args;
-  set_payload(args, payload);
-  set_layout(args, layout);
+  set_payload(library, args, payload, topk);
+  set_layout(library, args, layout);
   args.num_experts = num_experts;
   args.expert_alignment = expert_alignment;
   args.config = config_of(config);
@@ -183,32 +209,34 @@ nb::tuple prepare_dispatch(OwnedBuffer& self, const nb::tuple& payload, const nb
     const NoGil no_gil;
     prepared = self.get().prepare_dispatch(args);
   }
-  return nb::make_tuple(result_of_handle(prepared.handle, prepared.internode_handle),
+  return nb::make_tuple(result_of_handle(library, prepared.handle, prepared.internode_handle,
+                                         given_of(layout, nb::none())),
                         prepared.num_recv_tokens,
                         nb::cast(prepared.num_recv_tokens_per_expert_list), prepared.num_experts,
                         prepared.expert_alignment, prepared.num_rdma_recv_tokens);
 }
 
 /// `payload`: (x, topk_weights, bias or None, bias or None).
-nb::tuple combine(OwnedBuffer& self, const nb::tuple& payload, const nb::tuple& handle,
-                  const nb::tuple& config, nb::handle wait_stats, const nb::tuple& options,
-                  nb::handle groups) {
+nb::tuple combine(OwnedBuffer& self, const Library& library, const nb::tuple& payload,
+                  nb::handle handle, const nb::tuple& config, nb::handle wait_stats,
+                  const nb::tuple& options, nb::handle groups) {
   CombineArgs args;
-  args.x = view_of(payload[0]);
-  args.topk_weights = view_of(payload[1]);
-  args.bias = {view_of(payload[2]), view_of(payload[3])};
-  set_handle(handle, args.handle, args.internode_handle);
+  args.x = library.view(payload[0], "x");
+  args.topk_weights = library.view(payload[1], "topk_weights");
+  args.bias = {library.view(payload[2], "bias"), library.view(payload[3], "bias")};
+  set_handle(library, require_handle(handle, self.get().num_nodes()), args.handle,
+             args.internode_handle);
   args.config = config_of(config);
-  args.combine_wait_recv_cost_stats = view_of(wait_stats);
+  args.combine_wait_recv_cost_stats = library.view(wait_stats, kWaitStats);
   args.options = options_of(options);
-  if (!groups.is_none()) args.groups = groups_of(nb::cast<nb::tuple>(groups));
+  if (!groups.is_none()) args.groups = groups_of(library, groups);
   CombineResult result;
   {
     const NoGil no_gil;
     result = self.get().combine(args);
   }
-  return nb::make_tuple(result_of(result.combined_x), result_of(result.combined_topk_weights),
-                        result.event);
+  return nb::make_tuple(library.make(result.combined_x), library.make(result.combined_topk_weights),
+                        event_of(args.options, result.event));
 }
 
 void bind_config(nb::module_& module) {
@@ -265,11 +293,11 @@ void bind_buffers(nb::module_& module) {
   bind_nodes(buffer);
   buffer.def("__init__", &construct, nb::arg(), nb::arg(), nb::arg().none())
       .def("get_dispatch_layout", &get_dispatch_layout)
-      .def("dispatch", &dispatch, nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg(),
-           nb::arg(), nb::arg().none(), nb::arg(), nb::arg().none())
+      .def("dispatch", &dispatch, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(),
+           nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg().none())
       .def("prepare_dispatch", &prepare_dispatch)
-      .def("combine", &combine, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(),
-           nb::arg().none())
+      .def("combine", &combine, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg().none(),
+           nb::arg(), nb::arg().none())
       .def(
           "destroy", [](OwnedBuffer& self) { self.get().destroy(); }, nb::call_guard<NoGil>())
       .def(
@@ -292,8 +320,9 @@ void bind_buffers(nb::module_& module) {
            [](OwnedBuffer& self) {
              return reinterpret_cast<std::uintptr_t>(self.get().comm_stream().native);
            })
-      .def("local_buffer", [](OwnedBuffer& self, int dtype, std::int64_t offset) {
-        return result_of(self.get().get_local_buffer_tensor(static_cast<DType>(dtype), offset));
+      .def("local_buffer", [](OwnedBuffer& self, const Library& library, int dtype,
+                              std::int64_t offset) {
+        return library.make(self.get().get_local_buffer_tensor(static_cast<DType>(dtype), offset));
       });
 }
 

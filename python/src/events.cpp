@@ -18,6 +18,10 @@ CallOptions options_of(const nb::tuple& parts) {
   return options;
 }
 
+nb::object event_of(const CallOptions& options, const EventHandle& event) {
+  return options.async_finish ? nb::cast(event) : nb::none();
+}
+
 void bind_events(nb::module_& module) {
   nb::class_<EventHandle>(module, "EventHandle")
       .def("__init__", [](EventHandle* self, std::uintptr_t stream,

@@ -7,8 +7,6 @@
 
 namespace deep_ep::python {
 
-namespace {
-
 // Of DLPack 1.3, which few installed dlpack.h have.
 struct ExchangeHeader {
   std::uint32_t major;
@@ -24,29 +22,10 @@ struct Exchange {
   void* current_work_stream;
 };
 
+namespace {
+
 constexpr const char* kAttribute = "__dlpack_c_exchange_api__";
 constexpr const char* kCapsule = "dlpack_exchange_api";
-
-const Exchange* find_exchange(PyTypeObject* type) {
-  const nb::handle handle(reinterpret_cast<PyObject*>(type));
-  const nb::object capsule = nb::getattr(handle, kAttribute, nb::none());
-  if (PyCapsule_IsValid(capsule.ptr(), kCapsule) == 0) return nullptr;
-  const auto* exchange =
-      static_cast<const Exchange*>(PyCapsule_GetPointer(capsule.ptr(), kCapsule));
-  return exchange->header.major == 1 && exchange->view_from_object != nullptr ? exchange : nullptr;
-}
-
-/// Of the type that was asked for last; the GIL is held.
-const Exchange* exchange_of(PyTypeObject* type) {
-  static PyTypeObject* known = nullptr;
-  static const Exchange* exchange = nullptr;
-  if (type != known) {
-    exchange = find_exchange(type);
-    known = type;
-    Py_INCREF(reinterpret_cast<PyObject*>(type));  // so that no other type gets its address
-  }
-  return exchange;
-}
 
 /// False if no call takes it. Other types of one byte are opaque bytes.
 bool convert(const DLDataType& type, DType& dtype) {
@@ -81,15 +60,17 @@ bool convert(const DLDataType& type, DType& dtype) {
 
 }  // namespace
 
-bool has_exchange(nb::handle type) {
-  return find_exchange(reinterpret_cast<PyTypeObject*>(type.ptr())) != nullptr;
+const Exchange* find_exchange(nb::handle type) {
+  const nb::object capsule = nb::getattr(type, kAttribute, nb::none());
+  if (PyCapsule_IsValid(capsule.ptr(), kCapsule) == 0) return nullptr;
+  const auto* exchange =
+      static_cast<const Exchange*>(PyCapsule_GetPointer(capsule.ptr(), kCapsule));
+  return exchange->header.major == 1 && exchange->view_from_object != nullptr ? exchange : nullptr;
 }
 
-TensorView exchanged_view(nb::handle array) {
-  const Exchange* exchange = exchange_of(Py_TYPE(array.ptr()));
-  if (exchange == nullptr) throw nb::type_error("an array of a type without DLPack's exchange");
+TensorView exchanged_view(const Exchange& exchange, nb::handle array) {
   DLTensor tensor{};
-  if (exchange->view_from_object(array.ptr(), &tensor) != 0) throw nb::python_error();
+  if (exchange.view_from_object(array.ptr(), &tensor) != 0) throw nb::python_error();
   if (tensor.ndim < 1 || tensor.ndim > TensorView::kMaxDims)
     throw nb::value_error(
         ("a tensor has " + std::to_string(tensor.ndim) + " dimensions, allowed are 1 to 4")

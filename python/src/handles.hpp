@@ -2,6 +2,7 @@
 
 #include <nanobind/nanobind.h>
 
+#include "arrays.hpp"
 #include "deep_ep/handle.hpp"
 #include "references.hpp"
 
@@ -11,11 +12,23 @@ namespace deep_ep::python {
 constexpr std::size_t kIntranodeTensors = 6;
 constexpr std::size_t kInternodeTensors = 10;
 
-/// Handles in the order of their structs.
-IntranodeHandle intranode_handle_of(const nb::tuple& parts);
-InternodeHandle internode_handle_of(const nb::tuple& parts);
+/// TypeError unless `handle` is a tuple as dispatch of a Buffer of `num_nodes` returns it.
+nb::tuple require_handle(nb::handle handle, int num_nodes);
 
-/// None if neither of a result's two is defined. What is undefined of one is None.
-nb::object result_of_handle(const IntranodeHandle& handle, const InternodeHandle& internode);
+/// Handles in the order of their structs.
+IntranodeHandle intranode_handle_of(const Library& library, const nb::tuple& parts);
+InternodeHandle internode_handle_of(const Library& library, const nb::tuple& parts);
+
+/// What the caller has of a coming handle: all that was known ahead, a tuple, or its
+/// is_token_in_rank.
+struct GivenOfHandle {
+  nb::handle prepared = nb::none();
+  nb::handle is_token_in_rank = nb::none();
+};
+
+/// The handle of whichever of a result's two is defined, with the caller's own arrays where it has
+/// them; None if neither is. What is undefined of one is None.
+nb::object result_of_handle(const Library& library, const IntranodeHandle& handle,
+                            const InternodeHandle& internode, const GivenOfHandle& given);
 
 }  // namespace deep_ep::python

@@ -20,59 +20,66 @@ nb::object hook_of(std::function<void()>&& receive) {
   return receive ? nb::cast(Hook{std::move(receive)}) : nb::none();
 }
 
-/// (src_info, layout_range, M, hidden, num_experts)
-LowLatencyHandle handle_of(const nb::tuple& parts) {
+/// `given`: (src_info, layout_range, M, hidden, num_experts), a tuple.
+LowLatencyHandle handle_of(const Library& library, nb::handle given) {
+  constexpr std::size_t kParts = 5;
+  if (!is_tuple_of(given, kParts))
+    throw wrong_tuple("handle", given, "the tuple of 5 that low_latency_dispatch returned");
+  const auto parts = nb::borrow<nb::tuple>(given);
   LowLatencyHandle handle;
-  handle.src_info = view_of(parts[0]);
-  handle.layout_range = view_of(parts[1]);
+  handle.src_info = library.view(parts[0], "handle[0]");
+  handle.layout_range = library.view(parts[1], "handle[1]");
   handle.num_max_dispatch_tokens_per_rank = nb::cast<int>(parts[2]);
   handle.hidden = nb::cast<std::int64_t>(parts[3]);
   handle.num_experts = nb::cast<int>(parts[4]);
   return handle;
 }
 
-/// `shape`: (M, num_experts); `flags`: (use_fp8, round_scale, use_ue8m0, return_recv_hook);
-/// `stats`: (cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats).
-nb::tuple dispatch(OwnedBuffer& self, nb::handle x, nb::handle topk_idx, const nb::tuple& shape,
-                   const nb::tuple& flags, const nb::tuple& stats, const nb::tuple& options) {
+/// `arrays`: (x, topk_idx, cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats);
+/// `shape`: (M, num_experts); `flags`: (use_fp8, round_scale, use_ue8m0, return_recv_hook).
+nb::tuple dispatch(OwnedBuffer& self, const Library& library, const nb::tuple& arrays,
+                   const nb::tuple& shape, const nb::tuple& flags, const nb::tuple& options) {
   LowLatencyDispatchArgs args;
-  args.x = view_of(x);
-  args.topk_idx = view_of(topk_idx);
+  args.x = library.view(arrays[0], "x");
+  args.topk_idx = library.view(arrays[1], "topk_idx");
+  args.cumulative_local_expert_recv_stats =
+      library.view(arrays[2], "cumulative_local_expert_recv_stats");
+  args.dispatch_wait_recv_cost_stats = library.view(arrays[3], kWaitStats);
   args.num_max_dispatch_tokens_per_rank = nb::cast<int>(shape[0]);
   args.num_experts = nb::cast<int>(shape[1]);
   args.use_fp8 = nb::cast<bool>(flags[0]);
   args.round_scale = nb::cast<bool>(flags[1]);
   args.use_ue8m0 = nb::cast<bool>(flags[2]);
   args.return_recv_hook = nb::cast<bool>(flags[3]);
-  args.cumulative_local_expert_recv_stats = view_of(stats[0]);
-  args.dispatch_wait_recv_cost_stats = view_of(stats[1]);
   args.options = options_of(options);
   LowLatencyDispatchResult result;
   {
     const NoGil no_gil;
     result = self.get().low_latency_dispatch(args);
   }
-  return nb::make_tuple(result_of(result.recv_x), result_of(result.recv_x_scales),
-                        result_of(result.recv_count), result_of(result.handle.src_info),
-                        result_of(result.handle.layout_range), result.event,
-                        hook_of(std::move(result.recv_hook)));
+  const nb::object handle =
+      nb::make_tuple(library.make(result.handle.src_info), library.make(result.handle.layout_range),
+                     shape[0], result.handle.hidden, shape[1]);
+  return nb::make_tuple(library.make(result.recv_x), library.make(result.recv_x_scales),
+                        library.make(result.recv_count), handle,
+                        event_of(args.options, result.event), hook_of(std::move(result.recv_hook)));
 }
 
-/// `arrays`: (x, topk_idx, topk_weights, out or None); `flags`: (use_logfmt, use_fp8, zero_copy,
-/// return_recv_hook).
-nb::tuple combine(OwnedBuffer& self, const nb::tuple& arrays, const nb::tuple& handle,
-                  const nb::tuple& flags, nb::handle wait_stats, const nb::tuple& options) {
+/// `arrays`: (x, topk_idx, topk_weights, out or None, combine_wait_recv_cost_stats or None);
+/// `flags`: (use_logfmt, use_fp8, zero_copy, return_recv_hook).
+nb::tuple combine(OwnedBuffer& self, const Library& library, const nb::tuple& arrays,
+                  nb::handle handle, const nb::tuple& flags, const nb::tuple& options) {
   LowLatencyCombineArgs args;
-  args.x = view_of(arrays[0]);
-  args.topk_idx = view_of(arrays[1]);
-  args.topk_weights = view_of(arrays[2]);
-  args.out = view_of(arrays[3]);
-  args.handle = handle_of(handle);
+  args.x = library.view(arrays[0], "x");
+  args.topk_idx = library.view(arrays[1], "topk_idx");
+  args.topk_weights = library.view(arrays[2], "topk_weights");
+  args.out = library.view(arrays[3], "out");
+  args.combine_wait_recv_cost_stats = library.view(arrays[4], kWaitStats);
+  args.handle = handle_of(library, handle);
   args.use_logfmt = nb::cast<bool>(flags[0]);
   args.use_fp8 = nb::cast<bool>(flags[1]);
   args.zero_copy = nb::cast<bool>(flags[2]);
   args.return_recv_hook = nb::cast<bool>(flags[3]);
-  args.combine_wait_recv_cost_stats = view_of(wait_stats);
   args.options = options_of(options);
   LowLatencyCombineResult result;
   {
@@ -80,8 +87,8 @@ nb::tuple combine(OwnedBuffer& self, const nb::tuple& arrays, const nb::tuple& h
     result = self.get().low_latency_combine(args);
   }
   // `out` is the caller's, who has it.
-  return nb::make_tuple(args.out.defined() ? nb::none() : result_of(result.combined_x),
-                        result.event, hook_of(std::move(result.recv_hook)));
+  return nb::make_tuple(args.out.defined() ? nb::none() : library.make(result.combined_x),
+                        event_of(args.options, result.event), hook_of(std::move(result.recv_hook)));
 }
 
 }  // namespace
@@ -93,16 +100,16 @@ void bind_low_latency(nb::module_& module, nb::class_<OwnedBuffer>& buffer) {
     return Buffer::get_low_latency_rdma_size_hint(max_tokens, hidden, num_ranks, num_experts);
   });
   buffer.def("low_latency_dispatch", &dispatch)
-      .def("low_latency_combine", &combine, nb::arg(), nb::arg(), nb::arg(), nb::arg().none(),
-           nb::arg())
+      .def("low_latency_combine", &combine)
       .def("clean_low_latency_buffer",
            [](OwnedBuffer& self, int max_tokens, std::int64_t hidden, int num_experts) {
              const NoGil no_gil;
              self.get().clean_low_latency_buffer(max_tokens, hidden, num_experts);
            })
       .def("get_next_low_latency_combine_buffer",
-           [](OwnedBuffer& self, const nb::tuple& handle) {
-             return result_of(self.get().get_next_low_latency_combine_buffer(handle_of(handle)));
+           [](OwnedBuffer& self, const Library& library, nb::handle handle) {
+             return library.make(
+                 self.get().get_next_low_latency_combine_buffer(handle_of(library, handle)));
            })
       .def("low_latency_update_mask_buffer",
            [](OwnedBuffer& self, int rank, bool masked) {
@@ -110,8 +117,9 @@ void bind_low_latency(nb::module_& module, nb::class_<OwnedBuffer>& buffer) {
              self.get().low_latency_update_mask_buffer(rank, masked);
            })
       .def("low_latency_query_mask_buffer",
-           [](OwnedBuffer& self, nb::handle mask, std::uintptr_t stream, int device) {
-             const TensorView view = view_of(mask);
+           [](OwnedBuffer& self, const Library& library, nb::handle mask, std::uintptr_t stream,
+              int device) {
+             const TensorView view = library.view(mask, "mask_status");
              const NoGil no_gil;
              self.get().low_latency_query_mask_buffer(view, stream_of(stream, device));
            })

@@ -2,6 +2,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include "allocator.hpp"
 #include "arrays.hpp"
 #include "bootstraps.hpp"
 #include "buffers.hpp"
@@ -18,6 +19,7 @@ NB_MODULE(_C, module) {
   nb::set_leak_warnings(false);
   bind_errors(module);
   bind_arrays(module);
+  bind_allocator(module);
   bind_events(module);
   bind_bootstraps(module);
   bind_buffers(module);

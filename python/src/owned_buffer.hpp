@@ -15,9 +15,8 @@ using NoGil = nb::gil_scoped_release;
 /// A Buffer that lets others run while it is made and destroyed.
 class OwnedBuffer {
  public:
-  OwnedBuffer(std::shared_ptr<Bootstrap> bootstrap, BufferOptions options, nb::object allocate) {
-    std::shared_ptr<ObjectAllocator> allocator;
-    if (!allocate.is_none()) allocator = std::make_shared<ObjectAllocator>(std::move(allocate));
+  OwnedBuffer(std::shared_ptr<Bootstrap> bootstrap, BufferOptions options,
+              const std::shared_ptr<TorchAllocator>& allocator) {
     options.allocator = allocator;
     const NoGil no_gil;
     buffer_ = std::make_unique<Buffer>(std::move(bootstrap), options);

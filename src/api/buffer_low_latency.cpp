@@ -156,6 +156,7 @@ LowLatencyDispatchResult Buffer::Impl::low_latency_dispatch(const LowLatencyDisp
         {&views.src_info, &result.handle.src_info},
         {&views.layout_range, &result.handle.layout_range}};
     std::vector<TensorView> missing;
+    missing.reserve(std::size(outputs) + 1);
     if (args.return_recv_hook) missing.push_back(ticket_view(options_.device));
     for (const auto& [view, tensor] : outputs) {
       if (view->defined() && view->data == nullptr) missing.push_back(*view);

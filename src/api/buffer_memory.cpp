@@ -19,6 +19,7 @@ std::vector<Tensor> Buffer::Impl::ask_allocator(std::vector<TensorView>& views,
   if (!owner) return {};
   (void)carve(Carver(static_cast<std::byte*>(owner.get())));
   std::vector<Tensor> tensors;
+  tensors.reserve(views.size());
   for (const TensorView& view : views) tensors.emplace_back(view, owner);
   return tensors;
 }

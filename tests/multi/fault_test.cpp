@@ -282,7 +282,7 @@ struct Kind {
   std::int64_t inbox_bytes = kInboxBytes;
   int publications_step = 1;  ///< packets of one message look the same to the others
   int ranks_per_node = 0;
-  int rows_step = 7;  ///< all points between two publications look the same to the others
+  int rows_step = 11;  ///< all points between two publications look the same to the others
 };
 
 class FaultInEveryCall : public Fault, public testing::WithParamInterface<Kind> {
@@ -299,10 +299,12 @@ class FaultInEveryCall : public Fault, public testing::WithParamInterface<Kind> 
     one.point = point;
     return one;
   }
+  static bool is_full() { return std::getenv("DEEP_EP_TEST_FULL") != nullptr; }
 };
 
 TEST_P(FaultInEveryCall, ARankKilledAtAnyPublicationIsNamed) {
-  const int step = GetParam().publications_step;
+  const int fine = GetParam().publications_step;
+  const int step = is_full() || fine == 1 ? fine : 2 * fine - 1;
   run_at_points(plan_at(protocol::Point::kPublish), step, 1000 * step);
 }
 
@@ -311,8 +313,7 @@ TEST_P(FaultInEveryCall, ARankKilledAtAnyTurnOfAWaitIsNamed) {
 }
 
 TEST_P(FaultInEveryCall, ARankKilledBetweenAnyTwoRowsIsNamed) {
-  const bool full = std::getenv("DEEP_EP_TEST_FULL") != nullptr;
-  run_at_points(plan_at(protocol::Point::kCopy), full ? 1 : GetParam().rows_step, 1000);
+  run_at_points(plan_at(protocol::Point::kCopy), is_full() ? 1 : GetParam().rows_step, 1000);
 }
 
 TEST_P(FaultInEveryCall, ARankKilledAtAnyTimeIsNamed) {
@@ -361,7 +362,7 @@ constexpr Kind between_nodes(const char* name, Op op, int ranks_per_node) {
 
 // What goes to another node is told by one word, behind all packets and rows.
 constexpr Kind low_latency_between_nodes(const char* name, int ranks_per_node) {
-  return {name, Op::kLowLatency, "auto", kInboxBytes, 201, ranks_per_node, 29};
+  return {name, Op::kLowLatency, "auto", kInboxBytes, 201, ranks_per_node, 47};
 }
 
 // Ranks of this machine pose as nodes: of two, where the victim's neighbour tells the other node,

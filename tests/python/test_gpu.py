@@ -9,6 +9,8 @@ import pytest
 import torch
 
 import deep_ep
+from deep_ep._arrays import library_of_name
+from deep_ep._cuda import CudaMemory
 from routing import captured, dispatch_arguments, layout_of, make_inputs, same
 
 pytestmark = pytest.mark.gpu
@@ -46,6 +48,39 @@ def _results_are_torchs(group):
 
 def test_results_are_allocated_by_torch_from_the_segments(gpu_ranks):
     gpu_ranks.run(2, _results_are_torchs)
+
+
+def _asks_of_python(group):
+    """Where torch has what the native module needs, calls of one stream pass no memory through
+    Python; asynchronous ones do, for record_stream."""
+    asked = []
+    allocate = CudaMemory.allocate
+
+    def counted(memory, *what):
+        asked.append(what)
+        return allocate(memory, *what)
+
+    CudaMemory.allocate = counted
+    try:
+        buffer = _buffer(group)
+        one = _inputs(group)
+        got = buffer.dispatch(**dispatch_arguments(buffer, one))
+        buffer.dispatch(one.x, handle=got[4])
+        combined = buffer.combine(got[0], got[4])[0]
+        assert same(combined.float(), _sum_of(one, group))
+        assert (not asked) == library_of_name("torch").has_calls
+        asked.clear()
+        again, _, event = buffer.combine(got[0], got[4], async_finish=True)
+        event.current_stream_wait()
+        assert [what[1:] for what in asked] == [(False, False, True)]
+        assert same(again, combined) and again.untyped_storage().nbytes() >= combined.nbytes
+        buffer.destroy()
+    finally:
+        CudaMemory.allocate = allocate
+
+
+def test_plain_calls_take_memory_without_python(gpu_ranks):
+    gpu_ranks.run(2, _asks_of_python)
 
 
 def _side_stream_reads(group):

@@ -9,9 +9,10 @@ import weakref
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import deep_ep
-from deep_ep._arrays import TorchLibrary
+from deep_ep._arrays import INT32, UINT8, TorchLibrary, library_of_name
 from deep_ep._groups import bootstrap_of
 from routing import Expected, dispatch_arguments, layout_of, make_inputs
 
@@ -112,10 +113,22 @@ def test_asynchronous_calls_hold_what_they_use(cpu_ranks):
     cpu_ranks.run(2, _dropped_inputs)
 
 
-def _memory_of_torch(group):
+def _with_allocator(group, allocator, num_rdma_bytes=0):
+    """A Buffer of the host whose results come from `allocator`, as those of GPUs do."""
+    buffer = deep_ep.Buffer(group, 1 << 20, num_rdma_bytes)
+    options = dict.fromkeys(("num_qps_per_rank", "timeout_ms", "num_threads"), 0)
+    options |= dict.fromkeys(("low_latency_mode", "allow_nvlink_for_low_latency_mode",
+                              "allow_mnnvl", "use_fabric", "explicitly_destroy", "enable_shrink"),
+                             False)
+    options |= {"device": -1, "num_nvl_bytes": 1 << 20, "num_rdma_bytes": num_rdma_bytes}
+    buffer.runtime.destroy()
+    buffer.runtime = deep_ep._C.Buffer(bootstrap_of(group), options, allocator)
+    return buffer
+
+
+def _memory_of_torch(group, device):
     """The way of GPUs, on the host: torch allocates what no peer writes, and is asked for the
-    rest."""
-    buffer = deep_ep.Buffer(group, 1 << 20)
+    rest. With `device` the native module asks torch by itself, unless a call has an event."""
     asked = []
 
     def allocate(num_bytes, mapped, behind_event, async_finish):
@@ -125,30 +138,102 @@ def _memory_of_torch(group):
         block = torch.full((num_bytes,), 0x5a, dtype=torch.uint8)
         return block.data_ptr(), block
 
-    options = dict.fromkeys(("num_nvl_bytes", "num_rdma_bytes", "num_qps_per_rank", "timeout_ms",
-                             "num_threads"), 0)
-    options |= dict.fromkeys(("low_latency_mode", "allow_nvlink_for_low_latency_mode",
-                              "allow_mnnvl", "use_fabric", "explicitly_destroy", "enable_shrink"),
-                             False)
-    buffer.runtime.destroy()
-    buffer.runtime = deep_ep._C.Buffer(bootstrap_of(group), {"device": -1, **options}, allocate)
+    buffer = _with_allocator(group, deep_ep._C.Allocator(allocate, device, None))
     everyone = make_inputs(group.size(), experts=2 * group.size())
     one = everyone[group.rank()]
     got = buffer.dispatch(**dispatch_arguments(buffer, one))
-    assert asked == [(False, False, False)] * 2 + [(True, False, False)] * 2
+    by_itself = device is not None and library_of_name("torch").has_calls
+    plain = [] if by_itself else [(False, False, False)] * 2
+    assert asked == plain + [(True, False, False)] * 2
     Expected(everyone, group.rank()).check(*got[:3], got[4])
     combined = buffer.combine(got[0], got[4], previous_event=buffer.capture())[0]
+    assert asked[-1] == (False, True, False)
+    again = buffer.combine(got[0], got[4])[0]
     expected = one.x.float() * layout_of(one, group.size())[2].sum(1, keepdim=True)
-    assert torch.equal(combined.float(), expected)
-    assert not combined._is_view()  # autograd would refuse to change it in place
+    assert torch.equal(combined.float(), expected) and torch.equal(again, combined)
+    for tensor in (combined, again, got[4][0]):
+        assert not tensor._is_view()  # autograd would refuse to change it in place
     del one, got
     gc.collect()
-    assert torch.equal(combined.float(), expected)
+    assert torch.equal(combined.float(), expected) and torch.equal(again, combined)
     buffer.destroy()
 
 
-def test_results_in_memory_that_torch_gave_are_plain_tensors(cpu_ranks):
-    cpu_ranks.run(2, _memory_of_torch)
+@pytest.mark.parametrize("device", [None, -1])
+def test_results_in_memory_that_torch_gave_are_plain_tensors(cpu_ranks, device):
+    cpu_ranks.run(2, _memory_of_torch, device)
+
+
+def _pool_of_torch(group):
+    """What peers write is taken from torch's pool, unless in a capture; Python is asked where that
+    gives memory from elsewhere, as torch does here, where no allocator of the host's has pools."""
+    done = []
+
+    def is_capturing():
+        done.append("is_capturing")
+        return capturing
+
+    def note(name):
+        def function(*arguments):
+            done.append((name, *arguments))
+        return function
+
+    def allocate(*what):
+        done.append(what)
+
+    pool = (is_capturing, note("begin"), note("end"), note("release"), (0, (7, 8)))
+    buffer = _with_allocator(group, deep_ep._C.Allocator(allocate, -1, pool))
+    one = make_inputs(group.size(), experts=2 * group.size())[group.rank()]
+    capturing = False
+    handle = buffer.dispatch(**dispatch_arguments(buffer, one))[4]
+    place, asked = (0, (7, 8)), (True, False, False)
+    for capturing, between in (
+            (False, [("begin", *place), ("end", *place), ("release", *place)]), (True, [])):
+        done.clear()
+        buffer.dispatch(one.x, handle=handle)
+        *found, (num_bytes, *last) = done
+        assert found == ["is_capturing", *between] and tuple(last) == asked
+        assert num_bytes >= 2 * one.x.shape[1] * handle[3].shape[0]
+    buffer.destroy()
+
+
+def test_what_peers_write_is_asked_of_the_pool(cpu_ranks):
+    cpu_ranks.run(2, _pool_of_torch)
+
+
+def _blocks_of_torch(group):
+    """Results of one call share a block, each has what it should be, and the block goes with the
+    last of them."""
+    def allocate(*_):
+        raise AssertionError("torch does without")
+
+    tokens, hidden, experts = 5, 256, 4
+    hint = deep_ep.Buffer.get_low_latency_rdma_size_hint(tokens, hidden, 1, experts)
+    buffer = _with_allocator(group, deep_ep._C.Allocator(allocate, -1, None), hint)
+    x = torch.randn(tokens, hidden, generator=torch.Generator().manual_seed(3)).bfloat16()
+    ids = torch.arange(tokens).remainder(experts)[:, None]
+    (recv_x, scales), count, handle, *_ = buffer.low_latency_dispatch(x, ids, tokens, experts)
+    results = recv_x, scales, count, *handle[:2]
+    assert [one.dtype for one in results] == [torch.float8_e4m3fn, torch.float32, torch.int32,
+                                              torch.int32, torch.int64]
+    assert scales.shape == (experts, tokens, hidden // 128) and scales.stride(1) == 1
+    assert len({one.untyped_storage().data_ptr() for one in results}) == 1
+    assert torch.equal(count, torch.tensor([2, 1, 1, 1], dtype=torch.int32))
+    found = recv_x[1, 0].float().view(-1, 128) * scales[1, 0][:, None]
+    assert torch.allclose(found.flatten(), x[1].float(), rtol=0.07)
+    kept = count.clone()
+    block = StorageWeakRef(recv_x.untyped_storage())
+    del results, scales, recv_x, handle
+    assert not block.expired() and torch.equal(count, kept)
+    del count
+    assert block.expired()
+    buffer.destroy()
+
+
+def test_results_of_a_call_share_a_block_of_torch(cpu_ranks):
+    if not library_of_name("torch").has_calls:
+        pytest.skip("this torch lacks what the native module allocates with")
+    cpu_ranks.run(1, _blocks_of_torch)
 
 
 def _other_thread(group):
@@ -203,10 +288,10 @@ def test_results_in_a_block_are_tensors_of_their_own(compiled):
     if not compiled:
         library._reinterpret = None
     block = torch.arange(96, dtype=torch.uint8)
-    whole = library.make((block, 0, (2, 48), (48, 1)), torch.uint8)
-    columns = library.make((block, 16, (3, 2), (1, 3)), torch.int32)
+    whole = library.make((block, 0, (2, 48), (48, 1)), UINT8)
+    columns = library.make((block, 16, (3, 2), (1, 3)), INT32)
     assert torch.equal(whole, block.view(2, 48))
     assert torch.equal(columns, block[16:40].view(torch.int32).view(2, 3).t())
-    for tensor in (whole, columns):
+    for tensor in (whole, columns, library.typed(whole, torch.int8)):
         assert not tensor._is_view()
         assert tensor.untyped_storage().data_ptr() == block.untyped_storage().data_ptr()

@@ -60,8 +60,8 @@ struct Slots {
       set[i] = __ballot_sync(0xffffffff, at[i] >= 0);
     }
   }
-  __device__ static void report(const DispatchArgs& args, const Arrival& row, int rank,
-                                std::int64_t came, std::int64_t count) {
+  __device__ __noinline__ static void report(const DispatchArgs& args, const Arrival& row, int rank,
+                                             std::int64_t came, std::int64_t count) {
     Report report;
     report.finding = Finding::kBadArrival;
     report.code = kPeerFailedCode;
@@ -78,6 +78,16 @@ struct Slots {
     for_each_rank(set, at, body);
   }
 };
+
+/// Not inlined, as put_out().
+__device__ __noinline__ inline void report_heads(const Comm& comm, int source, std::int64_t at) {
+  Report report;
+  report.finding = Finding::kOtherHeads;
+  report.code = kDisagreementCode;
+  report.rank = source;
+  report.values[0] = at;
+  raise(comm, report);
+}
 
 /// The forwarder's part of the handle. False, and reported, if the record is none of its source's.
 __device__ inline bool note_record(const DispatchArgs& args, const Blocks& targets,
@@ -100,20 +110,13 @@ __device__ inline bool note_record(const DispatchArgs& args, const Blocks& targe
   }
   if (args.fill_handle && lane_id() == 0) args.work.arrived_tokens[at] = row.meta.token;
   if (__all_sync(0xffffffff, same)) return true;
-  if (lane_id() == 0) {
-    Report report;
-    report.finding = Finding::kOtherHeads;
-    report.code = kDisagreementCode;
-    report.rank = row.source;
-    report.values[0] = at;
-    raise(comm, report);
-  }
+  if (lane_id() == 0) report_heads(comm, row.source, at);
   return false;
 }
 
-/// Entries for experts of other ranks become -1 with weight 0. Not inlined, as put_out().
-__device__ __noinline__ inline void place_topk(const DispatchArgs& args, const Blocks& targets,
-                                               const Arrival& row, const Slots& slots) {
+/// Entries for experts of other ranks become -1 with weight 0.
+__device__ inline void place_topk(const DispatchArgs& args, const Blocks& targets,
+                                  const Arrival& row, const Slots& slots) {
   const int topk = args.comm.record.num_topk;
   // This rank may have no tokens, and no arrays, yet pass on others'.
   const bool weighted = args.format.topk_weights_bytes != 0;
@@ -140,9 +143,9 @@ __device__ __noinline__ inline void place_topk(const DispatchArgs& args, const B
   }
 }
 
-/// All but x.
-__device__ inline void place_small(const DispatchArgs& args, const Blocks& targets,
-                                   const Arrival& row, const Slots& slots) {
+/// All but x. Not inlined, as put_out().
+__device__ __noinline__ inline void place_small(const DispatchArgs& args, const Blocks& targets,
+                                                const Arrival& row, const Slots& slots) {
 #pragma unroll
   for (int i = 0; i < kRanksALane; ++i) {
     if (slots.at[i] < 0) continue;

@@ -10,31 +10,35 @@ namespace {
 
 // Warps of a block that sum this node's rows for other nodes, and those that add what has come
 // home: of both kinds each block has some. The first wait for nobody; the second wait for the first
-// ones of other ranks only (I20).
-constexpr int kThreads = 2 * kRoleWarps * 32;
+// ones of other ranks only (I20). One more tells peers what these have done.
+constexpr int kThreads = (kRailWarps + 1) * 32;
 // 16-byte loads of a lane that are under way at once: a row of 7168 BF16 values in four turns, or
 // in seven, each of an item and of this node's rows.
 constexpr int kSumUnroll = 7;
+constexpr int kPairUnroll = 7;
 constexpr int kAddUnroll = 4;
 
 struct Shared {
   Stage::Storage stages[kRoleWarps];
-  Sources sources[2 * kRoleWarps];
+  Sources sources[kRailWarps];
   Blocks blocks;
+  RailShared rails;
 };
 static_assert(sizeof(Shared) <= kMaxSharedBytes);
 
 // --- inside the node -----------------------------------------------------------------------------
 
-/// By a warp: a part of a record's sum over `rows` listed rows. Not inlined, so that the compiler
-/// keeps registers for this loop, not for what is around it.
+/// By a warp: a part of a record's sum over `rows` listed rows, the first of which is in `first`
+/// already, to `to`, which may be the same. Not inlined, so that the compiler keeps registers for
+/// this loop, not for what is around it.
 template <class T>
 __device__ __noinline__ void sum_part(const Sources& sources, int rows, std::int64_t begin,
-                                      int bytes, std::byte* to) {
+                                      int bytes, const std::byte* first, std::byte* to) {
   for_each_column<kSumUnroll>(bytes, [&](int at, auto steps) {
     Sum16<T> sums[steps.kCount];
+    add_rows<T, steps.kCount, 1>(sums, &first, at);
 #pragma unroll 1
-    for (int row = 0; row < rows; ++row)
+    for (int row = 1; row < rows; ++row)
       add_rows<T, steps.kCount, 1>(sums, sources.rows + row, begin + at);
 #pragma unroll
     for (int i = 0; i < steps.kCount; ++i)
@@ -42,56 +46,63 @@ __device__ __noinline__ void sum_part(const Sources& sources, int rows, std::int
   });
 }
 
+/// By a warp: zeros, where a sum is not allowed.
+__device__ void clear_part(int bytes, std::byte* to) {
+  for (int at = lane_id() * 16; at < bytes; at += 512) *reinterpret_cast<uint4*>(to + at) = {};
+}
+
 /// By a warp: the next item of a ring, if there is room. A record that is not allowed goes as
 /// zeros: its fault is known.
 template <class T>
-__device__ Turn send_sum(const CombineArgs& args, Shared& shared, Stage& stage, Untold& untold,
-                         int lane, int peer) {
+__device__ Turn send_sum(const CombineArgs& args, Shared& shared, Stage& stage, Teller& teller,
+                         RingOut& end) {
   const Rails& rails = args.rails;
   const ItemShape& item = args.item;
-  const RingItems items(rails, item, rails.state.lanes_in, lane, peer);
-  const std::int64_t number = items_out(rails.state.rings[items.ring]);
-  const std::uint64_t in_flight = items_in_flight(rails, items.ring);
-  const bool done = number == items.count;
-  if (done || in_flight >= static_cast<std::uint64_t>(item.slots)) {
-    untold.tell();
-    return done && in_flight == 0 ? Turn::kDone : Turn::kStuck;
-  }
-  const auto piece = static_cast<int>(number % item.pieces);
+  const MappedPeers& peers = shared.rails.peers;
+  Turn turn;
+  if (!may_put(rails, item, teller, end, turn)) return turn;
   const std::int64_t record =
-      plan::part_of(shared.blocks.records, items.node).begin + items.record + number / item.pieces;
+      plan::part_of(shared.blocks.records, end.node(rails)).begin + end.record;
   Sources& sources = shared.sources[threadIdx.x / 32];
-  const int rows = list_rows(args, shared.blocks, record, rails.rank_of_peer(peer), sources);
-  const std::int64_t begin = item.x_begin(piece);
-  const auto bytes = static_cast<int>(item.x_size(piece));
-  const OutItem out(rails, item, lane, peer);
-  if (out.there != nullptr) {
-    sum_part<T>(sources, rows, begin, bytes, stage.begin_sum(bytes));
+  const int rows = list_rows(args, shared.blocks, record, rails.rank_of_peer(end.peer), sources);
+  const std::int64_t begin = item.x_begin(end.piece);
+  const auto bytes = static_cast<int>(item.x_size(end.piece));
+  const OutItem out(rails, peers, item, end);
+  if (rows > 0) {
+    if (lane_id() == 0) fence_proxy_async_global();
+    stage.load(sources.rows[0] + begin, bytes);
+  }
+  compose_weights(args, sources, rows, out.to);
+  std::byte* here = rows > 0 ? stage.loaded() : stage.begin_sum(bytes);
+  std::byte* sum = out.direct ? here : out.to + item.head_bytes;
+  if (rows > 0) {
+    sum_part<T>(sources, rows, begin, bytes, here, sum);
+  } else {
+    clear_part(bytes, sum);
+  }
+  if (out.direct) {
     stage.end_sum();
-    untold.tell();
-    compose_weights(args, sources, rows, out.to);
+    teller.tell_now();
     if (lane_id() == 0) stage.store(out.to + item.head_bytes);
     stage.stored();
-  } else {
-    compose_weights(args, sources, rows, out.to);
-    sum_part<T>(sources, rows, begin, bytes, out.to + item.head_bytes);
   }
-  send_out(rails, out, untold, lane, peer, item.head_bytes + bytes);
-  return Turn::kMoved;
+  send_out(rails, peers, item, out, teller, end, item.head_bytes + bytes);
+  return turn;
 }
 
 /// By a summing warp: its rings.
 template <class T>
 __device__ void send_sums(const CombineArgs& args, Shared& shared) {
   const Rails& rails = args.rails;
-  const Role role(0, kRoleWarps);
+  const Role role(static_cast<int>(threadIdx.x / 32));
   begin_rings<&RailState::Ring::out_begin, &RailState::Ring::sent>(rails, role);
   Stage stage(shared.stages[threadIdx.x / 32]);
-  Untold untold;
-  (void)serve_rings(
-      args.comm, rails, role,
-      [&](int lane, int peer) { return send_sum<T>(args, shared, stage, untold, lane, peer); },
+  Teller teller(shared.rails.untold[threadIdx.x / 32]);
+  (void)serve_rings<RingOut>(
+      args.comm, rails, args.item, rails.state.lanes_in, role,
+      [&](RingOut& end) { return send_sum<T>(args, shared, stage, teller, end); },
       [] { return false; }, [&](std::int64_t ring) { return missing_room(rails, ring); });
+  teller.end();
   stage.finish();
 }
 
@@ -143,10 +154,37 @@ __device__ void add_columns(const Sources& sources, const Parts& parts, std::int
   for (int i = 0; i < kSteps; ++i) *reinterpret_cast<uint4*>(out + at + i * 512) = sums[i].round();
 }
 
+/// By a warp: a part that is of one row of this node, one item or both, which are under way
+/// together. A row alone need not be rounded on the way.
+template <class T>
+__device__ __noinline__ void add_pair(const std::byte* row, const std::byte* item, int bytes,
+                                      std::byte* out) {
+  for_each_column<kPairUnroll>(bytes, [&](int at, auto steps) {
+    uint4 parts[2][steps.kCount] = {};
+#pragma unroll
+    for (int i = 0; i < steps.kCount; ++i) {
+      if (row != nullptr) parts[0][i] = *reinterpret_cast<const uint4*>(row + at + i * 512);
+      if (item != nullptr) parts[1][i] = *reinterpret_cast<const uint4*>(item + at + i * 512);
+    }
+#pragma unroll
+    for (int i = 0; i < steps.kCount; ++i) {
+      Sum16<T> sum;
+      sum.add(parts[0][i]);
+      sum.add(parts[1][i]);
+      *reinterpret_cast<uint4*>(out + at + i * 512) = sum.round();
+    }
+  });
+}
+
 /// By a warp: the `bytes` bytes of a part. Not inlined, as sum_part().
 template <class T>
 __device__ __noinline__ void add_part(const Sources& sources, Parts parts, std::int64_t begin,
                                       int bytes, std::byte* out) {
+  if (parts.rows <= 1 && parts.addends <= 1) {
+    add_pair<T>(parts.rows == 1 ? sources.rows[0] + begin : nullptr,
+                parts.addends == 1 ? sources.addends[0] : nullptr, bytes, out);
+    return;
+  }
   for_each_column<kAddUnroll>(bytes, [&](int at, auto steps) {
     add_columns<T, steps.kCount>(sources, parts, begin, at, out);
   });
@@ -171,9 +209,70 @@ __device__ void add_piece(const CombineArgs& args, const Sources& sources, const
   }
 }
 
+/// By a warp: the receiving ends of a lane's rings; those of peer i are lane i % 32's.
+class LaneRings {
+ public:
+  __device__ LaneRings(const Rails& rails, int lane) : lane_(lane) {
+    for_each_peer(
+        rails, [&](int i, std::int64_t ring) { consumed_[i] = rails.state.rings[ring].consumed; });
+  }
+  __device__ int lane() const { return lane_; }
+  /// Items of `peer` that have been read.
+  __device__ std::uint64_t consumed(int peer) const {
+    std::uint64_t mine = consumed_[0];
+#pragma unroll
+    for (int i = 1; i < kPeersALane; ++i) mine = peer / 32 == i ? consumed_[i] : mine;
+    return __shfl_sync(0xffffffff, mine, peer % 32);
+  }
+  __device__ void advance(int peer) {
+#pragma unroll
+    for (int i = 0; i < kPeersALane; ++i) consumed_[i] += peer == i * 32 + lane_id();
+  }
+  __device__ void keep(const Rails& rails) const {
+    for_each_peer(
+        rails, [&](int i, std::int64_t ring) { rails.state.rings[ring].consumed = consumed_[i]; });
+    __syncwarp();
+  }
+
+ private:
+  static constexpr int kPeersALane = (plan::kMaxNodes + 31) / 32;
+
+  template <class Body>
+  __device__ void for_each_peer(const Rails& rails, Body&& body) const {
+#pragma unroll
+    for (int i = 0; i < kPeersALane; ++i) {
+      const int peer = i * 32 + lane_id();
+      if (peer < rails.shape.num_peers()) body(i, rails.ring(lane_, peer));
+    }
+  }
+
+  int lane_;
+  std::uint64_t consumed_[kPeersALane] = {};
+};
+
+/// By a warp that has nothing else to do: waits for the next item of a ring. Null, and reported, if
+/// it does not come.
+__device__ const std::byte* wait_item(const CombineArgs& args, const MappedPeers& peers,
+                                      const LaneRings& rings, int peer) {
+  const Rails& rails = args.rails;
+  const std::int64_t ring = rails.ring(rings.lane(), peer);
+  const std::uint64_t items = rings.consumed(peer);
+  const auto slot = static_cast<int>(items % static_cast<std::uint32_t>(args.item.slots));
+  if (const std::byte* next = next_item(rails, peers, args.item, ring, peer, items, slot))
+    return next;
+  bool here = false;
+  if (lane_id() == 0)
+    here = wait_for_rail(args.comm, rails, rails.rank_of_peer(peer), Wait::kRows,
+                         rails.block.filled + ring * RailShape::kMostSlots + slot, items + 1);
+  return __shfl_sync(0xffffffff, here, 0)
+             ? next_item(rails, peers, args.item, ring, peer, items, slot)
+             : nullptr;
+}
+
 /// By a warp: waits for the items of a piece of a token and lists what is added; false if it left
 /// for a fault.
-__device__ bool list_addends(const CombineArgs& args, int lane, std::int64_t token, int piece,
+__device__ bool list_addends(const CombineArgs& args, const MappedPeers& peers,
+                             const LaneRings& rings, std::int64_t token, int piece,
                              Sources& sources, Parts& parts) {
   const Rails& rails = args.rails;
   const int nodes = rails.shape.topology.num_nodes();
@@ -185,7 +284,7 @@ __device__ bool list_addends(const CombineArgs& args, int lane, std::int64_t tok
     if (node == rails.node) parts.own_at = goes ? parts.items : -1;
     if (node == rails.node || !goes) continue;
     const int peer = RailShape::peer_index(node, rails.node);
-    const std::byte* item = wait_item(args.comm, rails, args.item, lane, peer);
+    const std::byte* item = wait_item(args, peers, rings, peer);
     if (item == nullptr) return false;
     if (lane_id() == 0) {
       sources.item_weights[parts.items] = reinterpret_cast<const float*>(item);
@@ -205,18 +304,22 @@ __device__ bool list_addends(const CombineArgs& args, int lane, std::int64_t tok
   return true;
 }
 
-__device__ void release_items(const CombineArgs& args, int lane, std::int64_t token) {
+__device__ void release_items(const CombineArgs& args, const MappedPeers& peers, Teller& teller,
+                              LaneRings& rings, std::int64_t token) {
   const int nodes = args.rails.shape.topology.num_nodes();
 #pragma unroll 1
   for (int node = 0; node < nodes; ++node) {
     if (node == args.rails.node || args.send_rdma_head[token * nodes + node] < 0) continue;
-    release_item(args.rails, lane, RailShape::peer_index(node, args.rails.node));
+    const int peer = RailShape::peer_index(node, args.rails.node);
+    rings.advance(peer);
+    release_item(args.rails, peers, teller, rings.lane(), peer, rings.consumed(peer));
   }
 }
 
 /// By a warp: a token of a lane; false if it cannot be summed.
 template <class T>
-__device__ bool add_token(const CombineArgs& args, Shared& shared, int lane, std::int64_t token) {
+__device__ bool add_token(const CombineArgs& args, Shared& shared, Teller& teller, LaneRings& rings,
+                          std::int64_t token) {
   const Rails& rails = args.rails;
   const std::int32_t own =
       args.send_rdma_head[token * rails.shape.topology.num_nodes() + rails.node];
@@ -228,9 +331,9 @@ __device__ bool add_token(const CombineArgs& args, Shared& shared, int lane, std
     if (parts.rows < 0) return false;
   }
   for (int piece = 0; piece < args.item.pieces; ++piece) {
-    if (!list_addends(args, lane, token, piece, sources, parts)) return false;
+    if (!list_addends(args, shared.rails.peers, rings, token, piece, sources, parts)) return false;
     add_piece<T>(args, sources, parts, token, piece);
-    release_items(args, lane, token);
+    release_items(args, shared.rails.peers, teller, rings, token);
   }
   return true;
 }
@@ -248,17 +351,20 @@ __device__ void void_token(const CombineArgs& args, std::int64_t token) {
 /// By an adding warp: the tokens of its lanes; `good` as long as nothing has failed.
 template <class T>
 __device__ void add_tokens(const CombineArgs& args, Shared& shared, bool good) {
-  const Role role(kRoleWarps, kRoleWarps);
+  const Role role(static_cast<int>(threadIdx.x / 32) - kRoleWarps);
   const int lanes = args.rails.lanes;
   const std::int64_t tokens = args.comm.record.num_tokens;
-  for (std::int64_t lane = role.number; lane < lanes; lane += role.count) {
-    const std::int64_t end = plan::channel_begin(tokens, static_cast<int>(lane) + 1, lanes);
-    for (std::int64_t token = plan::channel_begin(tokens, static_cast<int>(lane), lanes);
-         token < end; ++token) {
-      good = good && add_token<T>(args, shared, static_cast<int>(lane), token);
+  Teller teller(shared.rails.untold[threadIdx.x / 32]);
+  for (int lane = role.number; lane < lanes; lane += role.count) {
+    LaneRings rings(args.rails, lane);
+    const std::int64_t end = plan::channel_begin(tokens, lane + 1, lanes);
+    for (std::int64_t token = plan::channel_begin(tokens, lane, lanes); token < end; ++token) {
+      good = good && add_token<T>(args, shared, teller, rings, token);
       if (!good) void_token(args, token);
     }
+    rings.keep(args.rails);
   }
+  teller.end();
 }
 
 }  // namespace
@@ -270,6 +376,7 @@ __global__ void __launch_bounds__(kThreads, 1) combine(const __grid_constant__ C
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   const Comm& comm = args.comm;
   const std::uint64_t epoch = comm.local->epoch + 1;
+  shared.rails.begin(args.rails);
   const bool good = find_blocks(args, epoch, shared.blocks, [&](int rank, auto rows, auto room) {
     if (rank != comm.rank) return check_rows_fit(comm, comm.global_rank(rank), 0, rows, room);
     if (rows > room) raise_invalid(comm, Finding::kHandleRoom, 2, room, rows);
@@ -281,10 +388,15 @@ __global__ void __launch_bounds__(kThreads, 1) combine(const __grid_constant__ C
         reinterpret_cast<std::byte*>(const_cast<float*>(args.topk_weights));
   }
   __syncthreads();
-  if (threadIdx.x >= kRoleWarps * 32) {
+  const auto warp = static_cast<int>(threadIdx.x / 32);
+  if (warp == kRailWarps) {
+    tell_peers(shared.rails);
+  } else if (warp >= kRoleWarps) {
     add_tokens<T>(args, shared, good);
   } else if (good) {
     send_sums<T>(args, shared);
+  } else {
+    Teller(shared.rails.untold[warp]).end();
   }
   if (threadIdx.x % 32 == 0) nvshmem_quiet();
   if (!is_last_block(comm)) return;

@@ -8,13 +8,14 @@ namespace deep_ep::cuda::internode {
 namespace {
 
 // Of both kinds, those that send and those that pass on, each block has some, so that one block is
-// enough. Neither kind waits for the other.
-constexpr int kThreads = 2 * kRoleWarps * 32;
+// enough. Neither kind waits for the other. One more tells peers what these have done.
+constexpr int kThreads = (kRailWarps + 1) * 32;
 
 struct Shared {
-  Stage::Storage stages[2 * kRoleWarps];
+  Stage::Storage stages[kRailWarps];
   Blocks targets;
-  unsigned long long own_taken;  // of the block's parts of rows for this node
+  RailShared rails;
+  unsigned own_taken;  // of the block's parts of rows for this node
 };
 static_assert(sizeof(Shared) <= kMaxSharedBytes);
 
@@ -40,15 +41,15 @@ __device__ Ids ids_of(const DispatchArgs& args, std::int64_t token) {
 
 /// By a warp of either role that has nothing better to do: the next part of the block's rows for
 /// ranks of this node. False if there is none.
-__device__ bool place_own(const DispatchArgs& args, Shared& shared, Stage& stage, Untold& untold) {
+__device__ bool place_own(const DispatchArgs& args, Shared& shared, Stage& stage, Teller& teller) {
   const Rails& rails = args.rails;
   const Blocks& targets = shared.targets;
   const auto part = plan::part_of(targets.records, rails.node);
   const std::int64_t own = (part.end - part.begin) * args.item.pieces;
-  unsigned long long ticket = 0;
-  if (lane_id() == 0) ticket = atomicAdd(&shared.own_taken, 1ULL);
+  unsigned ticket = 0;
+  if (lane_id() == 0) ticket = atomicAdd(&shared.own_taken, 1U);
   ticket = __shfl_sync(0xffffffff, ticket, 0);
-  const std::int64_t number = static_cast<std::int64_t>(ticket) * gridDim.x + blockIdx.x;
+  const std::int64_t number = std::int64_t{ticket} * gridDim.x + blockIdx.x;
   if (number >= own) return false;
   const auto record = static_cast<std::int32_t>(number / args.item.pieces);
   const auto piece = static_cast<int>(number % args.item.pieces);
@@ -56,7 +57,7 @@ __device__ bool place_own(const DispatchArgs& args, Shared& shared, Stage& stage
       args.work.record_tokens[rails.node * args.comm.record.num_tokens + record];
   stage.load(args.x + token * args.format.x_bytes + args.item.x_begin(piece),
              args.item.x_size(piece));
-  untold.tell();
+  teller.tell_now();
   const Positions positions(positions_of(args, token, rails.node), args.comm.num_ranks);
   const float* weights = args.topk_weights;
   place(args, targets,
@@ -111,90 +112,86 @@ __device__ __noinline__ void copy_part(std::byte* to, const std::byte* from, std
 }
 
 /// By a warp: the next item of a ring, if there is room.
-__device__ Turn send_item(const DispatchArgs& args, Stage& stage, Untold& untold, int lane,
-                          int peer) {
+__device__ Turn send_item(const DispatchArgs& args, const MappedPeers& peers, Stage& stage,
+                          Teller& teller, RingOut& end) {
   const Rails& rails = args.rails;
   const ItemShape& item = args.item;
-  const RingItems items(rails, item, rails.state.lanes_out, lane, peer);
-  const std::int64_t number = items_out(rails.state.rings[items.ring]);
-  const std::uint64_t in_flight = items_in_flight(rails, items.ring);
-  const bool done = number == items.count;
-  if (done || in_flight >= static_cast<std::uint64_t>(item.slots)) {
-    untold.tell();
-    return done && in_flight == 0 ? Turn::kDone : Turn::kStuck;
-  }
-  const auto record = static_cast<std::int32_t>(items.record + number / item.pieces);
-  const auto piece = static_cast<int>(number % item.pieces);
+  Turn turn;
+  if (!may_put(rails, item, teller, end, turn)) return turn;
   const std::int64_t token =
-      args.work.record_tokens[items.node * args.comm.record.num_tokens + record];
-  const std::byte* x = args.x + token * args.format.x_bytes + item.x_begin(piece);
-  const std::int64_t x_size = item.x_size(piece);
-  const OutItem out(rails, item, lane, peer);
-  const bool direct = out.there != nullptr;
-  if (direct) stage.load(x, x_size);
-  compose_head(args, token, items.node, record, out.to);
-  if (direct) {
+      args.work.record_tokens[end.node(rails) * args.comm.record.num_tokens + end.record];
+  const std::byte* x = args.x + token * args.format.x_bytes + item.x_begin(end.piece);
+  const std::int64_t x_size = item.x_size(end.piece);
+  const OutItem out(rails, peers, item, end);
+  if (out.direct) stage.load(x, x_size);
+  compose_head(args, token, end.node(rails), end.record, out.to);
+  if (out.direct) {
     stage.wait();
     if (lane_id() == 0) stage.store(out.to + item.head_bytes);
     stage.stored();
-    untold.tell<1>();  // of the item before
+    teller.tell_now<1>();  // of the item before
   } else {
     copy_part(out.to + item.head_bytes, x, x_size);
   }
-  send_out(rails, out, untold, lane, peer, item.head_bytes + x_size);
-  return Turn::kMoved;
+  send_out(rails, peers, item, out, teller, end, item.head_bytes + x_size);
+  return turn;
 }
 
 // --- passing on ----------------------------------------------------------------------------------
 
 /// By a warp: the next item of a ring, if it is here.
-__device__ Turn pass_on_item(const DispatchArgs& args, const Blocks& targets, Stage& stage,
-                             int lane, int peer) {
+__device__ Turn pass_on_item(const DispatchArgs& args, const Shared& shared, Stage& stage,
+                             Teller& teller, RingIn& end) {
   const Rails& rails = args.rails;
   const ItemShape& item = args.item;
   const plan::RecordFormat& format = args.record_format;
-  const RingItems items(rails, item, rails.state.lanes_in, lane, peer);
-  const std::int64_t number = items_in(rails.state.rings[items.ring]);
-  if (number == items.count) return Turn::kDone;
-  const std::byte* from = next_item(rails, item, lane, peer);
+  if (end.left == 0) return Turn::kDone;
+  const std::byte* from =
+      next_item(rails, shared.rails.peers, item, end.ring(rails), end.peer, end.items, end.slot);
   if (from == nullptr) return Turn::kStuck;
   if (lane_id() == 0) fence_proxy_async_global();
-  const auto piece = static_cast<int>(number % item.pieces);
-  stage.load(from + item.head_bytes, item.x_size(piece));
+  stage.load(from + item.head_bytes, item.x_size(end.piece));
   const plan::RecordHead head = *reinterpret_cast<const plan::RecordHead*>(from);
-  place(args, targets,
-        {rails.rank_of_peer(peer), head.meta, head.record,
+  place(args, shared.targets,
+        {rails.rank_of_peer(end.peer), head.meta, head.record,
          Positions(reinterpret_cast<const std::int32_t*>(from + sizeof head), args.comm.num_ranks),
          Ids{from + format.topk_idx, args.topk_idx.wide},
          reinterpret_cast<const float*>(from + format.topk_weights),
-         reinterpret_cast<const std::uint32_t*>(from + format.scales), 1, item.x_begin(piece)},
-        stage, [&] { release_item(rails, lane, peer); });
+         reinterpret_cast<const std::uint32_t*>(from + format.scales), 1, item.x_begin(end.piece)},
+        stage, [&] {
+          end.advance(item);
+          release_item(rails, shared.rails.peers, teller, end.lane, end.peer, end.items);
+        });
   return Turn::kMoved;
 }
 
 /// By a warp of either role: its rings, and rows for this node while none of them moves.
-__device__ void move_rows(const DispatchArgs& args, Shared& shared, Stage& stage) {
+__device__ void move_rows(const DispatchArgs& args, Shared& shared) {
   const Rails& rails = args.rails;
-  const bool sends = threadIdx.x < kRoleWarps * 32;
-  const Role role(sends ? 0 : kRoleWarps, kRoleWarps);
-  if (sends) {
+  const auto warp = static_cast<int>(threadIdx.x / 32);
+  Stage stage(shared.stages[warp]);
+  Teller teller(shared.rails.untold[warp]);
+  const auto rest = [&] { return place_own(args, shared, stage, teller); };
+  if (warp < kRoleWarps) {
+    const Role role(warp);
     begin_rings<&RailState::Ring::out_begin, &RailState::Ring::sent>(rails, role);
+    (void)serve_rings<RingOut>(
+        args.comm, rails, args.item, rails.state.lanes_out, role,
+        [&](RingOut& end) { return send_item(args, shared.rails.peers, stage, teller, end); }, rest,
+        [&](std::int64_t ring) { return missing_room(rails, ring); });
   } else {
+    const Role role(warp - kRoleWarps);
     begin_rings<&RailState::Ring::in_begin, &RailState::Ring::consumed>(rails, role);
+    (void)serve_rings<RingIn>(
+        args.comm, rails, args.item, rails.state.lanes_in, role,
+        [&](RingIn& end) { return pass_on_item(args, shared, stage, teller, end); }, rest,
+        [&](std::int64_t ring) {
+          const std::uint64_t consumed = rails.state.rings[ring].consumed;
+          return Awaited{Wait::kRows, consumed + 1, consumed};
+        });
   }
-  Untold untold;
-  (void)serve_rings(
-      args.comm, rails, role,
-      [&](int lane, int peer) {
-        return sends ? send_item(args, stage, untold, lane, peer)
-                     : pass_on_item(args, shared.targets, stage, lane, peer);
-      },
-      [&] { return place_own(args, shared, stage, untold); },
-      [&](std::int64_t ring) {
-        if (sends) return missing_room(rails, ring);
-        const std::uint64_t consumed = rails.state.rings[ring].consumed;
-        return Awaited{Wait::kRows, consumed + 1, consumed};
-      });
+  teller.end();
+  stage.finish();
 }
 
 // --- this rank's results -------------------------------------------------------------------------
@@ -228,14 +225,17 @@ __global__ void __launch_bounds__(kThreads, 1) dispatch(const __grid_constant__ 
   const Comm& comm = args.comm;
   const std::uint64_t epoch = comm.local->epoch + 1;
   if (threadIdx.x == 0) shared.own_taken = 0;
+  shared.rails.begin(args.rails);
   const bool good = find_blocks(args, epoch, targets, [&](int rank, auto rows, auto room) {
     return check_rows_fit(comm, comm.global_rank(rank), 0, rows, room);
   });
   if (good) {
     fill_unused_rows(args, targets.of[comm.rank]);
-    Stage stage(shared.stages[threadIdx.x / 32]);
-    move_rows(args, shared, stage);
-    stage.finish();
+    if (threadIdx.x < kRailWarps * 32) {
+      move_rows(args, shared);
+    } else {
+      tell_peers(shared.rails);
+    }
     if (threadIdx.x % 32 == 0) nvshmem_quiet();
   } else {
     void_block(comm, args, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));

@@ -24,21 +24,40 @@ __device__ __noinline__ inline bool reached(std::uint64_t* word, std::uint64_t v
   return true;
 }
 
-/// `address` of this rank's heap in that of `rank` of another node, as mapped here, or null: then
-/// it is put to.
-template <class T>
-__device__ T* mapped(const Rails& rails, T* address, int rank) {
-  return rails.puts_only ? nullptr : static_cast<T*>(nvshmem_ptr(address, rank));
-}
+/// Where the pieces of rail peers are mapped here, in shared memory: NVSHMEM takes two loads to say
+/// so. Memory that is not mapped is put to.
+class MappedPeers {
+ public:
+  /// By all threads of a block, ahead of a barrier.
+  __device__ void find(const Rails& rails) {
+    auto* own = reinterpret_cast<std::byte*>(rails.block.left);
+    if (threadIdx.x == 0) own_ = own;
+    for (int i = threadIdx.x; i < rails.shape.num_peers(); i += blockDim.x) {
+      pieces_[i] = rails.puts_only
+                       ? nullptr
+                       : static_cast<std::byte*>(nvshmem_ptr(own, rails.rank_of_peer(i)));
+    }
+  }
+  __device__ bool maps(int peer) const { return pieces_[peer] != nullptr; }
+  /// `address` of this rank's piece in that of a peer, or null.
+  template <class T>
+  __device__ T* in_piece(int peer, T* address) const {
+    std::byte* piece = pieces_[peer];
+    if (piece == nullptr) return nullptr;
+    return reinterpret_cast<T*>(piece + (reinterpret_cast<std::byte*>(address) - own_));
+  }
+  /// The same as reached() of a word that the peer sets: by a store if memory is mapped, so that an
+  /// acquire will do, whoever stores.
+  __device__ bool reached_from(int peer, std::uint64_t* word, std::uint64_t value) const {
+    // acquire: pairs with the release in tell_all() of the peer.
+    if (maps(peer)) return protocol::load_acquire(word) >= value;
+    return reached(word, value);
+  }
 
-/// The same as reached() of a word that `rank` sets: by a store if memory is mapped, so that an
-/// acquire will do, whoever stores.
-__device__ inline bool reached_from(const Rails& rails, int rank, std::uint64_t* word,
-                                    std::uint64_t value) {
-  // acquire: pairs with the release in Untold::tell() of the rank.
-  if (mapped(rails, word, rank) != nullptr) return protocol::load_acquire(word) >= value;
-  return reached(word, value);
-}
+ private:
+  std::byte* own_;
+  std::byte* pieces_[plan::kMaxNodes];
+};
 
 /// Takes over what a rank of another node has told, if there is anything: as a fault of this node's
 /// ranks. True if there was.

@@ -15,7 +15,7 @@ namespace deep_ep::cuda::internode {
 /// A lane is a contiguous share of every source's tokens, and has a ring to each rail peer. A warp
 /// serves a ring, so lanes are many and their rings small: four rows of 7168 BF16 values.
 struct RailShape {
-  static constexpr int kMostLanes = 160;  // warps of a role on 20 SMs
+  static constexpr int kMostLanes = 448;  // warps of a role on 64 SMs
   static constexpr int kMostSlots = 16;   // of a ring
   static constexpr std::int64_t kRingBytes = 64 << 10;
 
@@ -25,15 +25,14 @@ struct RailShape {
   DEEP_EP_HD int num_peers() const { return topology.num_nodes() - 1; }
   DEEP_EP_HD int num_rings() const { return num_lanes * num_peers(); }
   /// Of a Buffer that was given no memory for more: one peer takes as many warps as there are, many
-  /// peers share them.
+  /// peers share what is four times as many as 20 SMs have.
   int fewest_lanes() const {
-    const int fair = 4 * kMostLanes / num_peers();
+    const int fair = 640 / num_peers();
     return fair > kMostLanes ? kMostLanes : fair < 32 ? 32 : fair;
   }
-  /// Of a call whose roles have `warps` warps each: as many lanes for each of them.
-  int lanes_of_call(int warps) const {
-    return warps >= num_lanes ? num_lanes : num_lanes / warps * warps;
-  }
+  /// Of a call whose roles have `warps` warps each: one for each, since a warp that takes turns
+  /// among more is slower.
+  int lanes_of_call(int warps) const { return warps < num_lanes ? warps : num_lanes; }
   /// Index of another node among all others of `at_node`, and back.
   DEEP_EP_HD static int peer_index(int node, int at_node) {
     return node < at_node ? node : node - 1;
@@ -174,7 +173,7 @@ struct Rails {
 /// How a row crosses: as one item or, if it is long, as several, which all carry what comes before
 /// x. An item fills a slot. The same on all ranks.
 struct ItemShape {
-  std::int64_t head_bytes = 0;  // before x
+  std::int64_t head_bytes = 0;  // before x, whose lines a link takes whole
   std::int64_t x_bytes = 0;     // of the row
   std::int64_t part_bytes = 0;  // of x in an item, but for the last
   int pieces = 1;               // items of a row
@@ -190,10 +189,11 @@ struct ItemShape {
     shape.x_bytes = x_bytes;
     shape.pieces = 0;
     if (head_bytes > kMostHead) return shape;
+    shape.head_bytes = (head_bytes + 127) / 128 * 128;
     shape.pieces = static_cast<int>((x_bytes + most_part - 1) / most_part);
     const std::int64_t part = (x_bytes + shape.pieces - 1) / shape.pieces;
     shape.part_bytes = shape.pieces == 1 ? x_bytes : (part + 511) / 512 * 512;
-    shape.slot_bytes = (head_bytes + shape.part_bytes + 127) / 128 * 128;
+    shape.slot_bytes = (shape.head_bytes + shape.part_bytes + 127) / 128 * 128;
     const std::int64_t slots = RailShape::kRingBytes / shape.slot_bytes;
     shape.slots = slots < RailShape::kMostSlots ? static_cast<int>(slots) : RailShape::kMostSlots;
     return shape;

@@ -34,6 +34,11 @@ class Stage {
     mbarrier_arrive_expect_tx(&storage_.barrier, bytes_);
     bulk_load(storage_.bytes, from, bytes_, &storage_.barrier);
   }
+  /// What has been loaded, to be written over by a sum.
+  __device__ std::byte* loaded() {
+    wait();
+    return storage_.bytes;
+  }
   /// For a sum of `bytes` bytes, behind the stores of the part before.
   __device__ std::byte* begin_sum(std::int64_t bytes) {
     bulk_wait_group_read<0>();

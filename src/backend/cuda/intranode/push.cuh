@@ -1,6 +1,7 @@
 #pragma once
 
 #include "backend/cuda/device/pump.cuh"
+#include "backend/cuda/device/telling.cuh"
 #include "backend/cuda/device/waiting.cuh"
 #include "backend/cuda/intranode/steps.hpp"
 
@@ -44,27 +45,8 @@ struct PushNote {
 // A piece counts as complete a few parts after its last one: so nobody waits for its stores.
 using PushPump = Pump<6, 7168, 2, PushNote, 6>;
 
-/// What a push warp has completed, for the warp that tells the sources: telling takes a fence of
-/// the whole system, which would keep a pushing warp waiting for microseconds.
-struct PushedPieces {
-  using Word = ::cuda::atomic_ref<std::uint32_t, ::cuda::thread_scope_block>;
-  static constexpr std::uint32_t kSize = 32;
-
-  std::uint32_t pieces[kSize];  // source << 16 | chunk
-  std::uint32_t completed;      // so many since the beginning; the last kSize are in pieces
-  std::uint32_t told;           // of them
-  std::uint32_t ended;          // 1: nothing more will come
-
-  /// By one thread of the push warp, behind `count` earlier ones.
-  __device__ void put(std::uint32_t count, std::uint32_t piece) {
-    // acquire: pairs with the release in tell(): the piece's place has been read.
-    while (count - Word(told).load(::cuda::std::memory_order_acquire) >= kSize) __nanosleep(100);
-    pieces[count % kSize] = piece;
-    // release: pairs with the acquire in tell(), for the piece's rows too.
-    Word(completed).store(count + 1, ::cuda::std::memory_order_release);
-  }
-  __device__ void end() { Word(ended).store(1, ::cuda::std::memory_order_release); }
-};
+/// Pieces that a push warp has completed: source << 16 | chunk.
+using PushedPieces = Untold<std::uint32_t, 32>;
 
 /// By a push warp: the parts of its pieces, of all sources in turn, so that all of them can begin
 /// to sum.
@@ -176,44 +158,15 @@ __device__ inline void push_rows(const CombineArgs& args, const Other* others, i
   if (leader) pushed.end();
 }
 
-/// By one warp of a block: tells the sources what the push warps have completed, all that there is
-/// with one fence.
+/// By one warp of a block: tells the sources what the push warps have completed.
 __device__ inline void tell_pieces(const CombineArgs& args, PushedPieces (&pushed)[kPushWarps],
                                    std::uint64_t epoch) {
-  using Word = PushedPieces::Word;
-  const Comm& comm = args.comm;
-  const auto lane = static_cast<std::uint32_t>(threadIdx.x % 32);
-  std::uint32_t told = 0;  // lane i < kPushWarps: of warp i
-  for (;;) {
-    bool ended = true;
-    std::uint32_t completed = 0;
-    if (lane < kPushWarps) {
-      ended = Word(pushed[lane].ended).load(::cuda::std::memory_order_acquire) != 0;
-      // acquire: pairs with the release in put().
-      completed = Word(pushed[lane].completed).load(::cuda::std::memory_order_acquire);
-    }
-    __syncwarp();
-    if (!__any_sync(0xffffffff, completed != told)) {
-      if (__all_sync(0xffffffff, ended)) return;
-      __nanosleep(100);
-      continue;
-    }
-    // release: with the stores below, which are relaxed; pairs with the acquire in wait_chunk() of
-    // the source.
-    fence_acq_rel_sys();
-#pragma unroll
-    for (int warp = 0; warp < kPushWarps; ++warp) {
-      const std::uint32_t i = __shfl_sync(0xffffffff, told, warp) + lane;
-      if (i - __shfl_sync(0xffffffff, completed, warp) < std::uint32_t{1} << 31) continue;
-      const std::uint32_t piece = pushed[warp].pieces[i % PushedPieces::kSize];
-      std::uint64_t* words = comm.control(static_cast<int>(piece >> 16)).chunks;
-      protocol::store_relaxed(words + std::int64_t{comm.rank} * kMaxChunks + (piece & 0xffff),
-                              epoch);
-    }
-    __syncwarp();
-    told = completed;
-    if (lane < kPushWarps) Word(pushed[lane].told).store(told, ::cuda::std::memory_order_release);
-  }
+  tell_all<false>(pushed, [&](std::uint32_t piece) {
+    // Pairs with the acquire in wait_chunk() of the source.
+    std::uint64_t* words = args.comm.control(static_cast<int>(piece >> 16)).chunks;
+    protocol::store_relaxed(words + std::int64_t{args.comm.rank} * kMaxChunks + (piece & 0xffff),
+                            epoch);
+  });
 }
 
 }  // namespace deep_ep::cuda::intranode
