@@ -169,12 +169,14 @@ std::string play(Worker& worker, const std::string& job) {
 }  // namespace
 }  // namespace deep_ep::test
 
-/// Arguments: rounds, and anything, to leave out what is of one node.
+/// Arguments: rounds, and ranks of each of two nodes, to leave out all others.
 int main(int argc, char** argv) {
   const std::string rounds = argc > 1 ? argv[1] : "50";
   deep_ep::test::GroupRunner runner(deep_ep::test::play);
   if (argc <= 2) runner.run_on_ranks(4, rounds);
-  runner.run_on_nodes(2, 1, rounds);
-  runner.run_on_nodes(2, 2, rounds);
+  for (const int ranks_per_node : {1, 2}) {
+    if (argc <= 2 || ranks_per_node == std::stoi(argv[2]))
+      runner.run_on_nodes(2, ranks_per_node, rounds);
+  }
   return runner.finish();
 }
