@@ -38,16 +38,14 @@ struct Scenario {
   const char* word;  ///< that the Errors of the others contain
   Mode mode = Mode::kIntranode;
 
-  bool over_nodes() const {
-    return mode == Mode::kInternode || mode == Mode::kInternodeLowLatency;
-  }
+  bool over_nodes() const { return mode == Mode::kInternode || mode == Mode::kInternodeLowLatency; }
   bool low_latency() const {
     return mode == Mode::kLowLatency || mode == Mode::kInternodeLowLatency;
   }
   int ranks() const { return over_nodes() ? 4 : 3; }
   const char* mode_name() const {
-    constexpr const char* kNames[] = {"", "internode: ", "low latency: ",
-                                      "internode low latency: "};
+    constexpr const char* kNames[] = {"",
+                                      "internode: ", "low latency: ", "internode low latency: "};
     return kNames[static_cast<int>(mode)];
   }
 };
