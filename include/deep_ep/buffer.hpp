@@ -26,8 +26,8 @@ struct BufferOptions {
       0;  ///< starting size of this rank's mapped memory, see Config; raised if it is too small
   std::int64_t num_rdma_bytes =
       0;  ///< starting size of the memory for low latency and for other nodes
-  /// With several nodes: whether there is memory for low latency, twice num_rdma_bytes beside what
-  /// other calls take; the same on all ranks. One node has it anyway.
+  /// With several nodes: whether there is memory for low latency, twice num_rdma_bytes (on GPUs
+  /// thrice) beside what other calls take; the same on all ranks. One node has it anyway.
   bool low_latency_mode = false;
   int num_qps_per_rank = 24;
   bool allow_nvlink_for_low_latency_mode = true;
@@ -233,7 +233,7 @@ class DEEP_EP_API Buffer {
   CombineResult internode_combine(const CombineArgs& args);
 
   /// Low latency: small batches through buffers of a fixed size, num_rdma_bytes, without counts on
-  /// the host; may be captured. With several nodes, on hosts, the Buffer needs low_latency_mode.
+  /// the host; may be captured. With several nodes the Buffer needs low_latency_mode.
   /// Collective; the ranks of a call agree on all but N and round_scale. Calls with a hook have two
   /// parts; until the second one has run the result is live. Of each kind, dispatch and combine,
   /// two results may be live, and a call is refused with Error(kUsage) while the call before the

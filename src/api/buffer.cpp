@@ -72,14 +72,6 @@ void Buffer::Impl::require_one_node(const char* operation) const {
                   operation, topology_.num_ranks, topology_.num_nodes(), topology_.ranks_per_node));
 }
 
-void Buffer::Impl::require_host_between_nodes(const char* operation) const {
-  if (topology_.num_nodes() == 1 || options_.device.type == DeviceType::kHost) return;
-  throw Error(ErrorCode::kUnsupported,
-              fmt::format("{}: the {} ranks are of {} nodes, between which this call is of the "
-                          "host device",
-                          operation, topology_.num_ranks, topology_.num_nodes()));
-}
-
 // A failure on one rank must fail all: what each exports begins with "+", or is "-" and the reason.
 void Buffer::Impl::sync() {
   const auto exchange = [this](const std::function<std::string()>& step,

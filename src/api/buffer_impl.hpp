@@ -37,18 +37,13 @@ class __attribute__((visibility("hidden"))) Buffer::Impl {  // a member of an ex
   LowLatencyDispatchResult low_latency_dispatch(const LowLatencyDispatchArgs& args);
   LowLatencyCombineResult low_latency_combine(const LowLatencyCombineArgs& args);
   Tensor get_next_low_latency_combine_buffer(const LowLatencyHandle& handle);
-  /// Between nodes it takes memory that only those get who ask for it, and is of hosts.
-  bool has_low_latency() const {
-    return topology_.num_nodes() == 1 ||
-           (options_.low_latency_mode && options_.device.type == DeviceType::kHost);
-  }
+  /// Between nodes it takes memory that only those get who ask for it.
+  bool has_low_latency() const { return topology_.num_nodes() == 1 || options_.low_latency_mode; }
   /// Throws Error(kUnsupported) for a call that touches no peer then.
   void require_low_latency(const char* operation) const;
   void low_latency_mask(const char* operation, const std::function<void()>& body);
   /// Throws Error(kUnsupported) for a call that touches no peer then.
   void require_one_node(const char* operation) const;
-  /// The same for calls that GPUs of several nodes do not have.
-  void require_host_between_nodes(const char* operation) const;
   void barrier();
   void reserve(std::int64_t bytes);
   void check() const;

@@ -46,7 +46,6 @@ TensorView ticket_view(Device device) { return {nullptr, DType::kInt64, {1}, dev
 
 void Buffer::Impl::require_low_latency(const char* operation) const {
   if (has_low_latency()) return;
-  require_host_between_nodes(operation);
   throw Error(ErrorCode::kUnsupported,
               fmt::format("{}: the {} ranks are of {} nodes, between which low latency needs a "
                           "Buffer that was made with low_latency_mode",

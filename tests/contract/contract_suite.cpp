@@ -126,7 +126,7 @@ int run(Settings& settings, const char* program) {
   Target target;
   target.device.type = settings.backend == "cuda" ? DeviceType::kCuda : DeviceType::kHost;
   target.timeout = std::chrono::milliseconds(settings.timeout_ms);
-  suite.one_world = settings.backend == "cuda" && settings.mode == "internode";
+  suite.one_world = settings.backend == "cuda" && settings.mode.starts_with("internode");
   suite.replay = fmt::format("{} --backend {} --mode {} --seed {}{}{}", program, settings.backend,
                              settings.mode, settings.seed, settings.full ? " --full" : "",
                              settings.namespaces ? " --namespaces" : "");

@@ -42,6 +42,8 @@ BUDGETS_OF_NVSHMEM = {
     "internode/combine": (128, 512),  # 448 threads
     "internode/fill_handle": (64, 512),
     "internode/tell": (64, 512),
+    "internode_ll_nodes/dispatch": (168, 512),  # 256 threads
+    "internode_ll_nodes/combine": (224, 512),  # 256 threads
 }
 if WITH_NVSHMEM:
     BUDGETS |= BUDGETS_OF_NVSHMEM
@@ -70,7 +72,7 @@ def demangle(name):
 
 
 def compile_source(source):
-    linked = source.parent.name == "internode"
+    linked = source.parent.name in ("internode", "internode_ll_nodes")
     if linked and not WITH_NVSHMEM:
         return []
     with tempfile.TemporaryDirectory() as folder:

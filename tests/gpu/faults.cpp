@@ -30,7 +30,7 @@ constexpr auto kJobLimit = 60s;
 constexpr auto kTimeout = 3000ms;
 constexpr const char* kSkip = "skip: ";
 
-enum class Mode { kIntranode, kInternode, kLowLatency };
+enum class Mode { kIntranode, kInternode, kLowLatency, kInternodeLowLatency };
 
 struct Scenario {
   const char* name;
@@ -38,11 +38,15 @@ struct Scenario {
   const char* word;  ///< that the Errors of the others contain
   Mode mode = Mode::kIntranode;
 
-  int ranks() const { return mode == Mode::kInternode ? 4 : 3; }
+  bool over_nodes() const { return mode == Mode::kInternode || mode == Mode::kInternodeLowLatency; }
+  bool low_latency() const {
+    return mode == Mode::kLowLatency || mode == Mode::kInternodeLowLatency;
+  }
+  int ranks() const { return over_nodes() ? 4 : 3; }
   const char* mode_name() const {
-    return mode == Mode::kInternode    ? "internode: "
-           : mode == Mode::kLowLatency ? "low latency: "
-                                       : "";
+    constexpr const char* kNames[] = {"",
+                                      "internode: ", "low latency: ", "internode low latency: "};
+    return kNames[static_cast<int>(mode)];
   }
 };
 /// The victim, a rank of its node and its rail peer are three that learn of it in three ways.
@@ -72,6 +76,11 @@ constexpr Scenario kScenarios[] = {
     {"asleep", ErrorCode::kTimeout, "rank 1", Mode::kLowLatency},
     {"hidden", ErrorCode::kDisagreement, "hidden", Mode::kLowLatency},
     {"expert_id", ErrorCode::kPeerFailed, "topk_idx", Mode::kLowLatency},
+    {"killed", ErrorCode::kPeerFailed, "rank 1", Mode::kInternodeLowLatency},
+    {"left", ErrorCode::kPeerFailed, "rank 1", Mode::kInternodeLowLatency},
+    {"asleep", ErrorCode::kTimeout, "rank 1", Mode::kInternodeLowLatency},
+    {"hidden", ErrorCode::kDisagreement, "hidden", Mode::kInternodeLowLatency},
+    {"expert_id", ErrorCode::kPeerFailed, "topk_idx", Mode::kInternodeLowLatency},
 };
 
 verify::Case exchange_of(const Buffer& buffer) {
@@ -88,8 +97,9 @@ verify::Case exchange_of(const Buffer& buffer) {
   return exchange;
 }
 
-verify::LowLatencyCase low_latency_of(int ranks) {
+verify::LowLatencyCase low_latency_of(int ranks, int ranks_per_node = 0) {
   verify::LowLatencyCase exchange;
+  exchange.ranks_per_node = ranks_per_node;
   exchange.ranks = ranks;
   exchange.experts = 4 * ranks;
   exchange.topk = 3;
@@ -99,10 +109,15 @@ verify::LowLatencyCase low_latency_of(int ranks) {
   return exchange;
 }
 
+verify::LowLatencyCase low_latency_of(const Buffer& buffer) {
+  return low_latency_of(buffer.num_ranks(),
+                        buffer.num_nodes() > 1 ? buffer.num_ranks_per_node() : 0);
+}
+
 /// What a rank does while nothing is wrong.
-verify::CaseResult run_exchange(Buffer& buffer, Mode mode) {
-  return mode == Mode::kLowLatency ? verify::run_case(buffer, low_latency_of(buffer.num_ranks()))
-                                   : verify::run_case(buffer, exchange_of(buffer));
+verify::CaseResult run_exchange(Buffer& buffer, const Scenario& scenario) {
+  return scenario.low_latency() ? verify::run_case(buffer, low_latency_of(buffer))
+                                : verify::run_case(buffer, exchange_of(buffer));
 }
 
 /// A low-latency dispatch with an expert that does not exist.
@@ -160,13 +175,13 @@ void act(Buffer& buffer, const Scenario& what) {
       usleep(std::random_device{}() % 200'000);
       kill(getpid(), SIGKILL);
     }).detach();
-    for (;;) (void)run_exchange(buffer, what.mode);
+    for (;;) (void)run_exchange(buffer, what);
   }
   if (scenario == "left") return buffer.destroy();
   if (scenario == "asleep") std::this_thread::sleep_for(kTimeout * 2);
   if (scenario == "barrier") return buffer.barrier();
-  if (what.mode == Mode::kLowLatency) {
-    verify::LowLatencyCase other = low_latency_of(buffer.num_ranks());
+  if (what.low_latency()) {
+    verify::LowLatencyCase other = low_latency_of(buffer);
     if (scenario == "hidden") other.hidden = 2048;
     (void)verify::run_case(buffer, other);
     return;
@@ -214,7 +229,8 @@ std::string play(Worker& worker, const std::string& job) {
   options.device = {DeviceType::kCuda, worker.rank() % gpus};
   options.timeout = kTimeout;
   options.num_rdma_bytes = 2 * low_latency_of(scenario.ranks()).buffer_bytes();
-  const bool internode = scenario.mode == Mode::kInternode;
+  const bool internode = scenario.over_nodes();
+  options.low_latency_mode = scenario.low_latency();
   // The processes of a scenario are its own.
   if (internode) setenv("DEEP_EP_RANKS_PER_NODE", std::to_string(kRanksPerNode).c_str(), 1);
   const bool victim = worker.rank() == kVictim;
@@ -227,18 +243,18 @@ std::string play(Worker& worker, const std::string& job) {
   }
   {
     Buffer buffer(worker.bootstrap(), options);
-    if (!run_exchange(buffer, scenario.mode).passed()) return "wrong before the fault";
+    if (!run_exchange(buffer, scenario).passed()) return "wrong before the fault";
     buffer.barrier();
     const auto begin = Clock::now();
     try {
-      if (scenario.mode == Mode::kLowLatency && name == "expert_id") {
+      if (scenario.low_latency() && name == "expert_id") {
         low_latency_dispatch_wrongly(buffer);
       } else if (name == "capacity" || name == "expert_id" || name == "refused") {
         dispatch_wrongly(buffer, name);
       } else if (victim) {
         act(buffer, scenario);
       } else {
-        while (Clock::now() - begin < 20s) (void)run_exchange(buffer, scenario.mode);
+        while (Clock::now() - begin < 20s) (void)run_exchange(buffer, scenario);
       }
       if (!victim) wrong += "no Error; ";
     } catch (const Error& error) {
@@ -259,7 +275,7 @@ std::string play(Worker& worker, const std::string& job) {
   }
   if (internode && name == "killed") return wrong + refuse_others(worker, others, options);
   Buffer fresh(worker.bootstrap_among(others), options);
-  const auto result = run_exchange(fresh, scenario.mode);
+  const auto result = run_exchange(fresh, scenario);
   if (!result.passed()) wrong += "a new Buffer is wrong: " + result.first_mismatch;
   return wrong;
 }
@@ -291,7 +307,7 @@ int run(int rounds, const std::string& filter) {
       const std::string name = std::string(kScenarios[i].mode_name()) + kScenarios[i].name;
       if (name.find(filter) == std::string::npos) continue;
       std::string wrong;
-      if (kScenarios[i].mode == Mode::kInternode) {
+      if (kScenarios[i].over_nodes()) {
         Pool own(kScenarios[i].ranks(), play);
         wrong = run_scenario(own, i);
       } else {

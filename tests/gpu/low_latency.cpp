@@ -145,7 +145,15 @@ std::string play(Worker& worker, const std::string& job) {
   BufferOptions options{.device = device, .timeout = 20s};
   options.num_rdma_bytes =
       Buffer::get_low_latency_rdma_size_hint(128, 7168, ranks, kExpertsARank * ranks, 8);
-  Buffer buffer(worker.bootstrap(), options);
+  options.low_latency_mode = true;
+  std::unique_ptr<Buffer> made;
+  try {
+    made = std::make_unique<Buffer>(worker.bootstrap(), options);
+  } catch (const Error& error) {
+    if (error.code() == ErrorCode::kUnsupported) return kSkip + std::string(error.what());
+    throw;
+  }
+  Buffer& buffer = *made;
   // One graph each, on one Buffer: replays of different shapes take turns.
   std::vector<std::unique_ptr<Replay>> replays;
   for (const Kind& kind : kKinds) replays.push_back(std::make_unique<Replay>(buffer, stream, kind));
@@ -161,6 +169,14 @@ std::string play(Worker& worker, const std::string& job) {
 }  // namespace
 }  // namespace deep_ep::test
 
+/// Arguments: rounds, and ranks of each of two nodes, to leave out all others.
 int main(int argc, char** argv) {
-  return deep_ep::test::run_on_ranks(4, deep_ep::test::play, argc > 1 ? argv[1] : "50");
+  const std::string rounds = argc > 1 ? argv[1] : "50";
+  deep_ep::test::GroupRunner runner(deep_ep::test::play);
+  if (argc <= 2) runner.run_on_ranks(4, rounds);
+  for (const int ranks_per_node : {1, 2}) {
+    if (argc <= 2 || ranks_per_node == std::stoi(argv[2]))
+      runner.run_on_nodes(2, ranks_per_node, rounds);
+  }
+  return runner.finish();
 }

@@ -50,9 +50,12 @@ if [[ -x bin/gpu_nvshmem_probe && -e ${NVSHMEM_HOME:-$nvshmem}/lib/libnvshmem_ho
   # What a network takes, also where memory is mapped.
   DEEP_EP_NVSHMEM_PUTS_ONLY=1 run bin/contract_suite --backend cuda --mode internode \
     --timeout-ms 20000
+  run bin/contract_suite --backend cuda --mode internode-low-latency --timeout-ms 20000
+  DEEP_EP_NVSHMEM_PUTS_ONLY=1 run bin/contract_suite --backend cuda \
+    --mode internode-low-latency --timeout-ms 20000
 else
   printf '== several nodes: SKIPPED, no NVSHMEM (nvidia-nvshmem-cu13 from pip, or NVSHMEM_HOME)\n'
-  skipped=$((skipped + 3))
+  skipped=$((skipped + 5))
 fi
 run bin/gpu_faults $times
 run bin/gpu_growth

@@ -27,8 +27,8 @@ class CudaBackend final : public Backend {
   explicit CudaBackend(const BackendOptions& options)
       : options_(options),
         context_(options),
-        low_latency_(context_, options),
         internode_(context_, options),
+        low_latency_(context_, internode_, options),
         heap_(std::make_shared<DeviceHeap>(
             context_, [this](std::int64_t bytes) { return grow(bytes); },
             [this](int segment) { return context_.fabric().own_segment(segment); })),
@@ -46,8 +46,11 @@ class CudaBackend final : public Backend {
       log::info("num_nvl_bytes raised from {} to {}: the control block needs that",
                 options_.heap_bytes, control);
     }
-    std::string handles = context_.export_handles(bytes + options_.low_latency_bytes);
-    heap_->add(0, control + options_.low_latency_bytes, context_.fabric().own_segment(0)->bytes());
+    // Over several nodes it is in the symmetric heap.
+    const std::int64_t low_latency =
+        options_.topology.num_nodes() > 1 ? 0 : options_.low_latency_bytes;
+    std::string handles = context_.export_handles(bytes + low_latency);
+    heap_->add(0, control + low_latency, context_.fabric().own_segment(0)->bytes());
     return handles;
   }
 
@@ -269,8 +272,8 @@ class CudaBackend final : public Backend {
 
   BackendOptions options_;
   mutable Context context_;
-  LowLatency low_latency_;
   Internode internode_;
+  LowLatency low_latency_;
   std::unique_ptr<fabric::Memory> private_memory_;
   std::vector<std::shared_ptr<fabric::Mapping>> private_segments_;
   std::shared_ptr<DeviceHeap> heap_;

@@ -66,6 +66,7 @@ internode::ItemShape make_item(std::int64_t head_bytes, std::int64_t x_bytes,
 Internode::Internode(Context& context, const BackendOptions& options) : context_(context) {
   shape_.topology = options.topology;
   puts_only_ = env::nvshmem_puts_only();
+  low_latency_bytes_ = options.low_latency_bytes;
 }
 
 void Internode::alloc(Bootstrap& bootstrap, std::int64_t bytes) {
@@ -80,15 +81,67 @@ void Internode::alloc(Bootstrap& bootstrap, std::int64_t bytes) {
     const DeviceGuard guard(context_.device());
     state_base_ = static_cast<std::byte*>(state_.get(internode::RailState::bytes(shape_)));
   });
-  auto heap = parts_->allocate(bootstrap, context_.device(), needed);
+  const std::int64_t low_latency =
+      low_latency_bytes_ > 0
+          ? internode_ll::NodesLayout::bytes(low_latency_bytes_, shape_.topology.num_ranks)
+          : 0;
+  auto heap = parts_->allocate(bootstrap, context_.device(), needed + low_latency);
   fabric::together(bootstrap, [&] {
     const DeviceGuard guard(context_.device());
     // Loading a kernel later could wait for those that run, which may wait for it.
     check(parts_->load_kernels(), "loading of the kernels");
   });
   heap_ = std::move(heap);  // from here on kernels may be launched
+  find_mapped(bootstrap);
   log::debug("rank {}: {} lanes to each of {} other nodes", context_.global_rank(),
              shape_.num_lanes, shape_.num_peers());
+}
+
+/// Both ranks of a pair write, or both put: where a message is read follows from that.
+void Internode::find_mapped(Bootstrap& bootstrap) {
+  const plan::Topology& topology = shape_.topology;
+  const int self = context_.global_rank();
+  std::string mine;
+  for (int rank = 0; rank < topology.num_ranks; ++rank) {
+    const bool near = topology.node_of(rank) == topology.node_of(self) || !puts_only_;
+    mapped_.push_back(near ? heap_->mapped(rank) : nullptr);
+    mine += mapped_.back() != nullptr ? '1' : '0';
+  }
+  const std::vector<std::string> all = bootstrap.all_gather(mine);
+  for (int rank = 0; rank < topology.num_ranks; ++rank)
+    if (all[rank][self] != '1') mapped_[rank] = nullptr;
+}
+
+internode_ll::NodesLayout Internode::low_latency() const {
+  Carver heap(heap_->base() + internode::RailBlock::bytes(shape_));
+  return internode_ll::NodesLayout::carve(heap, low_latency_bytes_, shape_.topology.num_ranks);
+}
+
+Comm Internode::comm_of_all(const Call& call) const {
+  const plan::Topology& topology = shape_.topology;
+  if (topology.num_ranks > kMaxRanks) {
+    throw Error(ErrorCode::kUnsupported,
+                fmt::format("{}: {} ranks; low latency of GPUs has {} at most", call.operation,
+                            topology.num_ranks, kMaxRanks));
+  }
+  Comm comm = context_.comm(call);
+  const std::ptrdiff_t begin = low_latency().near_base - heap_->base();
+  comm.rank = context_.global_rank();
+  comm.num_ranks = topology.num_ranks;
+  comm.first_rank = 0;
+  for (int rank = 0; rank < topology.num_ranks; ++rank)
+    comm.bases[rank] = mapped_[rank] == nullptr ? nullptr : mapped_[rank] + begin;
+  return comm;
+}
+
+internode_ll::Nodes Internode::nodes(const Call& call, const internode_ll::StepArgs& step) const {
+  internode_ll::Nodes nodes;
+  nodes.node = step;
+  nodes.node.comm = comm(call);
+  nodes.rails = rails(call);
+  nodes.far = low_latency().far;
+  nodes.shape = internode_ll::FarShape(step.places);
+  return nodes;
 }
 
 void Internode::free() noexcept {

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 #include "backend/cuda/context.hpp"
 #include "backend/cuda/internode/steps.hpp"
@@ -28,6 +29,12 @@ class Internode {
   void free() noexcept;
   bool open() const { return heap_ != nullptr; }
 
+  /// What low latency has of it: its memory, and what its kernels know of all ranks.
+  internode_ll::NodesLayout low_latency() const;
+  Comm comm_of_all(const Call& call) const;
+  internode_ll::Nodes nodes(const Call& call, const internode_ll::StepArgs& step) const;
+  nvshmem::NvshmemParts& parts() const { return *parts_; }
+
   void barrier(const deep_ep::internode::BarrierParams& params);
   void notify_dispatch(const deep_ep::internode::NotifyDispatchParams& params);
   void dispatch(const deep_ep::internode::DispatchParams& params);
@@ -42,6 +49,7 @@ class Internode {
   Comm comm(const Call& call) const;
   internode::Rails rails(const Call& call) const;
   void tell(bool leaves) noexcept;
+  void find_mapped(Bootstrap& bootstrap);
   /// What notify leaves for the kernel behind it, of a call of so many tokens.
   internode::Workspace workspace(std::int64_t tokens);
   internode::NotifyArgs notify_args(const Call& call);
@@ -62,7 +70,9 @@ class Internode {
   nvshmem::NvshmemParts* parts_ = nullptr;
   bool puts_only_ = false;
   internode::RailShape shape_;
+  std::int64_t low_latency_bytes_ = 0;
   std::unique_ptr<nvshmem::Heap> heap_;
+  std::vector<std::byte*> mapped_;  // by rank: heap_ there as mapped here, null if it is put to
   ZeroedWords state_;
   std::byte* state_base_ = nullptr;
   ZeroedWords work_;

@@ -28,8 +28,9 @@ void check_launch(cudaError_t status, const char* name, const plan::LowLatencySh
 
 }  // namespace
 
-LowLatency::LowLatency(Context& context, const BackendOptions& options)
+LowLatency::LowLatency(Context& context, const Internode& internode, const BackendOptions& options)
     : context_(context),
+      internode_(internode),
       bytes_(options.low_latency_bytes),
       num_ranks_(options.num_ranks),
       may_shrink_(options.enable_shrink),
@@ -37,6 +38,7 @@ LowLatency::LowLatency(Context& context, const BackendOptions& options)
   start_tickets();
   // Not at first use, which may lie in a capture.
   if (may_shrink_) (void)mask_words_.get(num_ranks_ * std::int64_t{4});
+  if (over_nodes()) (void)told_words_.get(LowLatencyState::kParts * num_ranks_ * std::int64_t{8});
 }
 
 /// Memory that begins as zeros counts from 1.
@@ -53,8 +55,9 @@ void LowLatency::start_tickets() {
 
 void LowLatency::fill(const deep_ep::internode_ll::Step& step, plan::LowLatencyKind kind,
                       internode_ll::StepArgs& args) {
-  args.comm = context_.comm(step.call);
-  args.fault = args.comm.control(args.comm.rank).block.fault;
+  const Comm node = context_.comm(step.call);
+  args.comm = over_nodes() ? internode_.comm_of_all(step.call) : node;
+  args.fault = node.control(node.rank).block.fault;
   args.sends = has(step.phases, Phases::kSend);
   args.receives = has(step.phases, Phases::kReceive);
   args.rank_major = step.rank_major;
@@ -66,8 +69,11 @@ void LowLatency::fill(const deep_ep::internode_ll::Step& step, plan::LowLatencyK
                             step.shape.num_experts, internode_ll::StepArgs::kMaxExperts));
   }
   args.set_experts(step.shape.num_local_experts());
-  std::byte* base = args.comm.bases[args.comm.rank] + Context::control_bytes(context_.topology());
-  args.layout = plan::LowLatencyLayout::carve(base, bytes_, num_ranks_);
+  args.layout = over_nodes()
+                    ? internode_.low_latency().near
+                    : plan::LowLatencyLayout::carve(
+                          node.bases[node.rank] + Context::control_bytes(context_.topology()),
+                          bytes_, num_ranks_);
   args.places = args.layout.places(kind, 0, step.shape);
   args.topk_idx = {step.topk_idx.data, step.topk_idx.dtype == DType::kInt64};
   args.num_tokens = step.call.record.num_tokens;
@@ -76,6 +82,15 @@ void LowLatency::fill(const deep_ep::internode_ll::Step& step, plan::LowLatencyK
   if (may_shrink_)
     args.masks = static_cast<std::int32_t*>(mask_words_.get(num_ranks_ * std::int64_t{4}));
   args.wait_stats = step.wait_stats;
+}
+
+template <class Args>
+internode_ll::OverNodes<Args> LowLatency::spread(const Args& args, const Call& call) {
+  internode_ll::OverNodes<Args> spread{args};
+  spread.nodes = internode_.nodes(call, args);
+  spread.nodes.told = static_cast<std::uint64_t*>(
+      told_words_.get(LowLatencyState::kParts * num_ranks_ * std::int64_t{8}));
+  return spread;
 }
 
 void LowLatency::dispatch(const deep_ep::internode_ll::DispatchParams& params) {
@@ -103,7 +118,10 @@ void LowLatency::dispatch(const deep_ep::internode_ll::DispatchParams& params) {
   args.src_info = params.src_info;
   args.layout_range = params.layout_range;
   args.cumulative_stats = params.cumulative_stats;
-  check_launch(internode_ll::launch_dispatch(args, context_.num_sms(), native(params.stream)),
+  const int num_sms = context_.num_sms();
+  check_launch(over_nodes() ? internode_.parts().launch(spread(args, params.call), num_sms,
+                                                        native(params.stream))
+                            : internode_ll::launch_dispatch(args, num_sms, native(params.stream)),
                "launch of dispatch", params.shape);
 }
 
@@ -117,7 +135,10 @@ void LowLatency::combine(const deep_ep::internode_ll::CombineParams& params) {
   args.src_info = params.src_info;
   args.layout_range = params.layout_range;
   args.combined_x = params.combined_x;
-  check_launch(internode_ll::launch_combine(args, context_.num_sms(), native(params.stream)),
+  const int num_sms = context_.num_sms();
+  check_launch(over_nodes() ? internode_.parts().launch(spread(args, params.call), num_sms,
+                                                        native(params.stream))
+                            : internode_ll::launch_combine(args, num_sms, native(params.stream)),
                "launch of combine", params.shape);
 }
 

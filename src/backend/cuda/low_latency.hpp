@@ -4,6 +4,7 @@
 #include <memory>
 
 #include "backend/cuda/context.hpp"
+#include "backend/cuda/internode.hpp"
 #include "backend/cuda/internode_ll/steps.hpp"
 #include "backend/params.hpp"
 
@@ -12,7 +13,7 @@ namespace deep_ep::cuda {
 /// The low-latency steps of a rank: from their params to their kernels.
 class LowLatency {
  public:
-  LowLatency(Context& context, const BackendOptions& options);
+  LowLatency(Context& context, const Internode& internode, const BackendOptions& options);
 
   void dispatch(const deep_ep::internode_ll::DispatchParams& params);
   void combine(const deep_ep::internode_ll::CombineParams& params);
@@ -24,13 +25,19 @@ class LowLatency {
   void start_tickets();
   void fill(const deep_ep::internode_ll::Step& step, plan::LowLatencyKind kind,
             internode_ll::StepArgs& args);
+  bool over_nodes() const { return context_.topology().num_nodes() > 1; }
+  /// The same step of a Buffer over several nodes.
+  template <class Args>
+  internode_ll::OverNodes<Args> spread(const Args& args, const Call& call);
 
   Context& context_;
+  const Internode& internode_;
   std::int64_t bytes_;
   int num_ranks_;
   bool may_shrink_;
   std::uint64_t last_ticket_;  // tickets begin behind it
   ZeroedWords mask_words_;
+  ZeroedWords told_words_;  // Nodes::told
 };
 
 }  // namespace deep_ep::cuda

@@ -164,14 +164,13 @@ class Patience {
   bool last_look_ = false;
 };
 
-/// By the last block, before end_kernel(): the ranks of other nodes learn of this one's fault,
-/// once. What is put from is not written again, so nothing is waited for.
-__device__ __noinline__ inline void tell_fault(const Comm& comm, const Rails& rails) {
-  __syncthreads();
-  if (threadIdx.x != 0) return;
+/// By a thread: the ranks of other nodes learn of this one's fault, once. What is put from is not
+/// written again, so nothing is waited for.
+__device__ __noinline__ inline void tell_fault_once(const Comm& comm, const Rails& rails) {
   const protocol::FaultRecord& own = *comm.control(comm.rank).block.fault;
-  if (own.load() != protocol::FaultRecord::kWritten || *rails.state.told_fault != 0) return;
-  *rails.state.told_fault = 1;
+  if (own.load() != protocol::FaultRecord::kWritten) return;
+  auto* told = reinterpret_cast<unsigned long long*>(rails.state.told_fault);
+  if (atomicExch(told, 1) != 0) return;
   const auto* from = reinterpret_cast<const std::uint64_t*>(&own);
   auto* to = reinterpret_cast<std::uint64_t*>(rails.block.out_fault);
   for (unsigned i = 0; i < sizeof own / sizeof *from; ++i) to[i] = from[i];
@@ -183,6 +182,12 @@ __device__ __noinline__ inline void tell_fault(const Comm& comm, const Rails& ra
                               rails.block.faulted + rank, 1, NVSHMEM_SIGNAL_SET, i);
     nvshmemx_signal_op(rails.block.num_faults, 1, NVSHMEM_SIGNAL_ADD, i);
   }
+}
+
+/// By the last block, before end_kernel().
+__device__ inline void tell_fault(const Comm& comm, const Rails& rails) {
+  __syncthreads();
+  if (threadIdx.x == 0) tell_fault_once(comm, rails);
 }
 
 }  // namespace deep_ep::cuda::internode

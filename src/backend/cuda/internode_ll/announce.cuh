@@ -1,6 +1,6 @@
 #pragma once
 
-#include "backend/cuda/internode_ll/ticket.cuh"
+#include "backend/cuda/internode_ll/places.cuh"
 
 // What every rank says to every other ahead of its messages.
 namespace deep_ep::cuda::internode_ll {
@@ -10,14 +10,14 @@ static_assert((kRecordWords + 2) / 3 + 1 == plan::kCallPackets, "what ranks comp
 
 /// By one warp: how many messages `rank` gets, whether rows are in packets, and what this rank
 /// called with.
-__device__ inline void announce(const StepArgs& args, const Ticket& ticket, int rank,
+__device__ inline void announce(const auto& args, const Ticket& ticket, int rank,
                                 std::int32_t messages, bool packeted) {
   const Comm& comm = args.comm;
   const int part = lane_id();
   if (part >= plan::kCallPackets) return;
-  Packet* to = place_at(args, ticket.packet_shift, args.places.call(comm.rank) + part, rank);
-  const auto protocol =
-      packeted ? plan::LowLatencyProtocol::kPackets : plan::LowLatencyProtocol::kFlagged;
+  Packet* to = call_to(args, ticket, rank, part);
+  const auto protocol = packeted && !is_far(args, rank) ? plan::LowLatencyProtocol::kPackets
+                                                        : plan::LowLatencyProtocol::kFlagged;
   std::uint32_t words[3] = {static_cast<std::uint32_t>(messages),
                             static_cast<std::uint32_t>(protocol),
                             static_cast<std::uint32_t>(args.num_tokens)};
@@ -41,9 +41,9 @@ struct Announced {
 };
 
 /// By one thread: what `source` announced; false: a fault.
-__device__ inline bool take_announced(const StepArgs& args, const Ticket& ticket, int source,
+__device__ inline bool take_announced(const auto& args, const Ticket& ticket, int source,
                                       const Announced& announced) {
-  const Packet* from = place_here(ticket.packet_shift, args.places.call(source));
+  const auto from = call_from(args, ticket, source);
   Packet packet;
   const Arrival arrival = await(args, source, Wait::kCall, ticket.number,
                                 [&] { return take_packet(from, ticket.tag, packet); });
@@ -61,7 +61,7 @@ __device__ inline bool take_announced(const StepArgs& args, const Ticket& ticket
 /// absent ranks agree.
 __device__ __noinline__ inline bool agrees_with(const StepArgs& args, const Ticket& ticket,
                                                 int source) {
-  const Packet* from = place_here(ticket.packet_shift, args.places.call(source));
+  const Packet* from = call_from(args, ticket, source);
   protocol::CallRecord theirs = {};
   auto* words = reinterpret_cast<std::uint32_t*>(&theirs);
 #pragma unroll 1
@@ -77,7 +77,7 @@ __device__ __noinline__ inline bool agrees_with(const StepArgs& args, const Tick
 
 /// By the warps of one block, the last ones first, a packet a lane: calls of all ranks are alike.
 /// Joined by the caller.
-__device__ inline bool all_agree(const StepArgs& args, const Ticket& ticket) {
+__device__ inline bool all_agree(const auto& args, const Ticket& ticket) {
   const auto* own = reinterpret_cast<const std::uint32_t*>(&args.comm.record);
   const int part = lane_id() + 1;
   bool good = true;
@@ -85,7 +85,7 @@ __device__ inline bool all_agree(const StepArgs& args, const Ticket& ticket) {
   for (int source = kWarps - 1 - warp_id(); source < args.comm.num_ranks; source += kWarps) {
     bool differs = false;
     if (part < plan::kCallPackets) {
-      const Packet* from = place_here(ticket.packet_shift, args.places.call(source)) + part;
+      const auto from = call_from(args, ticket, source) + part;
       Packet packet;
       const Arrival arrival = await_packet(args, source, from, ticket.tag, packet);
 #pragma unroll

@@ -95,8 +95,9 @@ __device__ bool send_all_home(const auto& args, const Ticket& ticket) {
     const auto messages = static_cast<unsigned>(
         args.is_rank_major() ? shared_at<std::int32_t>(args.shared.ranges)[source]
                              : announced.messages[source]);
-    const bool packeted = args.is_rank_major() ? uses_packets(args.places.returns, messages)
-                                               : announced.packeted[source] != 0;
+    const bool packeted = args.is_rank_major()
+                              ? uses_packets(args.places.returns, messages) && !is_far(args, source)
+                              : announced.packeted[source] != 0;
     // Plain rows have one head, and are not shared.
     const int shift = packeted ? args.slice_shift : 0;
 #pragma unroll 1
@@ -151,13 +152,12 @@ __device__ inline bool await_rows(const auto& args, const Ticket& ticket, const 
     const int rank = route.to_rank[i];
     if (announced.packeted[rank] != 0 || is_kept(args, ticket, route, i)) continue;
     Packet packet;
-    const Packet* head =
-        place_here(ticket.packet_shift, args.places.returns.head(rank, route.to_message[i]));
+    const auto head = head_from(args, ticket, Area::kReturns, rank, route.to_message[i]);
     const Arrival arrival = await_packet(args, rank, head, ticket.tag, packet);
     good = good && arrival != Arrival::kFailed;
     if (arrival == Arrival::kAbsent) route.to_rank[i] = -1;
     // acquire: pairs with the fence in send_home() of that rank.
-    load_acquire_sys_b128(head);
+    acquire(head);
   }
   return __syncthreads_and(good) != 0;
 }
@@ -165,13 +165,12 @@ __device__ inline bool await_rows(const auto& args, const Ticket& ticket, const 
 /// The plain row that came from the i-th rank of the route, or was kept.
 __device__ inline const std::byte* plain_home(const auto& args, const Ticket& ticket,
                                               const Route& route, int i) {
-  const MessageArea& area = args.places.returns;
   if (is_kept(args, ticket, route, i)) {
     if (!args.is_rank_major()) return shared_at<std::byte>(args.shared.own_row);
     return args.x +
            (args.comm.rank * args.shape.max_tokens + route.to_message[i]) * args.shape.row_bytes;
   }
-  return place_here(ticket.plain_shift, area.plain_row(route.to_rank[i], route.to_message[i]));
+  return plain_row_from(args, ticket, Area::kReturns, route.to_rank[i], route.to_message[i]);
 }
 
 template <class Rows>
@@ -186,7 +185,7 @@ __device__ bool receive(const auto& args, const Ticket& ticket, bool good, const
     if (args.is_rank_major()) {
       good = take_announced(args, ticket, i, announced) && good;
     } else {
-      announced.packeted[i] = packeted ? 1 : 0;
+      announced.packeted[i] = packeted && !is_far(args, i) ? 1 : 0;
     }
     if (ticket.keeps_own && i == args.comm.rank) announced.packeted[i] = 0;
   }
@@ -251,12 +250,12 @@ __device__ void run_combine(const auto& args) {
 }
 
 /// Launches an instantiation of one of the kernels.
-template <auto kKernel, class Rows, Form kForm>
-cudaError_t launch_combine_kernel(const CombineArgs& given, int num_sms, cudaStream_t stream) {
+template <auto kKernel, class Rows, Form kForm, class Args>
+cudaError_t launch_combine_kernel(const Args& given, int num_sms, cudaStream_t stream) {
   const cudaError_t status = allow_shared<kKernel>(kMaxSharedBytes);
   if (status != cudaSuccess) return status;
   if (given.shared.used > kMaxSharedBytes) return cudaErrorInvalidValue;
-  Formed<CombineArgs, kForm> args{given};
+  Formed<Args, kForm> args{given};
   args.slice_shift = find_slice_shift<Rows>(args, num_sms);
   kKernel<<<num_blocks(args, num_sms, 1 << args.slice_shift), kThreads, args.shared.used, stream>>>(
       args);

@@ -14,7 +14,7 @@ struct alignas(16) Addend {
   float weight;
 };
 
-__device__ __noinline__ inline void raise_other_routing(const CombineArgs& args, int source,
+__device__ __noinline__ inline void raise_other_routing(const Comm& comm, int source,
                                                         std::int32_t token, std::int32_t expert,
                                                         std::int64_t row, std::int32_t of) {
   Report report;
@@ -25,7 +25,7 @@ __device__ __noinline__ inline void raise_other_routing(const CombineArgs& args,
   report.values[1] = expert;
   report.values[2] = row;
   report.values[3] = of;
-  raise(args.comm, report);
+  raise(comm, report);
 }
 
 /// What a lane knows of an entry: that `row` of the expert is the token's row, as src_info says.
@@ -39,7 +39,7 @@ struct Claim {
 /// False, and a fault, if it does not hold.
 __device__ inline bool holds(const CombineArgs& args, int source, const Claim& claim) {
   if (claim.of == claim.token) return true;
-  raise_other_routing(args, source, claim.token, claim.expert, claim.row, claim.of);
+  raise_other_routing(args.comm, source, claim.token, claim.expert, claim.row, claim.of);
   return false;
 }
 
@@ -49,7 +49,7 @@ __device__ inline bool take_weights(const auto& args, const Ticket& ticket, int 
                                     std::int64_t message, std::int64_t x_bytes, Claim& claim) {
   auto* addends = shared_at<Addend>(args.shared.places);
   const std::int64_t max_rows = args.comm.num_ranks * args.shape.max_tokens;
-  const Packet* head = place_here(ticket.packet_shift, args.places.messages.head(source, message));
+  const auto head = head_from(args, ticket, Area::kMessages, source, message);
   bool good = true;
   int found = 0;
   unsigned absent = 0;
@@ -119,9 +119,24 @@ __device__ inline uint4 partial(const auto& args, int unit) {
   return sum.round();
 }
 
+/// By all threads: the row in shared memory to its source, which it is put to.
+__device__ inline void put_home(const auto& args, const Ticket& ticket, int source,
+                                std::int64_t message) {
+  copy_units(shared_at<std::byte>(args.shared.row),
+             plain_row_to(args, ticket, Area::kReturns, source, message), 0,
+             static_cast<int>(args.places.returns.plain_bytes / 16));
+  if (threadIdx.x == 0)
+    send_packet(head_to(args, ticket, Area::kReturns, source, message), 0, 0, 0, ticket.tag);
+  // What each thread wrote is visible to who puts it.
+  fence_acq_rel_sys();
+  __syncthreads();
+  if (warp_id() == 0) put_message(args, ticket, Area::kReturns, source, message);
+}
+
 /// By all threads: the row in shared memory to its source, in packets those of `slice`.
 __device__ inline void send_home(const auto& args, const Ticket& ticket, int source,
                                  std::int64_t message, const Slice& slice, bool packeted) {
+  if (is_far(args, source)) return put_home(args, ticket, source, message);
   const MessageArea& area = args.places.returns;
   const int rank = args.comm.rank;
   const auto* row = shared_at<std::byte>(args.shared.row);
@@ -130,14 +145,13 @@ __device__ inline void send_home(const auto& args, const Ticket& ticket, int sou
                  slice.first_packet(), slice.end_packet(), 0, ticket.tag);
     return;
   }
-  copy_units(row, place_at(args, ticket.plain_shift, area.plain_row(rank, message), source), 0,
+  copy_units(row, plain_row_to(args, ticket, Area::kReturns, source, message), 0,
              static_cast<int>(area.plain_bytes / 16));
   __syncthreads();
   if (threadIdx.x != 0) return;
   // release: with the head, which is relaxed; pairs with the acquire in await_rows() of the source.
   fence_acq_rel_sys();
-  send_packet(place_at(args, ticket.packet_shift, area.head(rank, message), source), 0, 0, 0,
-              ticket.tag);
+  send_packet(head_to(args, ticket, Area::kReturns, source, message), 0, 0, 0, ticket.tag);
 }
 
 }  // namespace deep_ep::cuda::internode_ll

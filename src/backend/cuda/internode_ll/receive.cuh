@@ -25,7 +25,7 @@ __device__ inline HeadEntry entry_of(const auto& args, std::int64_t token, int k
 /// By one thread: three counts of `source`, from packet `number` of them.
 __device__ inline bool take_counts(const auto& args, const Ticket& ticket, int source, int number) {
   auto* counts = shared_at<std::int32_t>(args.shared.counts) + source * args.local_experts;
-  const Packet* from = place_here(ticket.packet_shift, args.places.count(source) + number);
+  const auto from = counts_from(args, ticket, source, number);
   Packet packet = {};
   const Arrival arrival = await_packet(args, source, from, ticket.tag, packet);
 #pragma unroll
@@ -150,7 +150,7 @@ __device__ inline bool await_counts(const auto& args, const Ticket& ticket, bool
 __device__ inline bool take_few_entries(const auto& args, const Ticket& ticket, int source,
                                         std::int64_t message) {
   const int part = lane_id();
-  const Packet* from = place_here(ticket.packet_shift, args.places.messages.head(source, message));
+  const auto from = head_from(args, ticket, Area::kMessages, source, message);
   Packet packet = {};
   Arrival arrival = Arrival::kHere;
   if (part <= args.shape.num_topk)
@@ -168,7 +168,7 @@ __device__ inline bool take_few_entries(const auto& args, const Ticket& ticket, 
 __device__ inline bool take_head(const auto& args, const Ticket& ticket, int source,
                                  std::int64_t message, std::int32_t& token) {
   auto* entries = shared_at<HeadEntry>(args.shared.entries);
-  const Packet* from = place_here(ticket.packet_shift, args.places.messages.head(source, message));
+  const auto from = head_from(args, ticket, Area::kMessages, source, message);
   bool good = true;
 #pragma unroll 1
   for (int base = 0; takes_from(args, base, args.shape.num_topk + 1); base += 32) {
@@ -190,10 +190,9 @@ __device__ inline bool take_head(const auto& args, const Ticket& ticket, int sou
 }
 
 /// By one warp: what its source wrote before the head is visible.
-__device__ inline void acquire_head(const auto& args, const Packet* head) {
+__device__ inline void acquire_head(const auto& args, const auto& head) {
 #pragma unroll 1
-  for (int part = lane_id(); part <= args.shape.num_topk; part += 32)
-    load_acquire_sys_b128(head + part);
+  for (int part = lane_id(); part <= args.shape.num_topk; part += 32) acquire(head + part);
 }
 
 /// By all threads, true in each: one message to its places. The first warp looks at its head, the
@@ -212,14 +211,14 @@ __device__ inline bool take_message(const auto& args, const Ticket& ticket, int 
       place_row(args, source, message, token);
     }
     // acquire: pairs with the fence in send_row() of the source; the barrier hands it on.
-    if (!packeted) acquire_head(args, place_here(ticket.packet_shift, area.head(source, message)));
+    if (!packeted) acquire_head(args, head_from(args, ticket, Area::kMessages, source, message));
   } else if (packeted) {
     const Packet* packets = place_here(ticket.packet_shift, area.row(source, message));
     good =
         take_packets(args, ticket, source, packets, area.row_packets(), 1, row) != Arrival::kFailed;
   }
   if (__syncthreads_and(good) == 0) return false;
-  store_row(args, packeted ? row : place_here(ticket.plain_shift, area.plain_row(source, message)));
+  store_row(args, packeted ? row : plain_row_from(args, ticket, Area::kMessages, source, message));
   __syncthreads();  // the row and its places have been read
   return true;
 }

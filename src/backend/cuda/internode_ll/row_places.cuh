@@ -7,7 +7,6 @@
 namespace deep_ep::cuda::internode_ll {
 
 using plan::HeadEntry;
-using plan::MessageArea;
 
 /// Where a row goes: its place in recv_x, and its scales'.
 struct RowPlace {

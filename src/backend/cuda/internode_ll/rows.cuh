@@ -1,6 +1,6 @@
 #pragma once
 
-#include "backend/cuda/internode_ll/ticket.cuh"
+#include "backend/cuda/internode_ll/places.cuh"
 
 // A row is in shared memory on both ends of its way, so that threads next to each other move what
 // lies next to each other: three words a packet, or sixteen bytes plainly.
@@ -42,8 +42,8 @@ struct PacketBatch {
   Packet packets[kSize];
 
   /// Packets i, i + stride, ... below `count`.
-  __device__ Arrival await(const StepArgs& args, const Ticket& ticket, int source,
-                           const Packet* from, int i, int stride, int count) {
+  __device__ Arrival await(const auto& args, const Ticket& ticket, int source, const Packet* from,
+                           int i, int stride, int count) {
     return internode_ll::await(args, source, Wait::kRows, ticket.number, [&] {
       bool here = true;
 #pragma unroll
@@ -56,7 +56,7 @@ struct PacketBatch {
 };
 
 /// By the warps from `first_warp` on, each its share: a row of packets into shared memory.
-__device__ inline Arrival take_packets(const StepArgs& args, const Ticket& ticket, int source,
+__device__ inline Arrival take_packets(const auto& args, const Ticket& ticket, int source,
                                        const Packet* from, int count, int first_warp,
                                        std::byte* row) {
   constexpr int kBatch = 3;

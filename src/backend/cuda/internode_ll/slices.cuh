@@ -1,11 +1,9 @@
 #pragma once
 
-#include "backend/cuda/internode_ll/ticket.cuh"
+#include "backend/cuda/internode_ll/places.cuh"
 
 // Of few tokens several blocks share a row of a combine, since one SM reads and writes no faster.
 namespace deep_ep::cuda::internode_ll {
-
-using plan::MessageArea;
 
 /// What one of the blocks that share a row does of it: groups of four packets, three units of 16
 /// bytes each. Where what lies does not depend on it, so ranks need not agree on how many share.
@@ -30,12 +28,13 @@ __device__ inline Slice slice_of(const CombineArgs& args, unsigned number, int s
 }
 
 /// By the launch: more blocks share a row while there are blocks without any.
-template <class Rows>
-int find_slice_shift(const CombineArgs& args, int num_sms) {
+template <class Rows, class Args>
+int find_slice_shift(const Args& args, int num_sms) {
   constexpr int kMost = 2;
   int shift = 0;
   while (Rows::kSlices && shift < kMost &&
-         num_busy_blocks(args, args.num_tokens, 2 << shift) <= std::int64_t{kBlocksAnSm} * num_sms)
+         num_busy_blocks(args, args.num_tokens, 2 << shift) <=
+             std::int64_t{kBlocksAnSm<Args>} * num_sms)
     ++shift;
   return shift;
 }

@@ -48,6 +48,9 @@ struct SharedOffsets {
 };
 
 struct StepArgs {
+  /// Whether there are ranks that messages are put to.
+  static constexpr bool kPuts = false;
+
   Comm comm;
   const protocol::FaultRecord* fault = nullptr;  // of this rank
   bool sends = true;

@@ -19,8 +19,10 @@ using plan::Packet;
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 
-// Registers allow so many; all of a kernel must run at once, since they wait for other ranks.
-constexpr int kBlocksAnSm = 2;
+// Registers allow so many; all of a kernel must run at once, since they wait for other ranks. What
+// puts takes more of them.
+template <class Args>
+constexpr int kBlocksAnSm = Args::kPuts ? 1 : 2;
 
 /// Blocks with something to do, if all ranks have so many tokens and `shared` blocks share a row: a
 /// token each, a message each, the books, and the counts.
@@ -30,9 +32,11 @@ inline std::int64_t num_busy_blocks(const StepArgs& args, std::int64_t tokens, i
 
 /// Blocks of a kernel: all that fit, unless there can never be that much to do side by side. Of few
 /// tokens one an SM, since other ranks may have more.
-inline unsigned num_blocks(const StepArgs& args, int num_sms, int shared) {
+template <class Args>
+unsigned num_blocks(const Args& args, int num_sms, int shared) {
   constexpr unsigned kSystemBytes = 1024;
-  const int here = std::min<int>(kBlocksAnSm, kMaxSharedBytes / (args.shared.used + kSystemBytes));
+  const int here =
+      std::min<int>(kBlocksAnSm<Args>, kMaxSharedBytes / (args.shared.used + kSystemBytes));
   const std::int64_t most = num_busy_blocks(args, args.shape.max_tokens, shared);
   const std::int64_t likely =
       std::max<std::int64_t>(num_busy_blocks(args, args.num_tokens, shared), num_sms);
@@ -182,7 +186,7 @@ __device__ __noinline__ inline Arrival go_on(const StepArgs& args, int rank, Wai
 
 /// Waits until ready(), for what `rank` does.
 template <class Ready>
-__device__ __forceinline__ Arrival await(const StepArgs& args, int rank, Wait what,
+__device__ __forceinline__ Arrival await(const auto& args, int rank, Wait what,
                                          std::uint64_t expected, Ready&& ready) {
   constexpr int kTurns = 32;  // looks from one question whether to go on to the next
   if (is_masked(args, rank)) return Arrival::kAbsent;
@@ -198,7 +202,8 @@ __device__ __forceinline__ Arrival await(const StepArgs& args, int rank, Wait wh
   return arrival;
 }
 
-__device__ __forceinline__ Arrival await_packet(const StepArgs& args, int rank, const Packet* from,
+/// `from`: a place of a packet, as places.cuh gives it.
+__device__ __forceinline__ Arrival await_packet(const auto& args, int rank, const auto& from,
                                                 std::uint32_t tag, Packet& packet) {
   return await(args, rank, Wait::kRows, tag, [&] { return take_packet(from, tag, packet); });
 }

@@ -21,6 +21,7 @@ __device__ inline bool send_call(const auto& args, const Ticket& ticket, bool go
     const std::int64_t rows =
         args.is_rank_major() ? shared_at<std::int32_t>(args.shared.ranges)[rank] : args.num_tokens;
     announce(args, ticket, rank, messages[rank], uses_packets(args.places.returns, rows));
+    put_call(args, ticket, rank);
   }
   return true;
 }
@@ -48,7 +49,6 @@ __device__ inline bool send_weights(const auto& args, const Ticket& ticket, std:
                                     float own, bool leads, const Route& route) {
   const int topk = args.shape.num_topk;
   const float* weights = args.topk_weights + token * topk;
-  const MessageArea& area = args.places.messages;
   bool good = true;
   *shared_at<std::int32_t>(args.shared.num_own) = 0;
   __syncwarp();
@@ -67,8 +67,7 @@ __device__ inline bool send_weights(const auto& args, const Ticket& ticket, std:
       *shared_at<std::int32_t>(args.shared.num_own) = count;
       continue;
     }
-    Packet* head =
-        place_at(args, ticket.packet_shift, area.head(args.comm.rank, route.to_message[to]), rank);
+    Packet* head = head_to(args, ticket, Area::kMessages, rank, route.to_message[to]);
 #pragma unroll 1
     for (int part = lane_id(); leads && part <= topk; part += 32) {
       if (part > 0 && part <= count) continue;
@@ -91,8 +90,7 @@ __device__ inline bool send_weights(const auto& args, const Ticket& ticket, std:
     }
     const bool kept = ticket.keeps_own && rank == args.comm.rank;
     if (!kept && leads) {
-      Packet* head =
-          place_at(args, ticket.packet_shift, area.head(args.comm.rank, route.message[k]), rank);
+      Packet* head = head_to(args, ticket, Area::kMessages, rank, route.message[k]);
       send_packet(head + 1 + position, static_cast<std::uint32_t>(expert - route.begin[k]),
                   static_cast<std::uint32_t>(route.index[k]), __float_as_uint(weight), ticket.tag);
     }
@@ -111,7 +109,6 @@ __device__ inline bool send_few_weights(const auto& args, const Ticket& ticket, 
   constexpr int kBatch = 8;
   const int lane = lane_id();
   const int topk = args.shape.num_topk;
-  const MessageArea& area = args.places.messages;
   const std::int32_t expert = lane < topk ? route.expert[lane] : -1;
   const int rank = lane < topk ? route.rank[lane] : -1;  // -1 of a repetition, too
   float weight = own;
@@ -136,8 +133,7 @@ __device__ inline bool send_few_weights(const auto& args, const Ticket& ticket, 
     const bool kept = ticket.keeps_own && to_rank == args.comm.rank;
     if (kept) num_own = count;
     if (kept || !leads || is_masked(args, to_rank)) continue;
-    Packet* head = place_at(args, ticket.packet_shift,
-                            area.head(args.comm.rank, route.to_message[to]), to_rank);
+    Packet* head = head_to(args, ticket, Area::kMessages, to_rank, route.to_message[to]);
     if (lane <= topk && (lane == 0 || lane > count))
       send_packet(head + lane, lane == 0 ? static_cast<std::uint32_t>(token) : 0xffffffffu, 0, 0,
                   ticket.tag);
@@ -148,11 +144,29 @@ __device__ inline bool send_few_weights(const auto& args, const Ticket& ticket, 
   if (ticket.keeps_own && rank == args.comm.rank)
     return keep_own(args, token, local, route.index[lane], weight, position);
   if (!leads) return true;
-  Packet* head =
-      place_at(args, ticket.packet_shift, area.head(args.comm.rank, route.message[lane]), rank);
+  Packet* head = head_to(args, ticket, Area::kMessages, rank, route.message[lane]);
   send_packet(head + 1 + position, static_cast<std::uint32_t>(local),
               static_cast<std::uint32_t>(route.index[lane]), __float_as_uint(weight), ticket.tag);
   return true;
+}
+
+/// By the same warp: those that are put.
+__device__ inline void put_weights(const auto& args, const Ticket& ticket, const Route& route) {
+  if constexpr (std::remove_cvref_t<decltype(args)>::kPuts) {
+    bool any = false;
+#pragma unroll 1
+    for (int to = 0; to < *route.num_ranks; ++to) any = any || is_far(args, route.to_rank[to]);
+    if (!any) return;
+    // What each lane wrote is visible to who puts it.
+    fence_acq_rel_sys();
+    __syncwarp();
+#pragma unroll 1
+    for (int to = 0; to < *route.num_ranks; ++to) {
+      const int rank = route.to_rank[to];
+      if (__any_sync(0xffffffff, is_far(args, rank) && !is_masked(args, rank)))
+        put_message(args, ticket, Area::kMessages, rank, route.to_message[to]);
+    }
+  }
 }
 
 /// What a thread needs for a token's weights, on its way before anybody waits for it.
@@ -189,6 +203,7 @@ __device__ inline bool send_all_weights(const auto& args, const Ticket& ticket, 
       good = (args.kFew ? send_few_weights(args, ticket, token, loaded.weight, leads, route)
                         : send_weights(args, ticket, token, loaded.weight, leads, route)) &&
              good;
+      if (leads) put_weights(args, ticket, route);
     }
     slice += gridDim.x;
     const std::int64_t next = slice >> args.slice_shift;

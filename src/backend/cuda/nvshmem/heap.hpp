@@ -13,6 +13,8 @@ class Heap {
   virtual ~Heap() = default;
   virtual std::byte* base() const noexcept = 0;
   virtual std::int64_t bytes() const noexcept = 0;
+  /// The piece of `rank`, as kernels here may write it, or null: then it is put to.
+  virtual std::byte* mapped(int rank) const noexcept = 0;
   /// After a fault: others may still write to it, so that nobody gets it any more.
   virtual void abandon() noexcept = 0;
 };

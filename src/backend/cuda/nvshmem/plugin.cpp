@@ -16,7 +16,8 @@ class Parts final : public NvshmemParts {
     use_device();
     for (const auto load :
          {internode::load_notify, internode::load_dispatch, internode::load_combine,
-          internode::load_handle, internode::load_tell}) {
+          internode::load_handle, internode::load_tell, internode_ll::load_nodes_dispatch,
+          internode_ll::load_nodes_combine, internode_ll::load_nodes_wire_combine}) {
       const cudaError_t status = load();
       if (status != cudaSuccess) return status;
     }
@@ -43,6 +44,16 @@ class Parts final : public NvshmemParts {
   cudaError_t launch(const internode::TellArgs& args, cudaStream_t stream) override {
     use_device();
     return internode::launch_tell(args, stream);
+  }
+  cudaError_t launch(const internode_ll::NodesDispatchArgs& args, int num_sms,
+                     cudaStream_t stream) override {
+    use_device();
+    return internode_ll::launch_dispatch(args, num_sms, stream);
+  }
+  cudaError_t launch(const internode_ll::NodesCombineArgs& args, int num_sms,
+                     cudaStream_t stream) override {
+    use_device();
+    return internode_ll::launch_combine(args, num_sms, stream);
   }
 
  private:

@@ -4,6 +4,7 @@
 #include <memory>
 
 #include "backend/cuda/internode/steps.hpp"
+#include "backend/cuda/internode_ll_nodes/nodes.hpp"
 #include "backend/cuda/nvshmem/heap.hpp"
 #include "deep_ep/bootstrap.hpp"
 
@@ -26,6 +27,10 @@ class NvshmemParts {
                              int num_sms, cudaStream_t stream) = 0;
   virtual cudaError_t launch(const internode::HandleArgs& args, cudaStream_t stream) = 0;
   virtual cudaError_t launch(const internode::TellArgs& args, cudaStream_t stream) = 0;
+  virtual cudaError_t launch(const internode_ll::NodesDispatchArgs& args, int num_sms,
+                             cudaStream_t stream) = 0;
+  virtual cudaError_t launch(const internode_ll::NodesCombineArgs& args, int num_sms,
+                             cudaStream_t stream) = 0;
 };
 
 }  // namespace deep_ep::cuda::nvshmem

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <map>
 #include <set>
 #include <sstream>
 
@@ -47,6 +48,26 @@ void require_processes(const std::vector<std::string>& all) {
   }
 }
 
+/// This rank's GPU, alike on the ranks that share it.
+std::string describe_gpu(int device) {
+  cudaDeviceProp properties;
+  check(cudaGetDeviceProperties(&properties, device), "cudaGetDeviceProperties");
+  return fabric::host_id() + hex(properties.uuid.bytes, sizeof properties.uuid.bytes);
+}
+
+/// NVSHMEM's initialisation was seen to wait for ever with three ranks on two GPUs.
+void require_even(const std::vector<std::string>& gpus) {
+  std::map<std::string, int> ranks;
+  for (const std::string& gpu : gpus) ++ranks[gpu];
+  const auto by_ranks = [](const auto& a, const auto& b) { return a.second < b.second; };
+  const auto [fewest, most] = std::minmax_element(ranks.begin(), ranks.end(), by_ranks);
+  if (fewest->second == most->second) return;
+  throw Error(ErrorCode::kUnsupported,
+              fmt::format("device cuda: a GPU has {} ranks and another {}; NVSHMEM, which connects "
+                          "nodes, needs as many on each",
+                          most->second, fewest->second));
+}
+
 }  // namespace
 
 class World::PieceHeap final : public Heap {
@@ -61,6 +82,9 @@ class World::PieceHeap final : public Heap {
   }
   std::byte* base() const noexcept override { return base_; }
   std::int64_t bytes() const noexcept override { return bytes_; }
+  std::byte* mapped(int rank) const noexcept override {
+    return static_cast<std::byte*>(nvshmem_ptr(base_, rank));
+  }
   void abandon() noexcept override { abandoned_ = true; }
 
  private:
@@ -119,6 +143,9 @@ void World::join(Bootstrap& bootstrap, int device) {
     return one.find(" - ") != std::string::npos;
   });
   if (nobody) {
+    std::string gpu;
+    fabric::together(bootstrap, [&] { gpu = describe_gpu(device); });
+    require_even(bootstrap.all_gather(gpu));
     nvshmemx_uniqueid_t id = NVSHMEMX_UNIQUEID_INITIALIZER;
     fabric::together(bootstrap, [&] {
       if (bootstrap.rank() == 0 && nvshmemx_get_uniqueid(&id) != 0)
