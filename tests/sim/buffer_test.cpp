@@ -65,8 +65,8 @@ TEST(Buffer, RandomDispatchesAndCombinesEqualTheReferenceOnFreeThreads) {
 // A rank may run out of time waiting for one that itself waits for the stopped one, so not every
 // Error blames the right rank; but the one that was waited for directly is in the chain.
 TEST(Buffer, WhenARankStopsAllOthersFailAndSomeoneNamesIt) {
-  int stopped_runs = 0;
-  for_each_seed(60, [&](std::uint64_t seed) {
+  std::uint64_t stopped_runs = 0;
+  const std::uint64_t seeds = for_each_seed(60, [&](std::uint64_t seed) {
     const Program program(seed);
     if (program.num_ranks == 1) return;
     const Buffers buffers = make_buffers(seed, program.num_ranks);
@@ -75,7 +75,7 @@ TEST(Buffer, WhenARankStopsAllOthersFailAndSomeoneNamesIt) {
     ++stopped_runs;
   });
   if (std::getenv("DEEP_EP_SIM_SEED") == nullptr) {
-    EXPECT_GT(stopped_runs, 30);
+    EXPECT_GT(stopped_runs, seeds / 2);
   }
 }
 

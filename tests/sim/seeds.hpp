@@ -17,9 +17,9 @@ constexpr std::uint64_t kFewer = 1;
 
 /// Calls `run(seed)` for seeds 1..count, or for DEEP_EP_SIM_SEED alone, up to the first that fails,
 /// and prints how to repeat that one. Under AddressSanitizer for a quarter of them, but with
-/// DEEP_EP_TEST_FULL.
+/// DEEP_EP_TEST_FULL. Returns of how many.
 template <class Run>
-void for_each_seed(std::uint64_t count, Run&& run) {
+std::uint64_t for_each_seed(std::uint64_t count, Run&& run) {
   if (std::getenv("DEEP_EP_TEST_FULL") == nullptr) count = (count + kFewer - 1) / kFewer;
   const char* only = std::getenv("DEEP_EP_SIM_SEED");
   const std::uint64_t first = only != nullptr ? std::strtoull(only, nullptr, 10) : 1;
@@ -35,10 +35,11 @@ void for_each_seed(std::uint64_t count, Run&& run) {
     std::printf("failed with seed %llu; repeat: ./dev sim --seed %llu --gtest_filter=%s.%s\n",
                 static_cast<unsigned long long>(seed), static_cast<unsigned long long>(seed),
                 test.test_suite_name(), test.name());
-    return;
+    return seed - first + 1;
   }
   std::printf("seeds %llu to %llu\n", static_cast<unsigned long long>(first),
               static_cast<unsigned long long>(last));
+  return last - first + 1;
 }
 
 }  // namespace deep_ep::sim
