@@ -12,6 +12,7 @@
 #include <sstream>
 #include <thread>
 
+#include "full.hpp"
 #include "multi/fault_play.hpp"
 #include "protocol/schedule.hpp"
 
@@ -299,12 +300,11 @@ class FaultInEveryCall : public Fault, public testing::WithParamInterface<Kind> 
     one.point = point;
     return one;
   }
-  static bool is_full() { return std::getenv("DEEP_EP_TEST_FULL") != nullptr; }
 };
 
 TEST_P(FaultInEveryCall, ARankKilledAtAnyPublicationIsNamed) {
   const int fine = GetParam().publications_step;
-  const int step = is_full() || fine == 1 ? fine : 2 * fine - 1;
+  const int step = wants_full() || fine == 1 ? fine : 2 * fine - 1;
   run_at_points(plan_at(protocol::Point::kPublish), step, 1000 * step);
 }
 
@@ -313,7 +313,7 @@ TEST_P(FaultInEveryCall, ARankKilledAtAnyTurnOfAWaitIsNamed) {
 }
 
 TEST_P(FaultInEveryCall, ARankKilledBetweenAnyTwoRowsIsNamed) {
-  run_at_points(plan_at(protocol::Point::kCopy), is_full() ? 1 : GetParam().rows_step, 1000);
+  run_at_points(plan_at(protocol::Point::kCopy), wants_full() ? 1 : GetParam().rows_step, 1000);
 }
 
 TEST_P(FaultInEveryCall, ARankKilledAtAnyTimeIsNamed) {

@@ -7,6 +7,8 @@
 #include <cstdlib>
 #include <exception>
 
+#include "full.hpp"
+
 namespace deep_ep::sim {
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -20,7 +22,7 @@ constexpr std::uint64_t kFewer = 1;
 /// DEEP_EP_TEST_FULL. Returns of how many.
 template <class Run>
 std::uint64_t for_each_seed(std::uint64_t count, Run&& run) {
-  if (std::getenv("DEEP_EP_TEST_FULL") == nullptr) count = (count + kFewer - 1) / kFewer;
+  if (!test::wants_full()) count = (count + kFewer - 1) / kFewer;
   const char* only = std::getenv("DEEP_EP_SIM_SEED");
   const std::uint64_t first = only != nullptr ? std::strtoull(only, nullptr, 10) : 1;
   const std::uint64_t last = only != nullptr ? first : count;

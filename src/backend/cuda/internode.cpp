@@ -92,6 +92,11 @@ void Internode::alloc(Bootstrap& bootstrap, std::int64_t bytes) {
     check(parts_->load_kernels(), "loading of the kernels");
   });
   heap_ = std::move(heap);  // from here on kernels may be launched
+  if (low_latency_bytes_ > 0) {
+    Carver carver(heap_->base() + needed);
+    low_latency_ =
+        internode_ll::NodesLayout::carve(carver, low_latency_bytes_, shape_.topology.num_ranks);
+  }
   find_mapped(bootstrap);
   log::debug("rank {}: {} lanes to each of {} other nodes", context_.global_rank(),
              shape_.num_lanes, shape_.num_peers());
@@ -112,11 +117,6 @@ void Internode::find_mapped(Bootstrap& bootstrap) {
     if (all[rank][self] != '1') mapped_[rank] = nullptr;
 }
 
-internode_ll::NodesLayout Internode::low_latency() const {
-  Carver heap(heap_->base() + internode::RailBlock::bytes(shape_));
-  return internode_ll::NodesLayout::carve(heap, low_latency_bytes_, shape_.topology.num_ranks);
-}
-
 Comm Internode::comm_of_all(const Call& call) const {
   const plan::Topology& topology = shape_.topology;
   if (topology.num_ranks > kMaxRanks) {
@@ -125,7 +125,7 @@ Comm Internode::comm_of_all(const Call& call) const {
                             topology.num_ranks, kMaxRanks));
   }
   Comm comm = context_.comm(call);
-  const std::ptrdiff_t begin = low_latency().near_base - heap_->base();
+  const std::ptrdiff_t begin = low_latency_.near_base - heap_->base();
   comm.rank = context_.global_rank();
   comm.num_ranks = topology.num_ranks;
   comm.first_rank = 0;
@@ -139,7 +139,7 @@ internode_ll::Nodes Internode::nodes(const Call& call, const internode_ll::StepA
   nodes.node = step;
   nodes.node.comm = comm(call);
   nodes.rails = rails(call);
-  nodes.far = low_latency().far;
+  nodes.far = low_latency_.far;
   nodes.shape = internode_ll::FarShape(step.places);
   return nodes;
 }

@@ -30,7 +30,7 @@ class Internode {
   bool open() const { return heap_ != nullptr; }
 
   /// What low latency has of it: its memory, and what its kernels know of all ranks.
-  internode_ll::NodesLayout low_latency() const;
+  const internode_ll::NodesLayout& low_latency() const { return low_latency_; }
   Comm comm_of_all(const Call& call) const;
   internode_ll::Nodes nodes(const Call& call, const internode_ll::StepArgs& step) const;
   nvshmem::NvshmemParts& parts() const { return *parts_; }
@@ -72,6 +72,7 @@ class Internode {
   internode::RailShape shape_;
   std::int64_t low_latency_bytes_ = 0;
   std::unique_ptr<nvshmem::Heap> heap_;
+  internode_ll::NodesLayout low_latency_;  // behind the rings, of a Buffer that has it
   std::vector<std::byte*> mapped_;  // by rank: heap_ there as mapped here, null if it is put to
   ZeroedWords state_;
   std::byte* state_base_ = nullptr;

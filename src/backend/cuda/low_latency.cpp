@@ -38,7 +38,7 @@ LowLatency::LowLatency(Context& context, const Internode& internode, const Backe
   start_tickets();
   // Not at first use, which may lie in a capture.
   if (may_shrink_) (void)mask_words_.get(num_ranks_ * std::int64_t{4});
-  if (over_nodes()) (void)told_words_.get(LowLatencyState::kParts * num_ranks_ * std::int64_t{8});
+  if (over_nodes()) (void)told_words();
 }
 
 /// Memory that begins as zeros counts from 1.
@@ -84,13 +84,20 @@ void LowLatency::fill(const deep_ep::internode_ll::Step& step, plan::LowLatencyK
   args.wait_stats = step.wait_stats;
 }
 
-template <class Args>
-internode_ll::OverNodes<Args> LowLatency::spread(const Args& args, const Call& call) {
-  internode_ll::OverNodes<Args> spread{args};
-  spread.nodes = internode_.nodes(call, args);
-  spread.nodes.told = static_cast<std::uint64_t*>(
+std::uint64_t* LowLatency::told_words() {
+  return static_cast<std::uint64_t*>(
       told_words_.get(LowLatencyState::kParts * num_ranks_ * std::int64_t{8}));
-  return spread;
+}
+
+template <class Args>
+cudaError_t LowLatency::launch(const Args& args, const deep_ep::internode_ll::Step& step,
+                               cudaError_t (*alone)(const Args&, int, cudaStream_t)) {
+  const cudaStream_t stream = native(step.stream);
+  if (!over_nodes()) return alone(args, context_.num_sms(), stream);
+  internode_ll::OverNodes<Args> spread{args};
+  spread.nodes = internode_.nodes(step.call, args);
+  spread.nodes.told = told_words();
+  return internode_.parts().launch(spread, context_.num_sms(), stream);
 }
 
 void LowLatency::dispatch(const deep_ep::internode_ll::DispatchParams& params) {
@@ -118,11 +125,8 @@ void LowLatency::dispatch(const deep_ep::internode_ll::DispatchParams& params) {
   args.src_info = params.src_info;
   args.layout_range = params.layout_range;
   args.cumulative_stats = params.cumulative_stats;
-  const int num_sms = context_.num_sms();
-  check_launch(over_nodes() ? internode_.parts().launch(spread(args, params.call), num_sms,
-                                                        native(params.stream))
-                            : internode_ll::launch_dispatch(args, num_sms, native(params.stream)),
-               "launch of dispatch", params.shape);
+  check_launch(launch(args, params, internode_ll::launch_dispatch), "launch of dispatch",
+               params.shape);
 }
 
 void LowLatency::combine(const deep_ep::internode_ll::CombineParams& params) {
@@ -135,11 +139,8 @@ void LowLatency::combine(const deep_ep::internode_ll::CombineParams& params) {
   args.src_info = params.src_info;
   args.layout_range = params.layout_range;
   args.combined_x = params.combined_x;
-  const int num_sms = context_.num_sms();
-  check_launch(over_nodes() ? internode_.parts().launch(spread(args, params.call), num_sms,
-                                                        native(params.stream))
-                            : internode_ll::launch_combine(args, num_sms, native(params.stream)),
-               "launch of combine", params.shape);
+  check_launch(launch(args, params, internode_ll::launch_combine), "launch of combine",
+               params.shape);
 }
 
 void LowLatency::update_mask(int rank, bool masked, Stream stream) {

@@ -26,9 +26,12 @@ class LowLatency {
   void fill(const deep_ep::internode_ll::Step& step, plan::LowLatencyKind kind,
             internode_ll::StepArgs& args);
   bool over_nodes() const { return context_.topology().num_nodes() > 1; }
-  /// The same step of a Buffer over several nodes.
+  /// Nodes::told, of several nodes.
+  std::uint64_t* told_words();
+  /// The kernel of a step, by `alone` unless the Buffer is over several nodes.
   template <class Args>
-  internode_ll::OverNodes<Args> spread(const Args& args, const Call& call);
+  cudaError_t launch(const Args& args, const deep_ep::internode_ll::Step& step,
+                     cudaError_t (*alone)(const Args&, int, cudaStream_t));
 
   Context& context_;
   const Internode& internode_;
@@ -37,7 +40,7 @@ class LowLatency {
   bool may_shrink_;
   std::uint64_t last_ticket_;  // tickets begin behind it
   ZeroedWords mask_words_;
-  ZeroedWords told_words_;  // Nodes::told
+  ZeroedWords told_words_;
 };
 
 }  // namespace deep_ep::cuda

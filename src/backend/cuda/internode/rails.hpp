@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "base/carver.hpp"
+#include "plan/internode.hpp"
 #include "plan/topology.hpp"
 #include "protocol/control.hpp"
 #include "protocol/fault.hpp"
@@ -15,8 +16,9 @@ namespace deep_ep::cuda::internode {
 /// A lane is a contiguous share of every source's tokens, and has a ring to each rail peer. A warp
 /// serves a ring, so lanes are many and their rings small: four rows of 7168 BF16 values.
 struct RailShape {
-  static constexpr int kMostLanes = 448;  // warps of a role on 64 SMs
-  static constexpr int kMostSlots = 16;   // of a ring
+  static constexpr int kMostLanes = 448;    // warps of a role on 64 SMs
+  static constexpr int kSharedLanes = 640;  // of all peers, four times the warps on 20 SMs
+  static constexpr int kMostSlots = 16;     // of a ring
   static constexpr std::int64_t kRingBytes = 64 << 10;
 
   plan::Topology topology;
@@ -25,9 +27,9 @@ struct RailShape {
   DEEP_EP_HD int num_peers() const { return topology.num_nodes() - 1; }
   DEEP_EP_HD int num_rings() const { return num_lanes * num_peers(); }
   /// Of a Buffer that was given no memory for more: one peer takes as many warps as there are, many
-  /// peers share what is four times as many as 20 SMs have.
+  /// peers share them.
   int fewest_lanes() const {
-    const int fair = 640 / num_peers();
+    const int fair = kSharedLanes / num_peers();
     return fair > kMostLanes ? kMostLanes : fair < 32 ? 32 : fair;
   }
   /// Of a call whose roles have `warps` warps each: one for each, since a warp that takes turns
@@ -189,11 +191,11 @@ struct ItemShape {
     shape.x_bytes = x_bytes;
     shape.pieces = 0;
     if (head_bytes > kMostHead) return shape;
-    shape.head_bytes = (head_bytes + 127) / 128 * 128;
+    shape.head_bytes = plan::align_up(head_bytes, 128);
     shape.pieces = static_cast<int>((x_bytes + most_part - 1) / most_part);
     const std::int64_t part = (x_bytes + shape.pieces - 1) / shape.pieces;
     shape.part_bytes = shape.pieces == 1 ? x_bytes : (part + 511) / 512 * 512;
-    shape.slot_bytes = (shape.head_bytes + shape.part_bytes + 127) / 128 * 128;
+    shape.slot_bytes = plan::align_up(shape.head_bytes + shape.part_bytes, 128);
     const std::int64_t slots = RailShape::kRingBytes / shape.slot_bytes;
     shape.slots = slots < RailShape::kMostSlots ? static_cast<int>(slots) : RailShape::kMostSlots;
     return shape;
