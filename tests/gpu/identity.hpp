@@ -137,6 +137,11 @@ inline Device device_of(const Worker& worker) {
   return device;
 }
 
+/// Ranks that share a GPU wait for each other's turns on it, so that they get less done.
+inline bool shares_gpu(const Worker& worker) {
+  return worker.num_ranks() > num_devices(DeviceType::kCuda);
+}
+
 inline cudaStream_t make_stream() {
   cudaStream_t stream = nullptr;
   cuda::check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
