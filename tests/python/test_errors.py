@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import deep_ep
+import routing
 from routing import dispatch_arguments, make_inputs
 
 
@@ -127,7 +128,14 @@ def _too_few_worst_tokens(group):
     buffer = _buffer(group)
     one = make_inputs(group.size(), 30, experts=2 * group.size(), drop=0.0)[group.rank()]
     arguments = dispatch_arguments(buffer, one, num_worst_tokens=3)
-    return _error_of(lambda: buffer.dispatch(**arguments)).code
+
+    def call():
+        buffer.dispatch(**arguments)
+        if routing.DEVICE == "cuda":  # the kernel finds it
+            torch.cuda.synchronize()
+            buffer.check()
+
+    return _error_of(call).code
 
 
 def test_too_few_worst_tokens_are_an_error_not_a_write_past_the_end(cpu_ranks):
