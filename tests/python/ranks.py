@@ -95,12 +95,13 @@ class Ranks:
     def _start(self):
         # CUDA does not survive a fork; without it that saves the time to import torch.
         context = multiprocessing.get_context("fork" if self.device == "cpu" else "spawn")
+        variables = nvshmem_environment() if self.device == "cuda" else {}
         port = _free_port()
         for rank in range(self.most_ranks):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, daemon=True,
                                       args=(rank, self.most_ranks, port, theirs, self.device))
-            with mock.patch.dict(os.environ, nvshmem_environment() if self.device == "cuda" else {}):
+            with mock.patch.dict(os.environ, variables):
                 process.start()
             self._processes.append(process)
             self._pipes.append(ours)
