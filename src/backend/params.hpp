@@ -191,7 +191,7 @@ struct NotifyDispatchParams {
   TensorView topk_idx;                                  // [N, K] or undefined: checked
   Routing routing;            // out, but for is_token_in_rank and what comes with the rows
   std::int64_t max_rows = 0;  // more received rows or records are Error(kCapacity); 0: none
-  std::int64_t* wait_stats = nullptr;  // on hosts: += [R], ns, or null
+  std::int64_t* wait_stats = nullptr;  // += [R], ns or cycles, or null
   // Out, host; the step returns when they are known. Null: nobody waits for counts.
   std::int64_t* num_recv_rows = nullptr;
   std::int64_t* num_recv_records = nullptr;        // M

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import deep_ep
+import routing
 from routing import dispatch_arguments, make_inputs
 
 
@@ -50,6 +51,14 @@ def _error_of(call):
     with pytest.raises(deep_ep.Error) as caught:
         call()
     return caught.value
+
+
+def _completed(buffer, arguments):
+    """A dispatch and, on GPUs, where it is queued, what its kernels find."""
+    buffer.dispatch(**arguments)
+    if routing.DEVICE == "cuda":
+        torch.cuda.synchronize()
+        buffer.check()
 
 
 def _ids_out_of_range(group):
@@ -111,7 +120,7 @@ def _late(group):
     arguments = dispatch_arguments(buffer, one)
     if group.rank() == 1:
         time.sleep(1.5)
-        assert _error_of(lambda: buffer.dispatch(**arguments))
+        assert _error_of(lambda: _completed(buffer, arguments))
         return None
     begin = time.monotonic()
     error = _error_of(lambda: buffer.dispatch(**arguments))
@@ -127,7 +136,7 @@ def _too_few_worst_tokens(group):
     buffer = _buffer(group)
     one = make_inputs(group.size(), 30, experts=2 * group.size(), drop=0.0)[group.rank()]
     arguments = dispatch_arguments(buffer, one, num_worst_tokens=3)
-    return _error_of(lambda: buffer.dispatch(**arguments)).code
+    return _error_of(lambda: _completed(buffer, arguments)).code
 
 
 def test_too_few_worst_tokens_are_an_error_not_a_write_past_the_end(cpu_ranks):

@@ -1,23 +1,20 @@
-"""Several nodes on CPU tensors, which ranks of this machine pose as: what arrives, what crosses the
-network, what comes home, and that callers meet the same interface."""
+"""Several nodes, which ranks of this machine pose as: what arrives, what crosses the network, what
+comes home, and that callers meet the same interface."""
 
 import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import deep_ep
+import routing
 import test_callers
 import test_errors
 import test_intranode
 import test_low_latency
 import test_nn
 import test_rows
-from ranks import _free_port
+from ranks import run_without_library
 from routing import (Expected, dispatch_arguments, layout_of, make_inputs, num_rows_of, over_nodes,
                      rows_by_source, same)
 
@@ -47,7 +44,8 @@ def _round_trip(group, ranks_per_node, tokens, options):
     recv_x, ids, weights, counts, handle, event = buffer.dispatch(**arguments)
     crossed = buffer.runtime.network_counts()["rows"] - before
     away = [node for node in range(size // ranks_per_node) if node != rank // ranks_per_node]
-    assert crossed == int(by_node[:, away].sum())  # once for each other node
+    if routing.DEVICE == "cpu":  # GPUs do not count
+        assert crossed == int(by_node[:, away].sum())  # once for each other node
     assert event.event is None and counts == expected.per_expert
     expected.check(recv_x, ids, weights, handle)
     assert type(handle) is tuple and len(handle) == 10
@@ -80,9 +78,9 @@ def _sums(one, size, ranks_per_node, biases):
     """What combine must give where rank r returns a third of r + 1 times each row, in bfloat16: of
     several nodes each one's sum is rounded, then theirs."""
     in_rank = layout_of(one, size)[2]
-    total = torch.zeros(one.x.shape)
+    total = torch.zeros_like(one.x, dtype=torch.float32)
     for first in range(0, size, ranks_per_node):
-        node = torch.zeros(one.x.shape)
+        node = torch.zeros_like(total)
         for rank in range(first, first + ranks_per_node):
             row = (one.x.float() * ((rank + 1) / 3)).bfloat16().float()
             node += torch.where(in_rank[:, rank:rank + 1], row, 0.0)
@@ -97,17 +95,17 @@ def _bitwise(group, ranks_per_node, one_node):
     rank, size = group.rank(), group.size()
     one = make_inputs(size, 40, hidden=96, experts=2 * size, topk=4)[rank]
     random = torch.Generator().manual_seed(rank)
-    one.x = torch.randn(one.x.shape, generator=random).bfloat16()
-    biases = tuple(torch.randn(one.x.shape, generator=random).bfloat16() for _ in range(2))
+    one.x, *biases = (torch.randn(one.x.shape, generator=random).bfloat16().to(routing.DEVICE)
+                      for _ in range(3))
     buffer = buffer_of(group)
     assert (buffer.runtime.get_num_rdma_ranks() == 1) == one_node
     recv_x, ids, weights, counts, handle, _ = buffer.dispatch(**dispatch_arguments(buffer, one))
     out = (recv_x.float() * ((rank + 1) / 3)).bfloat16()
-    for given in ((), biases):
+    for given in ((), tuple(biases)):
         combined = buffer.combine(out, handle, bias=given or None)[0]
         assert same(combined, _sums(one, size, size if one_node else ranks_per_node, given))
     buffer.destroy()
-    return [part.clone() for part in (recv_x.view(torch.int16), ids, weights)], counts
+    return [part.cpu().clone() for part in (recv_x.view(torch.int16), ids, weights)], counts
 
 
 @pytest.mark.parametrize("size, ranks_per_node", NODES)
@@ -171,15 +169,17 @@ def _nodes_of_runtime(group):
     runtime = buffer.runtime
     found = (runtime.get_num_rdma_ranks(), runtime.get_rdma_rank(),
              runtime.get_root_rdma_rank(True), runtime.get_root_rdma_rank(False),
-             runtime.is_internode_available(), runtime.get_local_device_id())
+             runtime.is_internode_available())
+    gpu = torch.cuda.current_device() if routing.DEVICE == "cuda" else -1
+    assert runtime.get_local_device_id() == gpu
     buffer.destroy()
     return found, runtime.is_internode_available()
 
 
 def test_the_runtime_tells_nodes_as_deep_eps_does(node_ranks):
     found = node_ranks.run(4, over_nodes, 2, _nodes_of_runtime)
-    assert found == [((2, rank // 2, rank % 2, 0, True, -1), False) for rank in range(4)]
-    assert node_ranks.run(2, _nodes_of_runtime)[1][0] == (1, 0, 1, 0, False, -1)
+    assert found == [((2, rank // 2, rank % 2, 0, True), False) for rank in range(4)]
+    assert node_ranks.run(2, _nodes_of_runtime)[1][0] == (1, 0, 1, 0, False)
 
 
 @pytest.mark.parametrize("size, ranks_per_node", NODES)
@@ -210,10 +210,16 @@ def test_handles_of_one_node_are_type_errors(node_ranks):
     node_ranks.run(2, over_nodes, 1, _wrong_handles)
 
 
-def test_faults_are_known_on_all_nodes(node_ranks):
+def test_a_rank_that_does_not_come_is_named_on_other_nodes(node_ranks):
     assert node_ranks.run(2, over_nodes, 1, test_errors._late)[0] == ("timeout", [1])
+
+
+def test_a_refusal_of_one_rank_is_known_on_other_nodes(node_ranks):
     (code, blamed), (own_code, _) = node_ranks.run(2, over_nodes, 1, test_errors._refused_on_one)
     assert (code, blamed, own_code) == ("peer failed", [1], "invalid argument")
+
+
+def test_too_few_worst_tokens_are_an_error(node_ranks):
     assert "capacity" in node_ranks.run(2, over_nodes, 1, test_errors._too_few_worst_tokens)
 
 
@@ -235,6 +241,14 @@ def test_low_latency_says_that_it_has_to_be_asked_for(node_ranks):
 @pytest.mark.parametrize("case", [test_low_latency._round_trips, test_low_latency._two_live])
 def test_low_latency_is_that_of_one_node(node_ranks, ranks, ranks_per_node, case):
     node_ranks.run(ranks, over_nodes, ranks_per_node, case)
+
+
+@pytest.mark.parametrize("case", [test_low_latency._vllm, test_low_latency._tensorrt_llm,
+                                  test_low_latency._sglang, test_low_latency._wires,
+                                  test_low_latency._masks, test_low_latency._dropped,
+                                  test_low_latency._late_rank])
+def test_low_latency_calls_do_what_they_do_on_one_node(node_ranks, case):
+    node_ranks.run(2, over_nodes, 1, case)
 
 
 PROGRAM = """
@@ -259,27 +273,13 @@ print("from rank", *got[0][:, 0])
 """
 
 
-def test_the_part_for_networks_is_found_beside_the_package_or_by_the_system(node_ranks, tmp_path):
+def test_the_part_for_networks_is_found_beside_the_package_or_by_the_system(cpu_node_ranks,
+                                                                            tmp_path):
     """And a package without it says what is missing, where several nodes ask for it."""
-    program, package = tmp_path / "program.py", tmp_path / "packages/deep_ep"
+    program = tmp_path / "program.py"
     program.write_text(PROGRAM)
-    shutil.copytree(Path(deep_ep.__file__).parent, package)
-    elsewhere = tmp_path / "lib"
-    elsewhere.mkdir()
-    shutil.move(package / "libdeep_ep_ucx.so", elsewhere)
-
-    def run(**variables):
-        port = str(_free_port())
-        running = [subprocess.Popen([sys.executable, program, str(rank), port], text=True,
-                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                    env={**os.environ, "PYTHONPATH": str(package.parent),
-                                         "DEEP_EP_RANKS_PER_NODE": "1", **variables})
-                   for rank in range(2)]
-        answers = [process.communicate(timeout=60) for process in running]
-        assert [process.returncode for process in running] == [0, 0], answers
-        return [out.strip() for out, _ in answers]
-
-    for answer in run(LD_LIBRARY_PATH=""):
+    for answer in run_without_library(program, "libdeep_ep_ucx.so", LD_LIBRARY_PATH=""):
         assert "libdeep_ep_ucx.so" in answer and "libucx0" in answer, answer
     received = ["from rank 1.0 1.0 2.0 2.0", "from rank 1.0 2.0"]
-    assert run(LD_LIBRARY_PATH=str(elsewhere)) == received
+    assert run_without_library(program, "libdeep_ep_ucx.so",
+                               LD_LIBRARY_PATH=str(tmp_path / "lib")) == received

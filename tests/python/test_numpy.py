@@ -85,7 +85,7 @@ print(json.dumps([rank, len(recv_x)]))
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_numpy_arrays_go_round(tmp_path, nodes, request):
     if nodes > 1:
-        request.getfixturevalue("node_ranks")
+        request.getfixturevalue("cpu_node_ranks")
     size, port = 2, str(_free_port())
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)

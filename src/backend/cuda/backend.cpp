@@ -121,14 +121,13 @@ class CudaBackend final : public Backend {
     if (part != Part::kEnd) wait_before(options, caller, comm);
     work();
     if (part == Part::kBegin) return EventHandle();
-    if (!options.async_finish && caller == comm) {
+    if (!options.async_finish) {
+      if (caller != comm) follow(comm, caller);
       return EventHandle(std::make_shared<StreamEnd>(comm, context_.events(), context_.device(),
                                                      context_.faults()));
     }
     auto after = context_.events()->take();
     check(cudaEventRecord(after.get(), comm), "cudaEventRecord");
-    if (!options.async_finish && caller != comm)
-      check(cudaStreamWaitEvent(caller, after.get(), 0), "cudaStreamWaitEvent");
     return EventHandle(
         std::make_shared<CudaEvent>(std::move(after), context_.device(), context_.faults()));
   }
@@ -239,18 +238,20 @@ class CudaBackend final : public Backend {
   /// What `second` does from now on comes behind what `first` has. A capture of one of the two
   /// alone cannot have an edge to the other.
   void order(cudaStream_t first, cudaStream_t second) {
-    if (first == second || is_capturing(first) != is_capturing(second)) return;
-    const auto event = context_.events()->take();
-    check(cudaEventRecord(event.get(), first), "cudaEventRecord");
-    check(cudaStreamWaitEvent(second, event.get(), 0), "cudaStreamWaitEvent");
+    if (first != second && is_capturing(first) == is_capturing(second)) follow(first, second);
+  }
+  /// A queued wait is for what its event was recorded for, so one event does: calls come one at a
+  /// time.
+  void follow(cudaStream_t first, cudaStream_t second) {
+    if (!between_) between_ = context_.events()->take();
+    check(cudaEventRecord(between_.get(), first), "cudaEventRecord");
+    check(cudaStreamWaitEvent(second, between_.get(), 0), "cudaStreamWaitEvent");
   }
   void wait_before(const CallOptions& options, cudaStream_t caller, cudaStream_t comm) {
     if (options.previous_event) {
       options.previous_event->current_stream_wait(comm_stream());
     } else if (caller != comm) {
-      const auto before = context_.events()->take();
-      check(cudaEventRecord(before.get(), caller), "cudaEventRecord");
-      check(cudaStreamWaitEvent(comm, before.get(), 0), "cudaStreamWaitEvent");
+      follow(caller, comm);
     }
   }
   fabric::Heap::NewSegment grow(std::int64_t bytes) {
@@ -274,6 +275,7 @@ class CudaBackend final : public Backend {
   mutable Context context_;
   Internode internode_;
   LowLatency low_latency_;
+  std::shared_ptr<CUevent_st> between_;  // of `follow`
   std::unique_ptr<fabric::Memory> private_memory_;
   std::vector<std::shared_ptr<fabric::Mapping>> private_segments_;
   std::shared_ptr<DeviceHeap> heap_;

@@ -210,6 +210,7 @@ void Internode::notify_dispatch(const deep_ep::internode::NotifyDispatchParams& 
   args.topk_idx = ids_of(params.topk_idx);
   args.routing = arrays_of(params.routing);
   args.max_rows = params.max_rows;
+  args.wait_stats = params.wait_stats;
   const bool counted = params.num_recv_rows != nullptr;
   if (counted) args.ticket = context_.take_ticket(params.call.operation);
   launch_notify(args, params.call);
@@ -221,13 +222,13 @@ void Internode::notify_dispatch(const deep_ep::internode::NotifyDispatchParams& 
   std::copy_n(status.tokens_per_expert, local_experts, params.recv_tokens_per_expert);
 }
 
-void Internode::notify_cached(const Call& call, const deep_ep::internode::Routing& routing,
-                              std::int64_t rows, const Ids& topk_idx) {
+void Internode::notify_cached(const Call& call, const KnownRouting& known) {
   internode::NotifyArgs args = notify_args(call);
   args.cached = true;
-  args.topk_idx = topk_idx;
-  args.routing = arrays_of(routing);
-  args.handle_rows = rows;
+  args.topk_idx = known.topk_idx;
+  args.routing = arrays_of(known.routing);
+  args.handle_rows = known.rows;
+  args.wait_stats = known.wait_stats;
   launch_notify(args, call);
 }
 
@@ -239,7 +240,7 @@ void Internode::dispatch(const deep_ep::internode::DispatchParams& params) {
   if (params.cached) {
     // The ids of a prepared dispatch come with it, those of a handle's rows do not.
     const Ids ids = params.fill_handle ? ids_of(params.source.topk_idx) : Ids{};
-    notify_cached(params.call, params.routing, params.block_rows, ids);
+    notify_cached(params.call, {params.routing, params.block_rows, ids, params.wait_stats});
   }
   args.comm = comm(params.call);
   args.rails = rails(params.call);
@@ -276,7 +277,7 @@ void Internode::fill_handle(const deep_ep::internode::DispatchParams& params,
 }
 
 void Internode::cached_notify(const deep_ep::internode::CombineParams& params) {
-  notify_cached(params.call, params.routing, params.handle_rows, Ids{});
+  notify_cached(params.call, {params.routing, params.handle_rows, Ids{}, params.wait_stats});
 }
 
 plan::RowFormat Internode::combine_format(const deep_ep::internode::CombineParams& params) {

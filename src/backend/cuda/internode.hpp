@@ -53,10 +53,14 @@ class Internode {
   /// What notify leaves for the kernel behind it, of a call of so many tokens.
   internode::Workspace workspace(std::int64_t tokens);
   internode::NotifyArgs notify_args(const Call& call);
-  /// What the ranks tell each other ahead of a call with a handle, or a prepared one, of room for
-  /// `rows` received rows; `topk_idx` is checked, if it is there.
-  void notify_cached(const Call& call, const deep_ep::internode::Routing& routing,
-                     std::int64_t rows, const Ids& topk_idx);
+  struct KnownRouting {
+    const deep_ep::internode::Routing& routing;
+    std::int64_t rows;  // received ones that it has room for
+    Ids topk_idx;       // checked, if they are there
+    std::int64_t* wait_stats;
+  };
+  /// What the ranks tell each other ahead of a call with a handle, or a prepared one.
+  void notify_cached(const Call& call, const KnownRouting& known);
   static plan::RowFormat combine_format(const deep_ep::internode::CombineParams& params);
   static std::int64_t combine_rows(const deep_ep::internode::CombineParams& params);
   /// The rows to sum, where the ranks of the node can read them.

@@ -150,11 +150,12 @@ __device__ bool wait_rails(const NotifyArgs& args, std::uint64_t number) {
   const auto peer = static_cast<int>(threadIdx.x);
   if (good && peer < rails.shape.num_peers()) {
     const int rank = rails.rank_of_peer(peer);
-    good =
-        wait_for_rail(args.comm, rails, rank, Wait::kCall,
-                      rails.block.mailbox[number % 2].posted + peer, number) &&
-        agrees(args.comm, args.comm.record,
-               message_of(rails, number, RailShape::node_of_peer(peer, rails.node)).record, rank);
+    const long long begin = args.wait_stats == nullptr ? 0 : clock64();
+    const auto& theirs = message_of(rails, number, RailShape::node_of_peer(peer, rails.node));
+    std::uint64_t* posted = rails.block.mailbox[number % 2].posted + peer;
+    good = wait_for_rail(args.comm, rails, rank, Wait::kCall, posted, number) &&
+           agrees(args.comm, args.comm.record, theirs.record, rank);
+    if (args.wait_stats != nullptr) args.wait_stats[rank] += clock64() - begin;
   }
   return __syncthreads_and(good) != 0;
 }
@@ -330,7 +331,7 @@ __device__ void exchange_counts(const NotifyArgs& args, std::uint64_t epoch) {
   tell_node(args, epoch, number);
   __syncthreads();
   intranode::post(args.comm, epoch);
-  if (!intranode::wait_posted(args.comm, epoch)) return;
+  if (!intranode::wait_posted(args.comm, epoch, args.wait_stats)) return;
   const protocol::Mailbox mailbox = args.comm.control(args.comm.rank).block.mailbox_of(epoch);
   read_counts(args, mailbox, number);
   // Counts that are a fault are not told: the host finds the kernel ended without them.

@@ -69,10 +69,11 @@ struct NotifyArgs {
   Ids topk_idx;                                         // checked, if there
   RoutingArrays routing;
   Workspace work;
-  std::uint64_t* counts = nullptr;  // [ceil(N / kTokensPerCount), R + nodes], as in intranode
-  std::int64_t max_rows = 0;        // received or passed on by this rank; 0: any number
-  std::int64_t handle_rows = 0;     // cached: received rows that the handle has room for
-  std::uint64_t ticket = 0;         // for the host, which waits for it; 0: it does not
+  std::uint64_t* counts = nullptr;     // [ceil(N / kTokensPerCount), R + nodes], as in intranode
+  std::int64_t max_rows = 0;           // received or passed on by this rank; 0: any number
+  std::int64_t handle_rows = 0;        // cached: received rows that the handle has room for
+  std::uint64_t ticket = 0;            // for the host, which waits for it; 0: it does not
+  std::int64_t* wait_stats = nullptr;  // += [R] or null: who comes late to a call is awaited here
 };
 
 struct DispatchArgs : DispatchStepArgs {

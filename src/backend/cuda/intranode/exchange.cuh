@@ -20,18 +20,21 @@ __device__ inline void post(const Comm& comm, std::uint64_t epoch) {
 }
 
 /// By all threads of one block, kMaxRanks at least, true in each: every rank has posted, with this
-/// rank's arguments.
-__device__ inline bool wait_posted(const Comm& comm, std::uint64_t epoch) {
+/// rank's arguments. `stats`, of the ranks of all nodes: += the wait for each, or null.
+__device__ inline bool wait_posted(const Comm& comm, std::uint64_t epoch,
+                                   std::int64_t* stats = nullptr) {
   const protocol::Mailbox mailbox = comm.control(comm.rank).block.mailbox_of(epoch);
   bool good = may_start(comm);
   const auto i = static_cast<int>(threadIdx.x);
   if (good && i < comm.num_ranks) {
+    const long long begin = stats == nullptr ? 0 : clock64();
     const protocol::EpochFlag& posted = mailbox.posted[i];
     // acquire: pairs with publish() in post() of rank i.
     good = wait_for(
                comm, i, Wait::kCall, epoch, [&] { return posted.reached(epoch); },
                [&] { return posted.seen(); }) &&
            agrees(comm, comm.record, mailbox.record[i], comm.global_rank(i));
+    if (stats != nullptr) stats[comm.global_rank(i)] += clock64() - begin;
   }
   return __syncthreads_and(good) != 0;
 }
