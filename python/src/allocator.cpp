@@ -88,21 +88,18 @@ std::shared_ptr<void> TorchAllocator::allocate(std::int64_t bytes, bool mapped,
   // Only the callable tells torch of a second stream.
   const bool one_stream = !options.previous_event.has_value() && !options.async_finish;
   if (one_stream && device_ && (!mapped || pool_)) {
-    if (std::shared_ptr<void> block = allocate_by_torch(bytes, mapped, options.stream))
-      return block;
+    if (std::shared_ptr<void> block = allocate_by_torch(bytes, mapped)) return block;
   }
   return ask(bytes, mapped, options);
 }
 
-std::shared_ptr<void> TorchAllocator::allocate_by_torch(std::int64_t bytes, bool mapped,
-                                                        Stream stream) const {
+std::shared_ptr<void> TorchAllocator::allocate_by_torch(std::int64_t bytes, bool mapped) const {
   const TorchCalls* torch = TorchCalls::get();
   if (torch == nullptr) return nullptr;
   if (!mapped) return torch->allocate(bytes, *device_);
   const nb::gil_scoped_acquire gil;
   const nb::handle pool = pool_->get();
-  const bool surely_not = *device_ >= 0 && torch->is_outside_capture(stream.native);
-  if (!surely_not && nb::cast<bool>(nb::handle(PyTuple_GetItem(pool.ptr(), 0))())) return nullptr;
+  if (nb::cast<bool>(nb::handle(PyTuple_GetItem(pool.ptr(), 0))())) return nullptr;
   const Asking here(buffer_);
   const InPool in_pool(pool);
   std::shared_ptr<void> block = torch->allocate(bytes, *device_);

@@ -29,7 +29,7 @@ class TorchAllocator final : public Allocator {
                                  const CallOptions& options) override;
 
  private:
-  std::shared_ptr<void> allocate_by_torch(std::int64_t bytes, bool mapped, Stream stream) const;
+  std::shared_ptr<void> allocate_by_torch(std::int64_t bytes, bool mapped) const;
   std::shared_ptr<void> ask(std::int64_t bytes, bool mapped, const CallOptions& options) const;
 
   Reference allocate_;
