@@ -2,6 +2,7 @@
 
 #include "backend/cuda/device/places.cuh"
 #include "backend/cuda/internode/rail.cuh"
+#include "backend/cuda/intranode/exchange.cuh"
 
 // Where the ranks of this node have the rows of a call, and who of them takes part in a record.
 namespace deep_ep::cuda::internode {
@@ -33,11 +34,13 @@ struct Blocks {
   }
 };
 
-/// wait_place() of this rank's call, or null if there is a fault. Not inlined, since it takes
-/// registers that loops need.
+/// Base of a rank's block, whose place is waited for unless it is this rank's own, or null if there
+/// is a fault. Not inlined, since it takes registers that loops need.
 __device__ __noinline__ inline std::byte* wait_block(const Comm& comm, std::uint64_t epoch,
                                                      int rank, Place& place) {
-  return may_start(comm) ? wait_place(comm, epoch, comm.record, rank, place) : nullptr;
+  if (!may_start(comm)) return nullptr;
+  if (rank == comm.rank) return segment_base(comm, rank, place.segment) + place.offset;
+  return wait_place(comm, epoch, comm.record, rank, place);
 }
 
 /// By all threads of a block, true in each: every rank of the node has told where its block is, and
@@ -46,7 +49,7 @@ template <class Args, class Fits>
 __device__ bool find_blocks(const Args& args, std::uint64_t epoch, Blocks& blocks, Fits&& fits) {
   const Comm& comm = args.comm;
   const int all = args.rails.shape.topology.num_ranks;
-  if (blockIdx.x == 0) {
+  if (blockIdx.x == 0 && comm.num_ranks > 1) {
     publish_place(comm, epoch, comm.record,
                   {.segment = args.block_segment,
                    .offset = args.block_offset,
@@ -57,7 +60,12 @@ __device__ bool find_blocks(const Args& args, std::uint64_t epoch, Blocks& block
   blocks.keep(args.rails);
   bool good = true;
   for (int i = threadIdx.x; good && i < comm.num_ranks; i += blockDim.x) {
-    Place place;
+    // This rank's own place nobody has to tell.
+    Place place{.segment = args.block_segment,
+                .offset = args.block_offset,
+                .rows = args.block_rows,
+                .x_segment = args.x_segment,
+                .x_offset = args.x_offset};
     std::byte* base = wait_block(comm, epoch, i, place);
     good = base != nullptr;
     if (!good) break;
@@ -68,6 +76,16 @@ __device__ bool find_blocks(const Args& args, std::uint64_t epoch, Blocks& block
     good = fits(i, args.rails.state.prefix[(std::int64_t{i} + 1) * all - 1], place.rows);
   }
   return __syncthreads_and(good) != 0;
+}
+
+/// By all threads of the last block, true in each: what this rank's warps wrote is there, what the
+/// other ranks of the node write here too, and nobody has a fault.
+__device__ inline bool all_landed(const Comm& comm, std::uint64_t epoch) {
+  // What is this rank's own the last block has acquired (is_last_block()).
+  if (comm.num_ranks > 1 &&
+      (__syncthreads_and(may_start(comm)) == 0 || !intranode::exchange_landed(comm, epoch)))
+    return false;
+  return __syncthreads_and(may_start(comm)) != 0;
 }
 
 /// By a warp whose lane i has at[s] of rank s * 32 + i, for the ranks in `set`, which all lanes

@@ -339,15 +339,16 @@ __global__ void __launch_bounds__(kThreads, 1) combine(const __grid_constant__ C
   } else {
     Teller(shared.rails.untold[warp]).end();
   }
-  if (threadIdx.x % 32 == 0) nvshmem_quiet();
+  if (threadIdx.x % 32 == 0) shared.rails.peers.quiet(args.rails);
   if (!is_last_block(comm)) return;
   // "Landed" says here that all of the other's rows have been read.
-  const bool complete =
-      __syncthreads_and(good && may_start(comm)) != 0 && intranode::exchange_landed(comm, epoch);
-  if (complete)
+  const bool complete = good && all_landed(comm, epoch);
+  if (complete) {
     flush_waits(comm, args.wait_stats == nullptr ? nullptr : args.wait_stats + comm.first_rank);
-  tell_fault(comm, args.rails);
-  end_kernel(comm);
+  } else {
+    tell_fault(comm, args.rails);
+  }
+  end_kernel(comm, complete);
 }
 
 template <class T>

@@ -171,7 +171,8 @@ __device__ void move_rows(const DispatchArgs& args, Shared& shared) {
   const auto warp = static_cast<int>(threadIdx.x / 32);
   Stage stage(shared.stages[warp]);
   Teller teller(shared.rails.untold[warp]);
-  const auto rest = [&] { return place_own(args, shared, stage, teller); };
+  bool own_left = true;
+  const auto rest = [&] { return own_left = own_left && place_own(args, shared, stage, teller); };
   if (warp < kRoleWarps) {
     const Role role(warp);
     begin_rings<&RailState::Ring::out_begin, &RailState::Ring::sent>(rails, role);
@@ -236,21 +237,19 @@ __global__ void __launch_bounds__(kThreads, 1) dispatch(const __grid_constant__ 
     } else {
       tell_peers(shared.rails);
     }
-    if (threadIdx.x % 32 == 0) nvshmem_quiet();
+    if (threadIdx.x % 32 == 0) shared.rails.peers.quiet(args.rails);
   } else {
     void_block(comm, args, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
   }
   if (!is_last_block(comm)) return;
-  bool complete =
-      __syncthreads_and(good && may_start(comm)) != 0 && intranode::exchange_landed(comm, epoch);
-  complete = __syncthreads_and(complete && may_start(comm)) != 0;
+  const bool complete = good && all_landed(comm, epoch);
   if (complete) {
     flush_waits(comm, args.wait_stats == nullptr ? nullptr : args.wait_stats + comm.first_rank);
   } else {
     void_block(comm, args, 0, 1);  // what other blocks wrote, too
     tell_fault(comm, args.rails);
   }
-  end_kernel(comm);
+  end_kernel(comm, complete);
 }
 
 cudaError_t load_dispatch() { return load<dispatch>(); }

@@ -57,10 +57,12 @@ __device__ void place_records(const NotifyArgs& args, const PartTable& table, st
         return goes;
       },
       [&](std::int64_t token, std::int32_t record) {
-        std::int32_t& head = routing.send_rdma_head[token * nodes + node];
-        if (!args.cached) head = record;
-        if (head != record)
-          raise_invalid(args.comm, Finding::kBadRecord, token, node, head, record);
+        std::int32_t* head = routing.send_rdma_head + token * nodes + node;
+        // A handle's are not written here: so they may be loaded ahead of what is.
+        const std::int32_t told = args.cached ? __ldg(head) : record;
+        if (told != record)
+          raise_invalid(args.comm, Finding::kBadRecord, token, node, told, record);
+        if (!args.cached) *head = record;
         if (record >= 0)
           args.work.record_tokens[node * table.tokens + record] = static_cast<std::int32_t>(token);
       });
@@ -100,7 +102,8 @@ __device__ void place_tokens(const NotifyArgs& args, std::uint64_t epoch) {
 
 /// The mailbox of two announcements ago is read by nobody any more, nor is what was put from here
 /// (I17): our rail peers have announced the one before, so they had ended the one before that.
-__device__ void post_rails(const NotifyArgs& args, std::uint64_t number) {
+/// Where a peer's memory is mapped the message is written there.
+__device__ void post_rails(const NotifyArgs& args, const MappedPeers& peers, std::uint64_t number) {
   const Rails& rails = args.rails;
   const plan::Topology& topology = rails.shape.topology;
   const RailBlock::Mailbox& mailbox = rails.block.mailbox[number % 2];
@@ -110,7 +113,11 @@ __device__ void post_rails(const NotifyArgs& args, std::uint64_t number) {
                           : args.comm.record.num_experts / topology.num_nodes();
   for (int peer = 0; peer < rails.shape.num_peers(); ++peer) {
     const int node = RailShape::node_of_peer(peer, rails.node);
-    std::byte* out = mailbox.out_messages + peer * rails.block.message_bytes;
+    const std::int64_t slot = RailShape::peer_index(rails.node, node);
+    std::byte* out =
+        peers.maps(peer)
+            ? peers.in_piece(peer, mailbox.messages + slot * rails.block.message_bytes)
+            : mailbox.out_messages + peer * rails.block.message_bytes;
     auto& message = *reinterpret_cast<Announcement*>(out);
     if (threadIdx.x == 0) {
       message.record = args.comm.record;
@@ -123,12 +130,19 @@ __device__ void post_rails(const NotifyArgs& args, std::uint64_t number) {
     auto* counts = reinterpret_cast<std::int32_t*>(out + sizeof message);
     for (int i = threadIdx.x; i < experts; i += kThreads)
       counts[i] = args.num_tokens_per_expert[std::int64_t{node} * experts + i];
+    if (!peers.maps(peer)) fence_acq_rel_sys();
   }
-  fence_acq_rel_sys();
   __syncthreads();
   for (int peer = 0; peer < rails.shape.num_peers(); ++peer) {
     const std::int64_t slot =
         RailShape::peer_index(rails.node, RailShape::node_of_peer(peer, rails.node));
+    if (peers.maps(peer)) {
+      // release: what all threads wrote comes before the barrier; pairs with the acquire in
+      // reached_from().
+      if (threadIdx.x == peer % kThreads)
+        protocol::store_release(peers.in_piece(peer, mailbox.posted + slot), number);
+      continue;
+    }
     nvshmemx_putmem_signal_nbi_block(mailbox.messages + slot * rails.block.message_bytes,
                                      mailbox.out_messages + peer * rails.block.message_bytes,
                                      sizeof(Announcement) + 4 * static_cast<std::size_t>(experts),
@@ -144,17 +158,17 @@ __device__ const Announcement& message_of(const Rails& rails, std::uint64_t numb
 }
 
 /// By all threads, true in each: every rail peer has announced the same call.
-__device__ bool wait_rails(const NotifyArgs& args, std::uint64_t number) {
+__device__ bool wait_rails(const NotifyArgs& args, const MappedPeers& peers,
+                           std::uint64_t number) {
   const Rails& rails = args.rails;
-  bool good = may_start(args.comm);
+  bool good = true;
   const auto peer = static_cast<int>(threadIdx.x);
-  if (good && peer < rails.shape.num_peers()) {
-    const int rank = rails.rank_of_peer(peer);
-    good =
-        wait_for_rail(args.comm, rails, rank, Wait::kCall,
-                      rails.block.mailbox[number % 2].posted + peer, number) &&
-        agrees(args.comm, args.comm.record,
-               message_of(rails, number, RailShape::node_of_peer(peer, rails.node)).record, rank);
+  if (peer < rails.shape.num_peers()) {
+    good = wait_for_rail(args.comm, rails, peers, peer, Wait::kCall,
+                         rails.block.mailbox[number % 2].posted + peer, number) &&
+           agrees(args.comm, args.comm.record,
+                  message_of(rails, number, RailShape::node_of_peer(peer, rails.node)).record,
+                  rails.rank_of_peer(peer));
   }
   return __syncthreads_and(good) != 0;
 }
@@ -323,22 +337,31 @@ __device__ void tell_host(const NotifyArgs& args, const protocol::Mailbox& mailb
   protocol::store_release(&status.ticket, args.ticket);
 }
 
-__device__ void exchange_counts(const NotifyArgs& args, std::uint64_t epoch) {
+/// By the last block, true in each thread: every rank has announced this call, and nobody has a
+/// fault.
+__device__ bool exchange_counts(const NotifyArgs& args, const MappedPeers& peers,
+                                std::uint64_t epoch) {
+  const Comm& comm = args.comm;
   const std::uint64_t number = *args.rails.state.announced + 1;
-  post_rails(args, number);
-  if (!wait_rails(args, number)) return;
+  post_rails(args, peers, number);
+  if (!wait_rails(args, peers, number)) return false;
   tell_node(args, epoch, number);
   __syncthreads();
-  intranode::post(args.comm, epoch);
-  if (!intranode::wait_posted(args.comm, epoch)) return;
-  const protocol::Mailbox mailbox = args.comm.control(args.comm.rank).block.mailbox_of(epoch);
+  // A rank that has its node for itself has told itself, behind the barrier.
+  if (comm.num_ranks > 1) {
+    intranode::post(comm, epoch);
+    if (!intranode::wait_posted(comm, epoch)) return false;
+  }
+  const protocol::Mailbox mailbox = comm.control(comm.rank).block.mailbox_of(epoch);
   read_counts(args, mailbox, number);
   // Counts that are a fault are not told: the host finds the kernel ended without them.
-  if (__syncthreads_and(may_start(args.comm)) != 0) tell_host(args, mailbox);
+  const bool good = __syncthreads_and(may_start(comm)) != 0;
+  if (good) tell_host(args, mailbox);
   if (threadIdx.x == 0) {
-    nvshmem_quiet();
+    peers.quiet(args.rails);
     *args.rails.state.announced = number;
   }
+  return good;
 }
 
 /// By one block: without counts no row is anywhere.
@@ -362,18 +385,23 @@ __device__ void void_counts(const NotifyArgs& args) {
 // Not in the unnamed namespace: device code is linked, and names of kernels would have the file's
 // in them.
 __global__ void __launch_bounds__(kThreads) notify(const __grid_constant__ NotifyArgs args) {
+  __shared__ MappedPeers peers;
   const Comm& comm = args.comm;
   const std::uint64_t epoch = comm.local->epoch + 1;
+  peers.find(args.rails);
   // Tokens are placed whatever has failed: warps of several blocks wait for each other's counts,
   // and each block would see a fault at another time.
   place_tokens(args, epoch);
   check_ids(comm, args.topk_idx, args.routing.is_token_in_rank, args.rails.shape.topology.num_ranks,
             static_cast<int>(gridDim.x));
   if (!is_last_block(comm)) return;
-  if (__syncthreads_and(may_start(comm)) != 0) exchange_counts(args, epoch);
-  if (__syncthreads_and(may_start(comm)) == 0) void_counts(args);
-  tell_fault(comm, args.rails);
-  end_kernel(comm);
+  const bool good =
+      __syncthreads_and(may_start(comm)) != 0 && exchange_counts(args, peers, epoch);
+  if (!good) {
+    void_counts(args);
+    tell_fault(comm, args.rails);
+  }
+  end_kernel(comm, good);
 }
 
 cudaError_t load_notify() { return load<notify>(); }

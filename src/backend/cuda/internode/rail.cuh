@@ -39,6 +39,12 @@ class MappedPeers {
     }
   }
   __device__ bool maps(int peer) const { return pieces_[peer] != nullptr; }
+  /// By a thread: what it has put may be written again, if there are peers to put to.
+  __device__ void quiet(const Rails& rails) const {
+    bool all = true;
+    for (int i = 0; i < rails.shape.num_peers(); ++i) all = all && maps(i);
+    if (!all) nvshmem_quiet();
+  }
   /// `address` of this rank's piece in that of a peer, or null.
   template <class T>
   __device__ T* in_piece(int peer, T* address) const {
@@ -49,7 +55,8 @@ class MappedPeers {
   /// The same as reached() of a word that the peer sets: by a store if memory is mapped, so that an
   /// acquire will do, whoever stores.
   __device__ bool reached_from(int peer, std::uint64_t* word, std::uint64_t value) const {
-    // acquire: pairs with the release in tell_all() of the peer.
+    // acquire: pairs with the release in tell_all() of the peer, of an announcement with that in
+    // post_rails().
     if (maps(peer)) return protocol::load_acquire(word) >= value;
     return reached(word, value);
   }
@@ -99,24 +106,29 @@ struct RailWaiter {
     gone = reached(rails.block.left + awaited, 1);
     return gone || globaltimer() - started > rails.timeout_ns;
   }
+  /// Looks several times: what else there is to look at is several words, one after the other.
   template <class Ready>
-  __device__ bool pause(Ready&&) const {
-    __nanosleep(40);
+  __device__ bool pause(Ready&& ready) const {
+    for (int i = 0; i < kLooks; ++i) {
+      __nanosleep(20);
+      if (ready()) return true;
+    }
     return false;
   }
+  static constexpr int kLooks = 8;
   __device__ void report(Wait what, std::uint64_t expected, std::uint64_t seen) const {
     raise_missing(comm, awaited, gone ? kGoneOrderly : 0, what, expected, seen);
   }
 };
 
-/// Waits until a word that `rank`, of another node, sets has reached `value`; on failure reports it
-/// and returns false.
-__device__ __noinline__ inline bool wait_for_rail(const Comm& comm, const Rails& rails, int rank,
-                                                  Wait what, std::uint64_t* word,
-                                                  std::uint64_t value) {
-  RailWaiter waiter{comm, rails, rank};
+/// Waits until a word that a peer sets has reached `value`; on failure reports it and returns
+/// false.
+__device__ __noinline__ inline bool wait_for_rail(const Comm& comm, const Rails& rails,
+                                                  const MappedPeers& peers, int peer, Wait what,
+                                                  std::uint64_t* word, std::uint64_t value) {
+  RailWaiter waiter{comm, rails, rails.rank_of_peer(peer)};
   const protocol::WaitResult result =
-      protocol::wait_until(waiter, [&] { return reached(word, value); });
+      protocol::wait_until(waiter, [&] { return peers.reached_from(peer, word, value); });
   if (result == protocol::WaitResult::kReady) return true;
   if (result == protocol::WaitResult::kExpired)
     waiter.report(what, value, nvshmem_signal_fetch(word));
