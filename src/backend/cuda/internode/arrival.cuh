@@ -173,16 +173,18 @@ __device__ void place(const DispatchArgs& args, const Blocks& targets, const Arr
                       Stage& stage, LetGo&& let_go) {
   const bool good = row.x_begin != 0 || note_record(args, targets, row);
   const Slots slots(args, targets, row, good);
+  stage.load_rest();
   if (row.x_begin == 0) place_small(args, targets, row, slots);
-  stage.wait();
-  let_go();
+  stage.pass(
+      [&](int share) {
 #pragma unroll
-  for (int i = 0; i < kRanksALane; ++i) {
-    if (slots.at[i] < 0) continue;
-    std::byte* x = targets.of[i * 32 + lane_id()].x;
-    stage.store(x + slots.at[i] * args.format.x_bytes + row.x_begin);
-  }
-  stage.stored();
+        for (int i = 0; i < kRanksALane; ++i) {
+          if (slots.at[i] < 0) continue;
+          std::byte* x = targets.of[i * 32 + lane_id()].x;
+          stage.store(x + slots.at[i] * args.format.x_bytes + row.x_begin, share);
+        }
+      },
+      let_go);
 }
 
 }  // namespace deep_ep::cuda::internode

@@ -53,7 +53,7 @@ __device__ void clear_part(int bytes, std::byte* to) {
 }
 
 /// By a warp: the next item of a ring, if there is room. A record that is not allowed goes as
-/// zeros: its fault is known.
+/// zeros: its fault is known. A row alone need not be rounded on the way.
 template <class T>
 __device__ Turn send_sum(const CombineArgs& args, Shared& shared, Stage& stage, Teller& teller,
                          RingOut& end) {
@@ -74,19 +74,27 @@ __device__ Turn send_sum(const CombineArgs& args, Shared& shared, Stage& stage, 
     stage.load(sources.rows[0] + begin, bytes);
   }
   compose_weights(args, sources, rows, out.to);
-  std::byte* here = rows > 0 ? stage.loaded() : stage.begin_sum(bytes);
-  std::byte* sum = out.direct ? here : out.to + item.head_bytes;
-  if (rows > 0) {
-    sum_part<T>(sources, rows, begin, bytes, here, sum);
+  if (rows > 0) stage.load_rest();
+  if (rows == 1 && out.direct) {
+    stage.pass(
+        [&](int share) {
+          if (lane_id() == 0) stage.store(out.to + item.head_bytes, share);
+        },
+        [] {});
   } else {
-    clear_part(bytes, sum);
+    std::byte* here = rows > 0 ? stage.loaded() : stage.begin_sum(bytes);
+    std::byte* sum = out.direct ? here : out.to + item.head_bytes;
+    if (rows > 0) {
+      sum_part<T>(sources, rows, begin, bytes, here, sum);
+    } else {
+      clear_part(bytes, sum);
+    }
+    if (out.direct) {
+      stage.end_sum();
+      stage.store_sum(out.to + item.head_bytes);
+    }
   }
-  if (out.direct) {
-    stage.end_sum();
-    teller.tell_now();
-    if (lane_id() == 0) stage.store(out.to + item.head_bytes);
-    stage.stored();
-  }
+  if (out.direct) teller.tell_now<Stage::kShares>();  // of the item before
   send_out(rails, peers, item, out, teller, end, item.head_bytes + bytes);
   return turn;
 }

@@ -126,10 +126,13 @@ __device__ Turn send_item(const DispatchArgs& args, const MappedPeers& peers, St
   if (out.direct) stage.load(x, x_size);
   compose_head(args, token, end.node(rails), end.record, out.to);
   if (out.direct) {
-    stage.wait();
-    if (lane_id() == 0) stage.store(out.to + item.head_bytes);
-    stage.stored();
-    teller.tell_now<1>();  // of the item before
+    stage.load_rest();
+    stage.pass(
+        [&](int share) {
+          if (lane_id() == 0) stage.store(out.to + item.head_bytes, share);
+        },
+        [] {});
+    teller.tell_now<Stage::kShares>();  // of the item before
   } else {
     copy_part(out.to + item.head_bytes, x, x_size);
   }
