@@ -218,18 +218,42 @@ __device__ void add_piece(const CombineArgs& args, const Sources& sources, const
   }
 }
 
+/// A token's record at each node, or -1; lane i % 32 has that of node i.
+class TokenRecords {
+ public:
+  __device__ TokenRecords(const CombineArgs& args, std::int64_t token) {
+    const int nodes = args.rails.shape.topology.num_nodes();
+#pragma unroll
+    for (int i = 0; i < kNodesALane; ++i) {
+      const int node = i * 32 + lane_id();
+      at_[i] = node < nodes ? args.send_rdma_head[token * nodes + node] : -1;
+    }
+  }
+  __device__ std::int32_t of(int node) const {
+    std::int32_t mine = at_[0];
+#pragma unroll
+    for (int i = 1; i < kNodesALane; ++i) mine = node / 32 == i ? at_[i] : mine;
+    return __shfl_sync(0xffffffff, mine, node % 32);
+  }
+
+ private:
+  static constexpr int kNodesALane = (plan::kMaxNodes + 31) / 32;
+  std::int32_t at_[kNodesALane];
+};
+
 /// By a warp: waits for the items of a piece of a token and lists what is added; false if it left
 /// for a fault.
 __device__ bool list_addends(const CombineArgs& args, const MappedPeers& peers,
-                             const LaneRings& rings, std::int64_t token, int piece,
-                             Sources& sources, Parts& parts) {
+                             const LaneRings& rings, std::int64_t token,
+                             const TokenRecords& records, int piece, Sources& sources,
+                             Parts& parts) {
   const Rails& rails = args.rails;
   const int nodes = rails.shape.topology.num_nodes();
   __syncwarp();  // the list before has been read
   parts.items = 0;
 #pragma unroll 1
   for (int node = 0; node < nodes; ++node) {
-    const bool goes = args.send_rdma_head[token * nodes + node] >= 0;
+    const bool goes = records.of(node) >= 0;
     if (node == rails.node) parts.own_at = goes ? parts.items : -1;
     if (node == rails.node || !goes) continue;
     const int peer = RailShape::peer_index(node, rails.node);
@@ -254,11 +278,11 @@ __device__ bool list_addends(const CombineArgs& args, const MappedPeers& peers,
 }
 
 __device__ void release_items(const CombineArgs& args, const MappedPeers& peers, Teller& teller,
-                              LaneRings& rings, std::int64_t token) {
+                              LaneRings& rings, const TokenRecords& records) {
   const int nodes = args.rails.shape.topology.num_nodes();
 #pragma unroll 1
   for (int node = 0; node < nodes; ++node) {
-    if (node == args.rails.node || args.send_rdma_head[token * nodes + node] < 0) continue;
+    if (node == args.rails.node || records.of(node) < 0) continue;
     const int peer = RailShape::peer_index(node, args.rails.node);
     rings.advance(peer);
     release_item(args.rails, peers, teller, rings.lane(), peer, rings.consumed(peer));
@@ -268,10 +292,9 @@ __device__ void release_items(const CombineArgs& args, const MappedPeers& peers,
 /// By a warp: a token of a lane; false if it cannot be summed.
 template <class T>
 __device__ bool add_token(const CombineArgs& args, Shared& shared, Teller& teller, LaneRings& rings,
-                          std::int64_t token) {
+                          std::int64_t token, const TokenRecords& records) {
   const Rails& rails = args.rails;
-  const std::int32_t own =
-      args.send_rdma_head[token * rails.shape.topology.num_nodes() + rails.node];
+  const std::int32_t own = records.of(rails.node);
   Sources& sources = shared.sources[threadIdx.x / 32];
   Parts parts{};
   if (own >= 0) {
@@ -280,9 +303,10 @@ __device__ bool add_token(const CombineArgs& args, Shared& shared, Teller& telle
     if (parts.rows < 0) return false;
   }
   for (int piece = 0; piece < args.item.pieces; ++piece) {
-    if (!list_addends(args, shared.rails.peers, rings, token, piece, sources, parts)) return false;
+    if (!list_addends(args, shared.rails.peers, rings, token, records, piece, sources, parts))
+      return false;
     add_piece<T>(args, sources, parts, token, piece);
-    release_items(args, shared.rails.peers, teller, rings, token);
+    release_items(args, shared.rails.peers, teller, rings, records);
   }
   return true;
 }
@@ -306,9 +330,15 @@ __device__ void add_tokens(const CombineArgs& args, Shared& shared, bool good) {
   Teller teller(shared.rails.untold[threadIdx.x / 32]);
   for (int lane = role.number; lane < lanes; lane += role.count) {
     LaneRings rings(args.rails, lane);
+    const std::int64_t begin = plan::channel_begin(tokens, lane, lanes);
     const std::int64_t end = plan::channel_begin(tokens, lane + 1, lanes);
-    for (std::int64_t token = plan::channel_begin(tokens, lane, lanes); token < end; ++token) {
-      good = good && add_token<T>(args, shared, teller, rings, token);
+    if (begin == end) continue;
+    TokenRecords next(args, begin);
+    for (std::int64_t token = begin; token < end; ++token) {
+      const TokenRecords records = next;
+      // On their way while this token is summed.
+      next = TokenRecords(args, token + 1 < end ? token + 1 : token);
+      good = good && add_token<T>(args, shared, teller, rings, token, records);
       if (!good) void_token(args, token);
     }
     rings.keep(args.rails);
