@@ -354,8 +354,9 @@ __global__ void __launch_bounds__(kThreads, 1) combine(const __grid_constant__ C
   extern __shared__ __align__(128) std::byte memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   const Comm& comm = args.comm;
-  const std::uint64_t epoch = comm.local->epoch + 1;
   shared.rails.begin(args.rails);
+  wait_for_kernel_before();
+  const std::uint64_t epoch = comm.local->epoch + 1;
   const bool good = find_blocks(args, epoch, shared.blocks, [&](int rank, auto rows, auto room) {
     if (rank != comm.rank) return check_rows_fit(comm, comm.global_rank(rank), 0, rows, room);
     if (rows > room) raise_invalid(comm, Finding::kHandleRoom, 2, room, rows);
@@ -394,8 +395,7 @@ cudaError_t launch(const CombineArgs& args, int num_sms, cudaStream_t stream) {
   constexpr int kShared = sizeof(Shared);
   const cudaError_t allowed = allow_shared<combine<T>>(kShared);
   if (allowed != cudaSuccess) return allowed;
-  combine<T><<<num_sms, kThreads, kShared, stream>>>(args);
-  return cudaGetLastError();
+  return launch_behind(combine<T>, num_sms, kThreads, kShared, stream, args);
 }
 
 cudaError_t load_combine() {

@@ -227,9 +227,10 @@ __global__ void __launch_bounds__(kThreads, 1) dispatch(const __grid_constant__ 
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   Blocks& targets = shared.targets;
   const Comm& comm = args.comm;
-  const std::uint64_t epoch = comm.local->epoch + 1;
   if (threadIdx.x == 0) shared.own_taken = 0;
   shared.rails.begin(args.rails);
+  wait_for_kernel_before();
+  const std::uint64_t epoch = comm.local->epoch + 1;
   const bool good = find_blocks(args, epoch, targets, [&](int rank, auto rows, auto room) {
     return check_rows_fit(comm, comm.global_rank(rank), 0, rows, room);
   });
@@ -262,8 +263,7 @@ cudaError_t launch_dispatch(const DispatchArgs& args, int num_sms, cudaStream_t 
   const cudaError_t allowed = allow_shared<dispatch>(kShared);
   if (allowed != cudaSuccess) return allowed;
   // Warps wait for those of other ranks, so that all blocks must fit: one an SM.
-  dispatch<<<num_sms, kThreads, kShared, stream>>>(args);
-  return cudaGetLastError();
+  return launch_behind(dispatch, num_sms, kThreads, kShared, stream, args);
 }
 
 }  // namespace deep_ep::cuda::internode

@@ -386,6 +386,7 @@ __device__ void void_counts(const NotifyArgs& args) {
 // in them.
 __global__ void __launch_bounds__(kThreads) notify(const __grid_constant__ NotifyArgs args) {
   __shared__ MappedPeers peers;
+  allow_kernel_behind();
   const Comm& comm = args.comm;
   const std::uint64_t epoch = comm.local->epoch + 1;
   peers.find(args.rails);
