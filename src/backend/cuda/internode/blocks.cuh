@@ -21,6 +21,15 @@ struct Blocks {
   __device__ plan::RowRange rows(const Rails& rails, int rank, int source) const {
     return plan::part_of(prefix + std::int64_t{rank} * rails.shape.topology.num_ranks, source);
   }
+  /// By a thread: the arrays of a rank, where it has them.
+  template <class Args>
+  __device__ void carve(const Args& args, int rank, std::byte* base, const Place& place) {
+    std::byte* x = place.x_segment < 0
+                       ? nullptr
+                       : segment_base(args.comm, rank, place.x_segment) + place.x_offset;
+    Carver carver(base);
+    of[rank] = plan::RecvArrays::carve(carver, args.format, place.rows, x);
+  }
   /// By all threads of a block, ahead of a barrier.
   __device__ void keep(const Rails& rails) {
     const plan::Topology& topology = rails.shape.topology;
@@ -34,17 +43,29 @@ struct Blocks {
   }
 };
 
-/// Base of a rank's block, whose place is waited for unless it is this rank's own, or null if there
-/// is a fault. Not inlined, since it takes registers that loops need.
-__device__ __noinline__ inline std::byte* wait_block(const Comm& comm, std::uint64_t epoch,
-                                                     int rank, Place& place) {
-  if (!may_start(comm)) return nullptr;
-  if (rank == comm.rank) return segment_base(comm, rank, place.segment) + place.offset;
-  return wait_place(comm, epoch, comm.record, rank, place);
+/// By one thread: this rank's own block, whose place nobody has to tell it. It needs nothing of the
+/// kernel before.
+template <class Args>
+__device__ void find_own(const Args& args, Blocks& blocks) {
+  const Place place{.segment = args.block_segment,
+                    .offset = args.block_offset,
+                    .rows = args.block_rows,
+                    .x_segment = args.x_segment,
+                    .x_offset = args.x_offset};
+  const int rank = args.comm.rank;
+  blocks.carve(args, rank, segment_base(args.comm, rank, place.segment) + place.offset, place);
 }
 
-/// By all threads of a block, true in each: every rank of the node has told where its block is, and
-/// it has room for the rows that come there. fits(rank, rows, room) says so, or reports.
+/// wait_place() of this rank's call, or null if there is a fault. Not inlined, since it takes
+/// registers that loops need.
+__device__ __noinline__ inline std::byte* wait_block(const Comm& comm, std::uint64_t epoch,
+                                                     int rank, Place& place) {
+  return may_start(comm) ? wait_place(comm, epoch, comm.record, rank, place) : nullptr;
+}
+
+/// By all threads of a block, true in each: every other rank of the node has told where its block
+/// is, and each, this one's too, has room for the rows that come there. fits(rank, rows, room) says
+/// so, or reports.
 template <class Args, class Fits>
 __device__ bool find_blocks(const Args& args, std::uint64_t epoch, Blocks& blocks, Fits&& fits) {
   const Comm& comm = args.comm;
@@ -60,20 +81,16 @@ __device__ bool find_blocks(const Args& args, std::uint64_t epoch, Blocks& block
   blocks.keep(args.rails);
   bool good = true;
   for (int i = threadIdx.x; good && i < comm.num_ranks; i += blockDim.x) {
-    // This rank's own place nobody has to tell.
-    Place place{.segment = args.block_segment,
-                .offset = args.block_offset,
-                .rows = args.block_rows,
-                .x_segment = args.x_segment,
-                .x_offset = args.x_offset};
-    std::byte* base = wait_block(comm, epoch, i, place);
-    good = base != nullptr;
-    if (!good) break;
-    std::byte* x =
-        place.x_segment < 0 ? nullptr : segment_base(comm, i, place.x_segment) + place.x_offset;
-    Carver carver(base);
-    blocks.of[i] = plan::RecvArrays::carve(carver, args.format, place.rows, x);
-    good = fits(i, args.rails.state.prefix[(std::int64_t{i} + 1) * all - 1], place.rows);
+    Place place;
+    place.rows = args.block_rows;
+    if (i == comm.rank) {
+      good = may_start(comm);
+    } else {
+      std::byte* base = wait_block(comm, epoch, i, place);
+      good = base != nullptr;
+      if (good) blocks.carve(args, i, base, place);
+    }
+    good = good && fits(i, args.rails.state.prefix[(std::int64_t{i} + 1) * all - 1], place.rows);
   }
   return __syncthreads_and(good) != 0;
 }

@@ -218,29 +218,6 @@ __device__ void add_piece(const CombineArgs& args, const Sources& sources, const
   }
 }
 
-/// A token's record at each node, or -1; lane i % 32 has that of node i.
-class TokenRecords {
- public:
-  __device__ TokenRecords(const CombineArgs& args, std::int64_t token) {
-    const int nodes = args.rails.shape.topology.num_nodes();
-#pragma unroll
-    for (int i = 0; i < kNodesALane; ++i) {
-      const int node = i * 32 + lane_id();
-      at_[i] = node < nodes ? args.send_rdma_head[token * nodes + node] : -1;
-    }
-  }
-  __device__ std::int32_t of(int node) const {
-    std::int32_t mine = at_[0];
-#pragma unroll
-    for (int i = 1; i < kNodesALane; ++i) mine = node / 32 == i ? at_[i] : mine;
-    return __shfl_sync(0xffffffff, mine, node % 32);
-  }
-
- private:
-  static constexpr int kNodesALane = (plan::kMaxNodes + 31) / 32;
-  std::int32_t at_[kNodesALane];
-};
-
 /// By a warp: waits for the items of a piece of a token and lists what is added; false if it left
 /// for a fault.
 __device__ bool list_addends(const CombineArgs& args, const MappedPeers& peers,
@@ -354,6 +331,7 @@ __global__ void __launch_bounds__(kThreads, 1) combine(const __grid_constant__ C
   extern __shared__ __align__(128) std::byte memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   const Comm& comm = args.comm;
+  if (threadIdx.x == 0) find_own(args, shared.blocks);
   shared.rails.begin(args.rails);
   wait_for_kernel_before();
   const std::uint64_t epoch = comm.local->epoch + 1;

@@ -227,7 +227,10 @@ __global__ void __launch_bounds__(kThreads, 1) dispatch(const __grid_constant__ 
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   Blocks& targets = shared.targets;
   const Comm& comm = args.comm;
-  if (threadIdx.x == 0) shared.own_taken = 0;
+  if (threadIdx.x == 0) {
+    shared.own_taken = 0;
+    find_own(args, targets);
+  }
   shared.rails.begin(args.rails);
   wait_for_kernel_before();
   const std::uint64_t epoch = comm.local->epoch + 1;

@@ -113,8 +113,8 @@ class Stage {
   }
   __device__ void wait(int share) const {
     if (size(share) == 0) return;
-    while (!mbarrier_try_wait_parity_acquire_cta(storage_.barriers + share,
-                                                 parities_ >> share & 1)) {
+    while (
+        !mbarrier_try_wait_parity_acquire_cta(storage_.barriers + share, parities_ >> share & 1)) {
     }
   }
   /// Of the part: all of it has been waited for.
