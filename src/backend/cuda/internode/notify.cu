@@ -101,6 +101,16 @@ __device__ void place_tokens(const NotifyArgs& args, std::uint64_t epoch) {
 
 // --- between nodes, by the last block -----------------------------------------------------------
 
+/// Local experts of a node, whose counts are announced.
+__device__ int announced_experts(const NotifyArgs& args) {
+  return args.num_tokens_per_expert == nullptr
+             ? 0
+             : args.comm.record.num_experts / args.rails.shape.topology.num_nodes();
+}
+__device__ std::size_t announced_bytes(const NotifyArgs& args) {
+  return sizeof(Announcement) + 4 * static_cast<std::size_t>(announced_experts(args));
+}
+
 /// The mailbox of two announcements ago is read by nobody any more, nor is what was put from here
 /// (I17): our rail peers have announced the one before, so they had ended the one before that.
 /// Where a peer's memory is mapped the message is written there.
@@ -109,9 +119,7 @@ __device__ void post_rails(const NotifyArgs& args, const MappedPeers& peers, std
   const plan::Topology& topology = rails.shape.topology;
   const RailBlock::Mailbox& mailbox = rails.block.mailbox[number % 2];
   const int lanes = rails.shape.num_lanes;
-  const int experts = args.num_tokens_per_expert == nullptr
-                          ? 0
-                          : args.comm.record.num_experts / topology.num_nodes();
+  const int experts = announced_experts(args);
   for (int peer = 0; peer < rails.shape.num_peers(); ++peer) {
     const int node = RailShape::node_of_peer(peer, rails.node);
     const std::int64_t slot = RailShape::peer_index(rails.node, node);
@@ -145,9 +153,8 @@ __device__ void post_rails(const NotifyArgs& args, const MappedPeers& peers, std
     }
     nvshmemx_putmem_signal_nbi_block(mailbox.messages + slot * rails.block.message_bytes,
                                      mailbox.out_messages + peer * rails.block.message_bytes,
-                                     sizeof(Announcement) + 4 * static_cast<std::size_t>(experts),
-                                     mailbox.posted + slot, number, NVSHMEM_SIGNAL_SET,
-                                     rails.rank_of_peer(peer));
+                                     announced_bytes(args), mailbox.posted + slot, number,
+                                     NVSHMEM_SIGNAL_SET, rails.rank_of_peer(peer));
   }
 }
 
@@ -253,6 +260,8 @@ __device__ bool exchange_counts(const NotifyArgs& args, const MappedPeers& peers
   if (threadIdx.x == 0) {
     peers.quiet(args.rails);
     *args.rails.state.announced = number;
+    const std::uint64_t posted = args.rails.shape.num_peers();
+    count_puts(args.rails, posted, posted * announced_bytes(args), posted);
   }
   return good;
 }

@@ -176,6 +176,44 @@ class Patience {
   bool last_look_ = false;
 };
 
+/// By one thread of a kernel: it has put `puts` times, `bytes` bytes in all, and given `signals`
+/// words.
+__device__ inline void count_puts(const Rails& rails, unsigned long long puts,
+                                  unsigned long long bytes, unsigned long long signals) {
+  SentCounts& counts = *rails.state.sent_counts;
+  // Nobody waits for these, as for a load.
+  atomicAdd(&counts.puts, puts);
+  atomicAdd(&counts.put_bytes, bytes);
+  atomicAdd(&counts.signals, signals);
+}
+
+/// Rows that a dispatch takes from this rank to other nodes, and from those to it. A combine takes
+/// as many back.
+struct Crossing {
+  std::uint64_t out = 0;
+  std::uint64_t in = 0;
+
+  __device__ explicit Crossing(const Rails& rails) {
+    const plan::Topology& topology = rails.shape.topology;
+    for (int node = 0; node < topology.num_nodes(); ++node) {
+      if (node == rails.node) continue;
+      const auto part = plan::part_of(rails.state.records, node);
+      in += static_cast<std::uint64_t>(part.end - part.begin);
+      out += static_cast<std::uint64_t>(rails.state.totals[topology.num_ranks + node]);
+    }
+  }
+};
+
+/// By one thread of a kernel: all rows have crossed, and have been answered by a word each.
+__device__ __noinline__ inline void count_rows(const Rails& rails, const ItemShape& item,
+                                               std::uint64_t out, std::uint64_t in) {
+  const std::uint64_t items = out * item.pieces;
+  const std::uint64_t bytes = items * item.head_bytes + out * item.x_bytes;
+  atomicAdd(&rails.state.sent_counts->rows, static_cast<unsigned long long>(out));
+  atomicAdd(&rails.state.sent_counts->row_bytes, static_cast<unsigned long long>(bytes));
+  count_puts(rails, items, bytes, items + in * item.pieces);
+}
+
 /// By a thread: the ranks of other nodes learn of this one's fault, once. What is put from is not
 /// written again, so nothing is waited for.
 __device__ __noinline__ inline void tell_fault_once(const Comm& comm, const Rails& rails) {
@@ -188,6 +226,8 @@ __device__ __noinline__ inline void tell_fault_once(const Comm& comm, const Rail
   for (unsigned i = 0; i < sizeof own / sizeof *from; ++i) to[i] = from[i];
   fence_acq_rel_sys();
   const int rank = rails.rank();
+  const std::uint64_t others = rails.shape.topology.num_ranks - comm.num_ranks;
+  count_puts(rails, others, others * sizeof own, 2 * others);
   for (int i = 0; i < rails.shape.topology.num_ranks; ++i) {
     if (rails.shape.topology.node_of(i) == rails.node) continue;
     nvshmem_putmem_signal_nbi(rails.block.faults + rank, rails.block.out_fault, sizeof own,
