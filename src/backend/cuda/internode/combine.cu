@@ -69,12 +69,13 @@ __device__ Turn send_sum(const CombineArgs& args, Shared& shared, Stage& stage, 
   const std::int64_t begin = item.x_begin(end.piece);
   const auto bytes = static_cast<int>(item.x_size(end.piece));
   const OutItem out(rails, peers, item, end);
+  // The stores of the item before are read meanwhile.
+  compose_weights(args, sources, rows, out.to);
   if (rows > 0) {
     if (lane_id() == 0) fence_proxy_async_global();
     stage.load(sources.rows[0] + begin, bytes);
+    stage.load_rest();
   }
-  compose_weights(args, sources, rows, out.to);
-  if (rows > 0) stage.load_rest();
   if (rows == 1 && out.direct) {
     stage.pass(
         [&](int share) {

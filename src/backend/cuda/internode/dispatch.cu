@@ -55,8 +55,6 @@ __device__ bool place_own(const DispatchArgs& args, Shared& shared, Stage& stage
   const auto piece = static_cast<int>(number % args.item.pieces);
   const std::int64_t token =
       args.work.record_tokens[rails.node * args.comm.record.num_tokens + record];
-  stage.load(args.x + token * args.format.x_bytes + args.item.x_begin(piece),
-             args.item.x_size(piece));
   teller.tell_now();
   const Positions positions(positions_of(args, token, rails.node), args.comm.num_ranks);
   const float* weights = args.topk_weights;
@@ -64,7 +62,8 @@ __device__ bool place_own(const DispatchArgs& args, Shared& shared, Stage& stage
         {rails.rank(), meta_of(args, token, positions), record, positions, ids_of(args, token),
          weights == nullptr ? nullptr : weights + token * args.comm.record.num_topk,
          args.scales.data == nullptr ? nullptr : args.scales.data + token * args.scales.row_stride,
-         args.scales.column_stride, args.item.x_begin(piece)},
+         args.scales.column_stride, args.x + token * args.format.x_bytes + args.item.x_begin(piece),
+         piece},
         stage, [] {});
   return true;
 }
@@ -123,9 +122,10 @@ __device__ Turn send_item(const DispatchArgs& args, const MappedPeers& peers, St
   const std::byte* x = args.x + token * args.format.x_bytes + item.x_begin(end.piece);
   const std::int64_t x_size = item.x_size(end.piece);
   const OutItem out(rails, peers, item, end);
-  if (out.direct) stage.load(x, x_size);
+  // The stores of the item before are read meanwhile.
   compose_head(args, token, end.node(rails), end.record, out.to);
   if (out.direct) {
+    stage.load(x, x_size);
     stage.load_rest();
     stage.pass(
         [&](int share) {
@@ -153,14 +153,14 @@ __device__ Turn pass_on_item(const DispatchArgs& args, const Shared& shared, Sta
       next_item(rails, shared.rails.peers, item, end.ring(rails), end.peer, end.items, end.slot);
   if (from == nullptr) return Turn::kStuck;
   if (lane_id() == 0) fence_proxy_async_global();
-  stage.load(from + item.head_bytes, item.x_size(end.piece));
   const plan::RecordHead head = *reinterpret_cast<const plan::RecordHead*>(from);
   place(args, shared.targets,
         {rails.rank_of_peer(end.peer), head.meta, head.record,
          Positions(reinterpret_cast<const std::int32_t*>(from + sizeof head), args.comm.num_ranks),
          Ids{from + format.topk_idx, args.topk_idx.wide},
          reinterpret_cast<const float*>(from + format.topk_weights),
-         reinterpret_cast<const std::uint32_t*>(from + format.scales), 1, item.x_begin(end.piece)},
+         reinterpret_cast<const std::uint32_t*>(from + format.scales), 1, from + item.head_bytes,
+         end.piece},
         stage, [&] {
           end.advance(item);
           release_item(rails, shared.rails.peers, teller, end.lane, end.peer, end.items);
