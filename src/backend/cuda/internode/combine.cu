@@ -219,8 +219,7 @@ __device__ void add_piece(const CombineArgs& args, const Sources& sources, const
   }
 }
 
-/// By a warp: waits for the items of a piece of a token and lists what is added; false if it left
-/// for a fault.
+/// By a warp: waits for the items of a piece and lists what is added; false if it left for a fault.
 __device__ bool list_addends(const CombineArgs& args, const MappedPeers& peers,
                              const LaneRings& rings, std::int64_t token,
                              const TokenRecords& records, int piece, Sources& sources,
