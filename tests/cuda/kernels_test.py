@@ -37,7 +37,7 @@ BUDGETS = {
     "internode_ll/set_mask": (64, 512),
 }
 BUDGETS_OF_NVSHMEM = {
-    "internode/notify": (96, 512),  # 256 threads
+    "internode/notify": (96, 1024),  # 256 threads; where peers are mapped
     "internode/dispatch": (128, 512),  # 448 threads
     "internode/combine": (128, 512),  # 448 threads
     "internode/fill_handle": (64, 512),

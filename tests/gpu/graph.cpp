@@ -113,6 +113,45 @@ class Replay {
   cudaGraphExec_t graph_ = nullptr;
 };
 
+/// Tokens of `rank` in round `number` that go to a rank of `node`.
+std::int64_t tokens_for(const Buffer& buffer, int number, int rank, int node) {
+  const Round round(kShape, number, rank, buffer.num_ranks());
+  const int experts = 2 * buffer.num_ranks_per_node();
+  std::int64_t tokens = 0;
+  for (auto ids = round.ids.begin(); ids != round.ids.end(); ids += kShape.topk) {
+    tokens += std::any_of(ids, ids + kShape.topk,
+                          [&](std::int64_t id) { return id >= 0 && id / experts == node; });
+  }
+  return tokens;
+}
+
+/// What is wrong with the counts of a round, in which all tokens go to other nodes and come home
+/// twice, or "".
+std::string check_counts(const Buffer& buffer, int number, const NetworkCounts& before) {
+  const NetworkCounts after = buffer.network_counts();
+  const int ranks_per_node = buffer.num_ranks_per_node();
+  const int own = buffer.rank() / ranks_per_node;
+  std::int64_t rows = 0;
+  for (int node = 0; node < buffer.num_nodes(); ++node) {
+    if (node == own) continue;
+    const int peer = node * ranks_per_node + buffer.rank() % ranks_per_node;
+    rows += 2 * (tokens_for(buffer, number, buffer.rank(), node) +
+                 tokens_for(buffer, number, peer, own));
+  }
+  if (after.rows - before.rows != rows)
+    return fmt::format("round {}: {} rows crossed, not {}", number, after.rows - before.rows, rows);
+  const std::int64_t bytes = after.row_bytes - before.row_bytes;
+  const std::int64_t announced = buffer.num_nodes() - 1;
+  if (bytes < rows * kShape.hidden * 4 || after.put_bytes - before.put_bytes < bytes ||
+      after.puts - before.puts < rows + 4 * announced ||
+      after.signals - before.signals < 2 * rows + 4 * announced) {
+    return fmt::format("round {}: {} rows are {} bytes, {} puts of {} bytes and {} signals", number,
+                       rows, bytes, after.puts - before.puts, after.put_bytes - before.put_bytes,
+                       after.signals - before.signals);
+  }
+  return "";
+}
+
 std::string play(Worker& worker, const std::string& job) {
   const Device device = device_of(worker);
   cudaStream_t stream = make_stream();
@@ -127,7 +166,9 @@ std::string play(Worker& worker, const std::string& job) {
   Buffer& buffer = *made;
   Replay replay(buffer, stream);
   for (int round = 1; round <= std::stoi(job); ++round) {
-    const std::string wrong = replay.run(round);
+    const NetworkCounts before = buffer.network_counts();
+    std::string wrong = replay.run(round);
+    if (wrong.empty() && buffer.num_nodes() > 1) wrong = check_counts(buffer, round, before);
     if (!wrong.empty()) return wrong;
   }
   // The last rank leaves, when all have checked what it had a part in.

@@ -105,6 +105,7 @@ class CudaBackend final : public Backend {
 
   std::int64_t mapped_bytes() const override { return context_.fabric().own_bytes(); }
   std::int64_t live_bytes() const override { return heap_->live_bytes(); }
+  NetworkCounts network_counts() const override { return internode_.counts(); }
 
   Tensor heap() const override {
     std::shared_ptr<fabric::Mapping> mapping = context_.fabric().own_segment(0);

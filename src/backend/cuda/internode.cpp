@@ -152,6 +152,18 @@ void Internode::free() noexcept {
   heap_.reset();
 }
 
+NetworkCounts Internode::counts() const {
+  if (!open()) return {};
+  const DeviceGuard guard(context_.device());
+  context_.synchronize();
+  internode::SentCounts sent{};
+  check(cudaMemcpy(&sent, rails({}).state.sent_counts, sizeof sent, cudaMemcpyDeviceToHost),
+        "copy of counts");
+  const auto number = [](std::uint64_t count) { return static_cast<std::int64_t>(count); };
+  return {number(sent.rows), number(sent.row_bytes), number(sent.puts), number(sent.put_bytes),
+          number(sent.signals)};
+}
+
 internode::Rails Internode::rails(const Call& call) const {
   internode::Rails rails;
   rails.lanes = shape_.lanes_of_call(std::max(1, sms_of(context_, call)) * internode::kRoleWarps);

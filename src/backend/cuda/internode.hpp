@@ -8,6 +8,7 @@
 #include "backend/cuda/internode/steps.hpp"
 #include "backend/cuda/nvshmem/plugin.hpp"
 #include "deep_ep/bootstrap.hpp"
+#include "deep_ep/buffer.hpp"
 
 namespace deep_ep::cuda {
 
@@ -28,6 +29,8 @@ class Internode {
   void alloc(Bootstrap& bootstrap, std::int64_t bytes);
   void free() noexcept;
   bool open() const { return heap_ != nullptr; }
+  /// Of the calls so far, for which it waits.
+  NetworkCounts counts() const;
 
   /// What low latency has of it: its memory, and what its kernels know of all ranks.
   const internode_ll::NodesLayout& low_latency() const { return low_latency_; }

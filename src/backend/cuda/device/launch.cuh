@@ -25,6 +25,24 @@ cudaError_t allow_shared(int bytes) {
   return status;
 }
 
+/// Launches a kernel whose blocks may take their places while the kernel before in the stream still
+/// runs: it calls wait_for_kernel_before().
+template <class Args>
+cudaError_t launch_behind(void (*kernel)(Args), int blocks, int threads, int shared_bytes,
+                          cudaStream_t stream, const Args& args) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<std::size_t>(shared_bytes);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, args);
+}
+
 /// Each of the kernels, up to the first that fails.
 template <auto... kKernels>
 cudaError_t load() {

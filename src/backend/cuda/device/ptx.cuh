@@ -81,6 +81,17 @@ __device__ __forceinline__ void fence_acq_rel_sys() {
 }
 __device__ __forceinline__ void fence_sc_gpu() { asm volatile("fence.sc.gpu;" ::: "memory"); }
 
+// A kernel that is launched by launch_behind() begins while the one before it in its stream runs.
+
+/// By every block: the kernel behind may be launched when all blocks have come here.
+__device__ __forceinline__ void allow_kernel_behind() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+/// Until the kernel before has ended, with all that it wrote visible.
+__device__ __forceinline__ void wait_for_kernel_before() {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
 /// Two floats to e4m3, the second in the upper byte: nearest even, saturating, NaN to 0x7f.
 __device__ __forceinline__ std::uint16_t convert_e4m3x2(float low, float high) {
   std::uint16_t codes;

@@ -32,9 +32,12 @@ struct Part {
   /// Rows among the tokens before `token`.
   __device__ std::int32_t rows_until(std::int64_t token) const {
     std::int32_t sum = before;
-    for (int group = 0; group < kGroupsAPart && begin + group * 32 < token; ++group) {
-      const std::int64_t left = token - begin - group * 32;
-      sum += __popc(left >= 32 ? bits[group] : bits[group] & ((1u << left) - 1));
+    const auto all = static_cast<int>(token - begin);
+#pragma unroll
+    for (int group = 0; group < kGroupsAPart; ++group) {
+      const int left = all - group * 32;
+      const std::uint32_t mask = left >= 32 ? ~0u : left <= 0 ? 0u : (1u << left) - 1;
+      sum += __popc(bits[group] & mask);
     }
     return sum;
   }
@@ -97,10 +100,12 @@ __device__ Part place_part(const PartTable& table, std::int64_t number, int colu
 /// By the same warp: `prefix` [channels], rows of the channels up to each one.
 __device__ inline void write_prefix(const Part& part, std::int64_t tokens, int channels,
                                     std::int32_t* prefix) {
-  for (int c = threadIdx.x % 32; c < channels; c += 32) {
+  // Each boundary belongs to the part that ends at it or behind it; 0 to the first.
+  const std::int64_t first =
+      part.begin == 0 ? 0 : ((part.begin + 1) * channels + tokens - 1) / tokens - 1;
+  for (auto c = static_cast<int>(first + threadIdx.x % 32); c < channels; c += 32) {
     const std::int64_t last = plan::channel_begin(tokens, c + 1, channels);
-    // Each boundary belongs to the part that ends at it or behind it; 0 to the first.
-    if (last > part.end || (last <= part.begin && part.begin > 0)) continue;
+    if (last > part.end) return;
     prefix[c] = part.rows_until(last);
   }
 }

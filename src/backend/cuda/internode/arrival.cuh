@@ -37,7 +37,8 @@ struct Arrival {
   const float* topk_weights;  // [K]
   const std::uint32_t* scales;
   std::int64_t scale_stride;
-  std::int64_t x_begin;  // of the part that this is of x
+  const std::byte* x;  // the part that this is
+  int piece;           // of the row
 };
 
 /// Slots of the rows at the ranks that a lane looks after, or -1; what does not fit is reported.
@@ -165,24 +166,27 @@ __device__ __noinline__ inline void place_small(const DispatchArgs& args, const 
   }
 }
 
-/// By a warp: an item, whose x is on its way to the stage, to the slots of the ranks that it names;
-/// let_go() is called when it has been read. Only this rank writes these slots, behind the acquire
-/// in wait_place() (I5, I19).
+/// By a warp: an item to the slots of the ranks that it names; let_go() is called when it has been
+/// read. What is looked up first takes its time while the stores of the item before are read. Only
+/// this rank writes these slots, behind the acquire in wait_place() (I5, I19).
 template <class LetGo>
 __device__ void place(const DispatchArgs& args, const Blocks& targets, const Arrival& row,
                       Stage& stage, LetGo&& let_go) {
-  const bool good = row.x_begin != 0 || note_record(args, targets, row);
+  const bool good = row.piece != 0 || note_record(args, targets, row);
   const Slots slots(args, targets, row, good);
-  if (row.x_begin == 0) place_small(args, targets, row, slots);
-  stage.wait();
-  let_go();
+  stage.load(row.x, args.item.x_size(row.piece));
+  if (row.piece == 0) place_small(args, targets, row, slots);
+  stage.load_rest();
+  stage.pass(
+      [&](int share) {
 #pragma unroll
-  for (int i = 0; i < kRanksALane; ++i) {
-    if (slots.at[i] < 0) continue;
-    std::byte* x = targets.of[i * 32 + lane_id()].x;
-    stage.store(x + slots.at[i] * args.format.x_bytes + row.x_begin);
-  }
-  stage.stored();
+        for (int i = 0; i < kRanksALane; ++i) {
+          if (slots.at[i] < 0) continue;
+          std::byte* x = targets.of[i * 32 + lane_id()].x;
+          stage.store(x + slots.at[i] * args.format.x_bytes + args.item.x_begin(row.piece), share);
+        }
+      },
+      let_go);
 }
 
 }  // namespace deep_ep::cuda::internode

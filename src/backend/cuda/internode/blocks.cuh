@@ -2,6 +2,7 @@
 
 #include "backend/cuda/device/places.cuh"
 #include "backend/cuda/internode/rail.cuh"
+#include "backend/cuda/intranode/exchange.cuh"
 
 // Where the ranks of this node have the rows of a call, and who of them takes part in a record.
 namespace deep_ep::cuda::internode {
@@ -20,6 +21,15 @@ struct Blocks {
   __device__ plan::RowRange rows(const Rails& rails, int rank, int source) const {
     return plan::part_of(prefix + std::int64_t{rank} * rails.shape.topology.num_ranks, source);
   }
+  /// By a thread: the arrays of a rank, where it has them.
+  template <class Args>
+  __device__ void carve(const Args& args, int rank, std::byte* base, const Place& place) {
+    std::byte* x = place.x_segment < 0
+                       ? nullptr
+                       : segment_base(args.comm, rank, place.x_segment) + place.x_offset;
+    Carver carver(base);
+    of[rank] = plan::RecvArrays::carve(carver, args.format, place.rows, x);
+  }
   /// By all threads of a block, ahead of a barrier.
   __device__ void keep(const Rails& rails) {
     const plan::Topology& topology = rails.shape.topology;
@@ -33,6 +43,19 @@ struct Blocks {
   }
 };
 
+/// By one thread: this rank's own block, whose place nobody has to tell it. It needs nothing of the
+/// kernel before.
+template <class Args>
+__device__ void find_own(const Args& args, Blocks& blocks) {
+  const Place place{.segment = args.block_segment,
+                    .offset = args.block_offset,
+                    .rows = args.block_rows,
+                    .x_segment = args.x_segment,
+                    .x_offset = args.x_offset};
+  const int rank = args.comm.rank;
+  blocks.carve(args, rank, segment_base(args.comm, rank, place.segment) + place.offset, place);
+}
+
 /// wait_place() of this rank's call, or null if there is a fault. Not inlined, since it takes
 /// registers that loops need.
 __device__ __noinline__ inline std::byte* wait_block(const Comm& comm, std::uint64_t epoch,
@@ -40,13 +63,14 @@ __device__ __noinline__ inline std::byte* wait_block(const Comm& comm, std::uint
   return may_start(comm) ? wait_place(comm, epoch, comm.record, rank, place) : nullptr;
 }
 
-/// By all threads of a block, true in each: every rank of the node has told where its block is, and
-/// it has room for the rows that come there. fits(rank, rows, room) says so, or reports.
+/// By all threads of a block, true in each: every other rank of the node has told where its block
+/// is, and each, this one's too, has room for the rows that come there. fits(rank, rows, room) says
+/// so, or reports.
 template <class Args, class Fits>
 __device__ bool find_blocks(const Args& args, std::uint64_t epoch, Blocks& blocks, Fits&& fits) {
   const Comm& comm = args.comm;
   const int all = args.rails.shape.topology.num_ranks;
-  if (blockIdx.x == 0) {
+  if (blockIdx.x == 0 && comm.num_ranks > 1) {
     publish_place(comm, epoch, comm.record,
                   {.segment = args.block_segment,
                    .offset = args.block_offset,
@@ -58,16 +82,27 @@ __device__ bool find_blocks(const Args& args, std::uint64_t epoch, Blocks& block
   bool good = true;
   for (int i = threadIdx.x; good && i < comm.num_ranks; i += blockDim.x) {
     Place place;
-    std::byte* base = wait_block(comm, epoch, i, place);
-    good = base != nullptr;
-    if (!good) break;
-    std::byte* x =
-        place.x_segment < 0 ? nullptr : segment_base(comm, i, place.x_segment) + place.x_offset;
-    Carver carver(base);
-    blocks.of[i] = plan::RecvArrays::carve(carver, args.format, place.rows, x);
-    good = fits(i, args.rails.state.prefix[(std::int64_t{i} + 1) * all - 1], place.rows);
+    place.rows = args.block_rows;
+    if (i == comm.rank) {
+      good = may_start(comm);
+    } else {
+      std::byte* base = wait_block(comm, epoch, i, place);
+      good = base != nullptr;
+      if (good) blocks.carve(args, i, base, place);
+    }
+    good = good && fits(i, args.rails.state.prefix[(std::int64_t{i} + 1) * all - 1], place.rows);
   }
   return __syncthreads_and(good) != 0;
+}
+
+/// By all threads of the last block, true in each: what this rank's warps wrote is there, what the
+/// other ranks of the node write here too, and nobody has a fault.
+__device__ inline bool all_landed(const Comm& comm, std::uint64_t epoch) {
+  // What is this rank's own the last block has acquired (is_last_block()).
+  if (comm.num_ranks > 1 &&
+      (__syncthreads_and(may_start(comm)) == 0 || !intranode::exchange_landed(comm, epoch)))
+    return false;
+  return __syncthreads_and(may_start(comm)) != 0;
 }
 
 /// By a warp whose lane i has at[s] of rank s * 32 + i, for the ranks in `set`, which all lanes

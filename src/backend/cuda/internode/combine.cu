@@ -53,7 +53,7 @@ __device__ void clear_part(int bytes, std::byte* to) {
 }
 
 /// By a warp: the next item of a ring, if there is room. A record that is not allowed goes as
-/// zeros: its fault is known.
+/// zeros: its fault is known. A row alone need not be rounded on the way.
 template <class T>
 __device__ Turn send_sum(const CombineArgs& args, Shared& shared, Stage& stage, Teller& teller,
                          RingOut& end) {
@@ -69,24 +69,33 @@ __device__ Turn send_sum(const CombineArgs& args, Shared& shared, Stage& stage, 
   const std::int64_t begin = item.x_begin(end.piece);
   const auto bytes = static_cast<int>(item.x_size(end.piece));
   const OutItem out(rails, peers, item, end);
+  // The stores of the item before are read meanwhile.
+  compose_weights(args, sources, rows, out.to);
   if (rows > 0) {
     if (lane_id() == 0) fence_proxy_async_global();
     stage.load(sources.rows[0] + begin, bytes);
+    stage.load_rest();
   }
-  compose_weights(args, sources, rows, out.to);
-  std::byte* here = rows > 0 ? stage.loaded() : stage.begin_sum(bytes);
-  std::byte* sum = out.direct ? here : out.to + item.head_bytes;
-  if (rows > 0) {
-    sum_part<T>(sources, rows, begin, bytes, here, sum);
+  if (rows == 1 && out.direct) {
+    stage.pass(
+        [&](int share) {
+          if (lane_id() == 0) stage.store(out.to + item.head_bytes, share);
+        },
+        [] {});
   } else {
-    clear_part(bytes, sum);
+    std::byte* here = rows > 0 ? stage.loaded() : stage.begin_sum(bytes);
+    std::byte* sum = out.direct ? here : out.to + item.head_bytes;
+    if (rows > 0) {
+      sum_part<T>(sources, rows, begin, bytes, here, sum);
+    } else {
+      clear_part(bytes, sum);
+    }
+    if (out.direct) {
+      stage.end_sum();
+      stage.store_sum(out.to + item.head_bytes);
+    }
   }
-  if (out.direct) {
-    stage.end_sum();
-    teller.tell_now();
-    if (lane_id() == 0) stage.store(out.to + item.head_bytes);
-    stage.stored();
-  }
+  if (out.direct) teller.tell_now<Stage::kShares>();  // of the item before
   send_out(rails, peers, item, out, teller, end, item.head_bytes + bytes);
   return turn;
 }
@@ -210,18 +219,18 @@ __device__ void add_piece(const CombineArgs& args, const Sources& sources, const
   }
 }
 
-/// By a warp: waits for the items of a piece of a token and lists what is added; false if it left
-/// for a fault.
+/// By a warp: waits for the items of a piece and lists what is added; false if it left for a fault.
 __device__ bool list_addends(const CombineArgs& args, const MappedPeers& peers,
-                             const LaneRings& rings, std::int64_t token, int piece,
-                             Sources& sources, Parts& parts) {
+                             const LaneRings& rings, std::int64_t token,
+                             const TokenRecords& records, int piece, Sources& sources,
+                             Parts& parts) {
   const Rails& rails = args.rails;
   const int nodes = rails.shape.topology.num_nodes();
   __syncwarp();  // the list before has been read
   parts.items = 0;
 #pragma unroll 1
   for (int node = 0; node < nodes; ++node) {
-    const bool goes = args.send_rdma_head[token * nodes + node] >= 0;
+    const bool goes = records.of(node) >= 0;
     if (node == rails.node) parts.own_at = goes ? parts.items : -1;
     if (node == rails.node || !goes) continue;
     const int peer = RailShape::peer_index(node, rails.node);
@@ -246,11 +255,11 @@ __device__ bool list_addends(const CombineArgs& args, const MappedPeers& peers,
 }
 
 __device__ void release_items(const CombineArgs& args, const MappedPeers& peers, Teller& teller,
-                              LaneRings& rings, std::int64_t token) {
+                              LaneRings& rings, const TokenRecords& records) {
   const int nodes = args.rails.shape.topology.num_nodes();
 #pragma unroll 1
   for (int node = 0; node < nodes; ++node) {
-    if (node == args.rails.node || args.send_rdma_head[token * nodes + node] < 0) continue;
+    if (node == args.rails.node || records.of(node) < 0) continue;
     const int peer = RailShape::peer_index(node, args.rails.node);
     rings.advance(peer);
     release_item(args.rails, peers, teller, rings.lane(), peer, rings.consumed(peer));
@@ -260,10 +269,9 @@ __device__ void release_items(const CombineArgs& args, const MappedPeers& peers,
 /// By a warp: a token of a lane; false if it cannot be summed.
 template <class T>
 __device__ bool add_token(const CombineArgs& args, Shared& shared, Teller& teller, LaneRings& rings,
-                          std::int64_t token) {
+                          std::int64_t token, const TokenRecords& records) {
   const Rails& rails = args.rails;
-  const std::int32_t own =
-      args.send_rdma_head[token * rails.shape.topology.num_nodes() + rails.node];
+  const std::int32_t own = records.of(rails.node);
   Sources& sources = shared.sources[threadIdx.x / 32];
   Parts parts{};
   if (own >= 0) {
@@ -272,9 +280,10 @@ __device__ bool add_token(const CombineArgs& args, Shared& shared, Teller& telle
     if (parts.rows < 0) return false;
   }
   for (int piece = 0; piece < args.item.pieces; ++piece) {
-    if (!list_addends(args, shared.rails.peers, rings, token, piece, sources, parts)) return false;
+    if (!list_addends(args, shared.rails.peers, rings, token, records, piece, sources, parts))
+      return false;
     add_piece<T>(args, sources, parts, token, piece);
-    release_items(args, shared.rails.peers, teller, rings, token);
+    release_items(args, shared.rails.peers, teller, rings, records);
   }
   return true;
 }
@@ -298,9 +307,15 @@ __device__ void add_tokens(const CombineArgs& args, Shared& shared, bool good) {
   Teller teller(shared.rails.untold[threadIdx.x / 32]);
   for (int lane = role.number; lane < lanes; lane += role.count) {
     LaneRings rings(args.rails, lane);
+    const std::int64_t begin = plan::channel_begin(tokens, lane, lanes);
     const std::int64_t end = plan::channel_begin(tokens, lane + 1, lanes);
-    for (std::int64_t token = plan::channel_begin(tokens, lane, lanes); token < end; ++token) {
-      good = good && add_token<T>(args, shared, teller, rings, token);
+    if (begin == end) continue;
+    TokenRecords next(args, begin);
+    for (std::int64_t token = begin; token < end; ++token) {
+      const TokenRecords records = next;
+      // On their way while this token is summed.
+      next = TokenRecords(args, token + 1 < end ? token + 1 : token);
+      good = good && add_token<T>(args, shared, teller, rings, token, records);
       if (!good) void_token(args, token);
     }
     rings.keep(args.rails);
@@ -316,8 +331,10 @@ __global__ void __launch_bounds__(kThreads, 1) combine(const __grid_constant__ C
   extern __shared__ __align__(128) std::byte memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   const Comm& comm = args.comm;
-  const std::uint64_t epoch = comm.local->epoch + 1;
+  if (threadIdx.x == 0) find_own(args, shared.blocks);
   shared.rails.begin(args.rails);
+  wait_for_kernel_before();
+  const std::uint64_t epoch = comm.local->epoch + 1;
   const bool good = find_blocks(args, epoch, shared.blocks, [&](int rank, auto rows, auto room) {
     if (rank != comm.rank) return check_rows_fit(comm, comm.global_rank(rank), 0, rows, room);
     if (rows > room) raise_invalid(comm, Finding::kHandleRoom, 2, room, rows);
@@ -339,15 +356,20 @@ __global__ void __launch_bounds__(kThreads, 1) combine(const __grid_constant__ C
   } else {
     Teller(shared.rails.untold[warp]).end();
   }
-  if (threadIdx.x % 32 == 0) nvshmem_quiet();
+  if (threadIdx.x % 32 == 0) shared.rails.peers.quiet(args.rails);
   if (!is_last_block(comm)) return;
   // "Landed" says here that all of the other's rows have been read.
-  const bool complete =
-      __syncthreads_and(good && may_start(comm)) != 0 && intranode::exchange_landed(comm, epoch);
-  if (complete)
+  const bool complete = good && all_landed(comm, epoch);
+  if (complete) {
+    if (threadIdx.x == 32) {
+      const Crossing rows(args.rails);
+      count_rows(args.rails, args.item, rows.in, rows.out);
+    }
     flush_waits(comm, args.wait_stats == nullptr ? nullptr : args.wait_stats + comm.first_rank);
-  tell_fault(comm, args.rails);
-  end_kernel(comm);
+  } else {
+    tell_fault(comm, args.rails);
+  }
+  end_kernel(comm, complete);
 }
 
 template <class T>
@@ -355,8 +377,7 @@ cudaError_t launch(const CombineArgs& args, int num_sms, cudaStream_t stream) {
   constexpr int kShared = sizeof(Shared);
   const cudaError_t allowed = allow_shared<combine<T>>(kShared);
   if (allowed != cudaSuccess) return allowed;
-  combine<T><<<num_sms, kThreads, kShared, stream>>>(args);
-  return cudaGetLastError();
+  return launch_behind(combine<T>, num_sms, kThreads, kShared, stream, args);
 }
 
 cudaError_t load_combine() {

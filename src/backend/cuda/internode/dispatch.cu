@@ -55,8 +55,6 @@ __device__ bool place_own(const DispatchArgs& args, Shared& shared, Stage& stage
   const auto piece = static_cast<int>(number % args.item.pieces);
   const std::int64_t token =
       args.work.record_tokens[rails.node * args.comm.record.num_tokens + record];
-  stage.load(args.x + token * args.format.x_bytes + args.item.x_begin(piece),
-             args.item.x_size(piece));
   teller.tell_now();
   const Positions positions(positions_of(args, token, rails.node), args.comm.num_ranks);
   const float* weights = args.topk_weights;
@@ -64,7 +62,8 @@ __device__ bool place_own(const DispatchArgs& args, Shared& shared, Stage& stage
         {rails.rank(), meta_of(args, token, positions), record, positions, ids_of(args, token),
          weights == nullptr ? nullptr : weights + token * args.comm.record.num_topk,
          args.scales.data == nullptr ? nullptr : args.scales.data + token * args.scales.row_stride,
-         args.scales.column_stride, args.item.x_begin(piece)},
+         args.scales.column_stride, args.x + token * args.format.x_bytes + args.item.x_begin(piece),
+         piece},
         stage, [] {});
   return true;
 }
@@ -123,13 +122,17 @@ __device__ Turn send_item(const DispatchArgs& args, const MappedPeers& peers, St
   const std::byte* x = args.x + token * args.format.x_bytes + item.x_begin(end.piece);
   const std::int64_t x_size = item.x_size(end.piece);
   const OutItem out(rails, peers, item, end);
-  if (out.direct) stage.load(x, x_size);
+  // The stores of the item before are read meanwhile.
   compose_head(args, token, end.node(rails), end.record, out.to);
   if (out.direct) {
-    stage.wait();
-    if (lane_id() == 0) stage.store(out.to + item.head_bytes);
-    stage.stored();
-    teller.tell_now<1>();  // of the item before
+    stage.load(x, x_size);
+    stage.load_rest();
+    stage.pass(
+        [&](int share) {
+          if (lane_id() == 0) stage.store(out.to + item.head_bytes, share);
+        },
+        [] {});
+    teller.tell_now<Stage::kShares>();  // of the item before
   } else {
     copy_part(out.to + item.head_bytes, x, x_size);
   }
@@ -150,14 +153,14 @@ __device__ Turn pass_on_item(const DispatchArgs& args, const Shared& shared, Sta
       next_item(rails, shared.rails.peers, item, end.ring(rails), end.peer, end.items, end.slot);
   if (from == nullptr) return Turn::kStuck;
   if (lane_id() == 0) fence_proxy_async_global();
-  stage.load(from + item.head_bytes, item.x_size(end.piece));
   const plan::RecordHead head = *reinterpret_cast<const plan::RecordHead*>(from);
   place(args, shared.targets,
         {rails.rank_of_peer(end.peer), head.meta, head.record,
          Positions(reinterpret_cast<const std::int32_t*>(from + sizeof head), args.comm.num_ranks),
          Ids{from + format.topk_idx, args.topk_idx.wide},
          reinterpret_cast<const float*>(from + format.topk_weights),
-         reinterpret_cast<const std::uint32_t*>(from + format.scales), 1, item.x_begin(end.piece)},
+         reinterpret_cast<const std::uint32_t*>(from + format.scales), 1, from + item.head_bytes,
+         end.piece},
         stage, [&] {
           end.advance(item);
           release_item(rails, shared.rails.peers, teller, end.lane, end.peer, end.items);
@@ -171,7 +174,8 @@ __device__ void move_rows(const DispatchArgs& args, Shared& shared) {
   const auto warp = static_cast<int>(threadIdx.x / 32);
   Stage stage(shared.stages[warp]);
   Teller teller(shared.rails.untold[warp]);
-  const auto rest = [&] { return place_own(args, shared, stage, teller); };
+  bool own_left = true;
+  const auto rest = [&] { return own_left = own_left && place_own(args, shared, stage, teller); };
   if (warp < kRoleWarps) {
     const Role role(warp);
     begin_rings<&RailState::Ring::out_begin, &RailState::Ring::sent>(rails, role);
@@ -223,9 +227,13 @@ __global__ void __launch_bounds__(kThreads, 1) dispatch(const __grid_constant__ 
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   Blocks& targets = shared.targets;
   const Comm& comm = args.comm;
-  const std::uint64_t epoch = comm.local->epoch + 1;
-  if (threadIdx.x == 0) shared.own_taken = 0;
+  if (threadIdx.x == 0) {
+    shared.own_taken = 0;
+    find_own(args, targets);
+  }
   shared.rails.begin(args.rails);
+  wait_for_kernel_before();
+  const std::uint64_t epoch = comm.local->epoch + 1;
   const bool good = find_blocks(args, epoch, targets, [&](int rank, auto rows, auto room) {
     return check_rows_fit(comm, comm.global_rank(rank), 0, rows, room);
   });
@@ -236,21 +244,23 @@ __global__ void __launch_bounds__(kThreads, 1) dispatch(const __grid_constant__ 
     } else {
       tell_peers(shared.rails);
     }
-    if (threadIdx.x % 32 == 0) nvshmem_quiet();
+    if (threadIdx.x % 32 == 0) shared.rails.peers.quiet(args.rails);
   } else {
     void_block(comm, args, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
   }
   if (!is_last_block(comm)) return;
-  bool complete =
-      __syncthreads_and(good && may_start(comm)) != 0 && intranode::exchange_landed(comm, epoch);
-  complete = __syncthreads_and(complete && may_start(comm)) != 0;
+  const bool complete = good && all_landed(comm, epoch);
   if (complete) {
+    if (threadIdx.x == 32) {
+      const Crossing rows(args.rails);
+      count_rows(args.rails, args.item, rows.out, rows.in);
+    }
     flush_waits(comm, args.wait_stats == nullptr ? nullptr : args.wait_stats + comm.first_rank);
   } else {
     void_block(comm, args, 0, 1);  // what other blocks wrote, too
     tell_fault(comm, args.rails);
   }
-  end_kernel(comm);
+  end_kernel(comm, complete);
 }
 
 cudaError_t load_dispatch() { return load<dispatch>(); }
@@ -260,8 +270,7 @@ cudaError_t launch_dispatch(const DispatchArgs& args, int num_sms, cudaStream_t 
   const cudaError_t allowed = allow_shared<dispatch>(kShared);
   if (allowed != cudaSuccess) return allowed;
   // Warps wait for those of other ranks, so that all blocks must fit: one an SM.
-  dispatch<<<num_sms, kThreads, kShared, stream>>>(args);
-  return cudaGetLastError();
+  return launch_behind(dispatch, num_sms, kThreads, kShared, stream, args);
 }
 
 }  // namespace deep_ep::cuda::internode

@@ -59,7 +59,7 @@ __device__ inline const std::byte* wait_item(const CombineArgs& args, const Mapp
     return next;
   bool here = false;
   if (lane_id() == 0)
-    here = wait_for_rail(args.comm, rails, rails.rank_of_peer(peer), Wait::kRows,
+    here = wait_for_rail(args.comm, rails, peers, peer, Wait::kRows,
                          rails.block.filled + ring * RailShape::kMostSlots + slot, items + 1);
   return __shfl_sync(0xffffffff, here, 0)
              ? next_item(rails, peers, args.item, ring, peer, items, slot)

@@ -14,6 +14,29 @@ struct Sources {
   const float* item_weights[plan::kMaxNodes];
 };
 
+/// A token's record at each node, or -1; lane i % 32 has that of node i.
+class TokenRecords {
+ public:
+  __device__ TokenRecords(const CombineArgs& args, std::int64_t token) {
+    const int nodes = args.rails.shape.topology.num_nodes();
+#pragma unroll
+    for (int i = 0; i < kNodesALane; ++i) {
+      const int node = i * 32 + lane_id();
+      at_[i] = node < nodes ? args.send_rdma_head[token * nodes + node] : -1;
+    }
+  }
+  __device__ std::int32_t of(int node) const {
+    std::int32_t mine = at_[0];
+#pragma unroll
+    for (int i = 1; i < kNodesALane; ++i) mine = node / 32 == i ? at_[i] : mine;
+    return __shfl_sync(0xffffffff, mine, node % 32);
+  }
+
+ private:
+  static constexpr int kNodesALane = (plan::kMaxNodes + 31) / 32;
+  std::int32_t at_[kNodesALane];
+};
+
 /// By a warp: lists the rows of record `number` of send_nvl_head, a token of `source`. Returns how
 /// many there are, or -1, and reported, if the handle is wrong.
 __device__ inline int list_rows(const CombineArgs& args, const Blocks& blocks, std::int64_t number,

@@ -1,5 +1,6 @@
 #include "backend/cuda/device/launch.cuh"
 #include "backend/cuda/device/routing.cuh"
+#include "backend/cuda/internode/counts.cuh"
 #include "backend/cuda/internode/rail.cuh"
 #include "backend/cuda/intranode/exchange.cuh"
 
@@ -57,10 +58,12 @@ __device__ void place_records(const NotifyArgs& args, const PartTable& table, st
         return goes;
       },
       [&](std::int64_t token, std::int32_t record) {
-        std::int32_t& head = routing.send_rdma_head[token * nodes + node];
-        if (!args.cached) head = record;
-        if (head != record)
-          raise_invalid(args.comm, Finding::kBadRecord, token, node, head, record);
+        std::int32_t* head = routing.send_rdma_head + token * nodes + node;
+        // A handle's are not written here: so they may be loaded ahead of what is.
+        const std::int32_t told = args.cached ? __ldg(head) : record;
+        if (told != record)
+          raise_invalid(args.comm, Finding::kBadRecord, token, node, told, record);
+        if (!args.cached) *head = record;
         if (record >= 0)
           args.work.record_tokens[node * table.tokens + record] = static_cast<std::int32_t>(token);
       });
@@ -98,19 +101,31 @@ __device__ void place_tokens(const NotifyArgs& args, std::uint64_t epoch) {
 
 // --- between nodes, by the last block -----------------------------------------------------------
 
+/// Local experts of a node, whose counts are announced.
+__device__ int announced_experts(const NotifyArgs& args) {
+  return args.num_tokens_per_expert == nullptr
+             ? 0
+             : args.comm.record.num_experts / args.rails.shape.topology.num_nodes();
+}
+__device__ std::size_t announced_bytes(const NotifyArgs& args) {
+  return sizeof(Announcement) + 4 * static_cast<std::size_t>(announced_experts(args));
+}
+
 /// The mailbox of two announcements ago is read by nobody any more, nor is what was put from here
 /// (I17): our rail peers have announced the one before, so they had ended the one before that.
-__device__ void post_rails(const NotifyArgs& args, std::uint64_t number) {
+/// Where a peer's memory is mapped the message is written there.
+__device__ void post_rails(const NotifyArgs& args, const MappedPeers& peers, std::uint64_t number) {
   const Rails& rails = args.rails;
   const plan::Topology& topology = rails.shape.topology;
   const RailBlock::Mailbox& mailbox = rails.block.mailbox[number % 2];
   const int lanes = rails.shape.num_lanes;
-  const int experts = args.num_tokens_per_expert == nullptr
-                          ? 0
-                          : args.comm.record.num_experts / topology.num_nodes();
+  const int experts = announced_experts(args);
   for (int peer = 0; peer < rails.shape.num_peers(); ++peer) {
     const int node = RailShape::node_of_peer(peer, rails.node);
-    std::byte* out = mailbox.out_messages + peer * rails.block.message_bytes;
+    const std::int64_t slot = RailShape::peer_index(rails.node, node);
+    std::byte* out = peers.maps(peer)
+                         ? peers.in_piece(peer, mailbox.messages + slot * rails.block.message_bytes)
+                         : mailbox.out_messages + peer * rails.block.message_bytes;
     auto& message = *reinterpret_cast<Announcement*>(out);
     if (threadIdx.x == 0) {
       message.record = args.comm.record;
@@ -123,37 +138,37 @@ __device__ void post_rails(const NotifyArgs& args, std::uint64_t number) {
     auto* counts = reinterpret_cast<std::int32_t*>(out + sizeof message);
     for (int i = threadIdx.x; i < experts; i += kThreads)
       counts[i] = args.num_tokens_per_expert[std::int64_t{node} * experts + i];
+    if (!peers.maps(peer)) fence_acq_rel_sys();
   }
-  fence_acq_rel_sys();
   __syncthreads();
   for (int peer = 0; peer < rails.shape.num_peers(); ++peer) {
     const std::int64_t slot =
         RailShape::peer_index(rails.node, RailShape::node_of_peer(peer, rails.node));
+    if (peers.maps(peer)) {
+      // release: what all threads wrote comes before the barrier; pairs with the acquire in
+      // reached_from().
+      if (threadIdx.x == peer % kThreads)
+        protocol::store_release(peers.in_piece(peer, mailbox.posted + slot), number);
+      continue;
+    }
     nvshmemx_putmem_signal_nbi_block(mailbox.messages + slot * rails.block.message_bytes,
                                      mailbox.out_messages + peer * rails.block.message_bytes,
-                                     sizeof(Announcement) + 4 * static_cast<std::size_t>(experts),
-                                     mailbox.posted + slot, number, NVSHMEM_SIGNAL_SET,
-                                     rails.rank_of_peer(peer));
+                                     announced_bytes(args), mailbox.posted + slot, number,
+                                     NVSHMEM_SIGNAL_SET, rails.rank_of_peer(peer));
   }
 }
 
-__device__ const Announcement& message_of(const Rails& rails, std::uint64_t number, int node) {
-  return *reinterpret_cast<const Announcement*>(rails.block.mailbox[number % 2].messages +
-                                                RailShape::peer_index(node, rails.node) *
-                                                    rails.block.message_bytes);
-}
-
 /// By all threads, true in each: every rail peer has announced the same call.
-__device__ bool wait_rails(const NotifyArgs& args, std::uint64_t number) {
+__device__ bool wait_rails(const NotifyArgs& args, const MappedPeers& peers, std::uint64_t number) {
   const Rails& rails = args.rails;
-  bool good = may_start(args.comm);
+  bool good = true;
   const auto peer = static_cast<int>(threadIdx.x);
-  if (good && peer < rails.shape.num_peers()) {
+  if (peer < rails.shape.num_peers()) {
     const int rank = rails.rank_of_peer(peer);
     const long long begin = args.wait_stats == nullptr ? 0 : clock64();
     const auto& theirs = message_of(rails, number, RailShape::node_of_peer(peer, rails.node));
     std::uint64_t* posted = rails.block.mailbox[number % 2].posted + peer;
-    good = wait_for_rail(args.comm, rails, rank, Wait::kCall, posted, number) &&
+    good = wait_for_rail(args.comm, rails, peers, peer, Wait::kCall, posted, number) &&
            agrees(args.comm, args.comm.record, theirs.record, rank);
     if (args.wait_stats != nullptr) args.wait_stats[rank] += clock64() - begin;
   }
@@ -201,105 +216,6 @@ __device__ void tell_node(const NotifyArgs& args, std::uint64_t epoch, std::uint
   }
 }
 
-/// Reports a part of a handle that does not fit what the ranks send.
-__device__ void require_same(const NotifyArgs& args, int tensor, int i, std::int32_t mine,
-                             std::int64_t theirs, int source) {
-  if (mine == theirs) return;
-  Report report;
-  report.finding = Finding::kOtherHandle;
-  report.code = kDisagreementCode;
-  report.rank = source;
-  report.values[0] = tensor;
-  report.values[1] = i;
-  report.values[2] = mine;
-  report.values[3] = theirs;
-  raise(args.comm, report);
-}
-
-__device__ void raise_capacity(const NotifyArgs& args, std::int64_t rows, std::int64_t records) {
-  Report report;
-  report.finding = Finding::kNodeCapacity;
-  report.code = kCapacityCode;
-  report.rank = args.rails.rank();
-  report.values[0] = rows;
-  report.values[1] = records;
-  report.values[2] = args.max_rows;
-  raise(args.comm, report);
-}
-
-/// By a thread for each rank of the node: rows of all sources.
-__device__ void read_rows(const NotifyArgs& args, const protocol::Mailbox& mailbox) {
-  const Rails& rails = args.rails;
-  const plan::Topology& topology = rails.shape.topology;
-  const int width = args.comm.num_ranks + 1;
-  const auto to = static_cast<int>(threadIdx.x);
-  if (to >= args.comm.num_ranks) return;
-  const bool own = to == args.comm.rank;
-  std::int32_t* own_sums = args.routing.recv_gbl_rank_prefix_sum;
-  std::int64_t sum = 0;
-  bool good = true;
-  for (int source = 0; source < topology.num_ranks; ++source) {
-    const std::int64_t row =
-        std::int64_t{topology.index_of(source)} * topology.num_nodes() + topology.node_of(source);
-    const std::int32_t count = mailbox.tokens_per_rank[row * width + to];
-    sum += count;
-    good = good && count >= 0 && sum <= INT32_MAX;
-    rails.state.prefix[to * topology.num_ranks + source] = static_cast<std::int32_t>(sum);
-    if (!own) continue;
-    rails.state.num_tokens[source] = mailbox.tokens_per_rank[row * width + width - 1];
-    if (own_sums == nullptr) continue;
-    if (!args.cached) own_sums[source] = static_cast<std::int32_t>(sum);
-    require_same(args, 0, source, own_sums[source], sum, source);
-  }
-  if (!good) raise_invalid(args.comm, Finding::kTooManyRows, args.comm.global_rank(to));
-  if (own && args.cached && sum > args.handle_rows)
-    raise_invalid(args.comm, Finding::kHandleRoom, 0, args.handle_rows, sum);
-}
-
-/// By a thread: records of all nodes. They go to the handle, and to who may wait for them.
-__device__ void read_records(const NotifyArgs& args, std::uint64_t number) {
-  const Rails& rails = args.rails;
-  const plan::Topology& topology = rails.shape.topology;
-  const int lanes = rails.shape.num_lanes;
-  std::int32_t* own_sums = args.routing.recv_rdma_rank_prefix_sum;
-  std::int64_t sum = 0;
-  for (int node = 0; node < topology.num_nodes(); ++node) {
-    sum += node == rails.node ? rails.state.totals[topology.num_ranks + node]
-                              : message_of(rails, number, node).lane_records[lanes];
-    if (sum > INT32_MAX) {
-      raise_invalid(args.comm, Finding::kTooManyRows, rails.rank());
-      return;
-    }
-    rails.state.records[node] = static_cast<std::int32_t>(sum);
-    if (own_sums == nullptr) continue;
-    if (!args.cached) own_sums[node] = static_cast<std::int32_t>(sum);
-    require_same(args, 1, node, own_sums[node], sum, topology.rank_of(node, rails.index));
-  }
-  if (args.cached && sum > args.routing.nvl_head_rows)
-    raise_invalid(args.comm, Finding::kHandleRoom, 1, args.routing.nvl_head_rows, sum);
-}
-
-/// What the kernel behind this one goes by.
-__device__ void read_counts(const NotifyArgs& args, const protocol::Mailbox& mailbox,
-                            std::uint64_t number) {
-  const Rails& rails = args.rails;
-  const plan::Topology& topology = rails.shape.topology;
-  const int lanes = rails.shape.num_lanes;
-  for (int i = threadIdx.x; i < topology.num_nodes() * (lanes + 1); i += kThreads) {
-    const int node = i / (lanes + 1);
-    rails.state.lanes_in[i] = node == rails.node
-                                  ? rails.state.lanes_out[i]
-                                  : message_of(rails, number, node).lane_records[i % (lanes + 1)];
-  }
-  read_rows(args, mailbox);
-  if (threadIdx.x == kThreads - 1) read_records(args, number);
-  __syncthreads();
-  if (threadIdx.x != 0 || args.max_rows == 0) return;
-  const std::int64_t rows = rails.state.prefix[(args.comm.rank + 1) * topology.num_ranks - 1];
-  const std::int64_t records = rails.state.records[topology.num_nodes() - 1];
-  if (rows > args.max_rows || records > args.max_rows) raise_capacity(args, rows, records);
-}
-
 /// What the host waits for: counts, then the ticket.
 __device__ void tell_host(const NotifyArgs& args, const protocol::Mailbox& mailbox) {
   if (args.ticket == 0) return;
@@ -324,22 +240,32 @@ __device__ void tell_host(const NotifyArgs& args, const protocol::Mailbox& mailb
   protocol::store_release(&status.ticket, args.ticket);
 }
 
-__device__ void exchange_counts(const NotifyArgs& args, std::uint64_t epoch) {
+/// By the last block, true in each thread: every rank has announced this call, and nobody has a
+/// fault.
+__device__ bool exchange_counts(const NotifyArgs& args, const MappedPeers& peers,
+                                std::uint64_t epoch) {
+  const Comm& comm = args.comm;
   const std::uint64_t number = *args.rails.state.announced + 1;
-  post_rails(args, number);
-  if (!wait_rails(args, number)) return;
-  tell_node(args, epoch, number);
-  __syncthreads();
-  intranode::post(args.comm, epoch);
-  if (!intranode::wait_posted(args.comm, epoch, args.wait_stats)) return;
-  const protocol::Mailbox mailbox = args.comm.control(args.comm.rank).block.mailbox_of(epoch);
-  read_counts(args, mailbox, number);
-  // Counts that are a fault are not told: the host finds the kernel ended without them.
-  if (__syncthreads_and(may_start(args.comm)) != 0) tell_host(args, mailbox);
-  if (threadIdx.x == 0) {
-    nvshmem_quiet();
-    *args.rails.state.announced = number;
+  post_rails(args, peers, number);
+  if (!wait_rails(args, peers, number)) return false;
+  // Of one that has its node for itself the host alone asks for what it would be told.
+  if (comm.num_ranks > 1 || args.num_tokens_per_expert != nullptr) tell_node(args, epoch, number);
+  if (comm.num_ranks > 1) {
+    __syncthreads();
+    intranode::post(comm, epoch);
+    if (!intranode::wait_posted(comm, epoch, args.wait_stats)) return false;
   }
+  read_counts(args, Told(args, epoch, number), number);
+  // Counts that are a fault are not told: the host finds the kernel ended without them.
+  const bool good = __syncthreads_and(may_start(comm)) != 0;
+  if (good) tell_host(args, comm.control(comm.rank).block.mailbox_of(epoch));
+  if (threadIdx.x == 0) {
+    peers.quiet(args.rails);
+    *args.rails.state.announced = number;
+    const std::uint64_t posted = args.rails.shape.num_peers();
+    count_puts(args.rails, posted, posted * announced_bytes(args), posted);
+  }
+  return good;
 }
 
 /// By one block: without counts no row is anywhere.
@@ -363,18 +289,23 @@ __device__ void void_counts(const NotifyArgs& args) {
 // Not in the unnamed namespace: device code is linked, and names of kernels would have the file's
 // in them.
 __global__ void __launch_bounds__(kThreads) notify(const __grid_constant__ NotifyArgs args) {
+  __shared__ MappedPeers peers;
+  allow_kernel_behind();
   const Comm& comm = args.comm;
   const std::uint64_t epoch = comm.local->epoch + 1;
+  peers.find(args.rails);
   // Tokens are placed whatever has failed: warps of several blocks wait for each other's counts,
   // and each block would see a fault at another time.
   place_tokens(args, epoch);
   check_ids(comm, args.topk_idx, args.routing.is_token_in_rank, args.rails.shape.topology.num_ranks,
             static_cast<int>(gridDim.x));
   if (!is_last_block(comm)) return;
-  if (__syncthreads_and(may_start(comm)) != 0) exchange_counts(args, epoch);
-  if (__syncthreads_and(may_start(comm)) == 0) void_counts(args);
-  tell_fault(comm, args.rails);
-  end_kernel(comm);
+  const bool good = __syncthreads_and(may_start(comm)) != 0 && exchange_counts(args, peers, epoch);
+  if (!good) {
+    void_counts(args);
+    tell_fault(comm, args.rails);
+  }
+  end_kernel(comm, good);
 }
 
 cudaError_t load_notify() { return load<notify>(); }

@@ -39,6 +39,12 @@ class MappedPeers {
     }
   }
   __device__ bool maps(int peer) const { return pieces_[peer] != nullptr; }
+  /// By a thread: what it has put may be written again, if there are peers to put to.
+  __device__ void quiet(const Rails& rails) const {
+    bool all = true;
+    for (int i = 0; i < rails.shape.num_peers(); ++i) all = all && maps(i);
+    if (!all) nvshmem_quiet();
+  }
   /// `address` of this rank's piece in that of a peer, or null.
   template <class T>
   __device__ T* in_piece(int peer, T* address) const {
@@ -49,7 +55,8 @@ class MappedPeers {
   /// The same as reached() of a word that the peer sets: by a store if memory is mapped, so that an
   /// acquire will do, whoever stores.
   __device__ bool reached_from(int peer, std::uint64_t* word, std::uint64_t value) const {
-    // acquire: pairs with the release in tell_all() of the peer.
+    // acquire: pairs with the release in tell_all() of the peer, of an announcement with that in
+    // post_rails().
     if (maps(peer)) return protocol::load_acquire(word) >= value;
     return reached(word, value);
   }
@@ -99,24 +106,29 @@ struct RailWaiter {
     gone = reached(rails.block.left + awaited, 1);
     return gone || globaltimer() - started > rails.timeout_ns;
   }
+  /// Looks several times: what else there is to look at is several words, one after the other.
   template <class Ready>
-  __device__ bool pause(Ready&&) const {
-    __nanosleep(40);
+  __device__ bool pause(Ready&& ready) const {
+    for (int i = 0; i < kLooks; ++i) {
+      __nanosleep(20);
+      if (ready()) return true;
+    }
     return false;
   }
+  static constexpr int kLooks = 8;
   __device__ void report(Wait what, std::uint64_t expected, std::uint64_t seen) const {
     raise_missing(comm, awaited, gone ? kGoneOrderly : 0, what, expected, seen);
   }
 };
 
-/// Waits until a word that `rank`, of another node, sets has reached `value`; on failure reports it
-/// and returns false.
-__device__ __noinline__ inline bool wait_for_rail(const Comm& comm, const Rails& rails, int rank,
-                                                  Wait what, std::uint64_t* word,
-                                                  std::uint64_t value) {
-  RailWaiter waiter{comm, rails, rank};
+/// Waits until a word that a peer sets has reached `value`; on failure reports it and returns
+/// false.
+__device__ __noinline__ inline bool wait_for_rail(const Comm& comm, const Rails& rails,
+                                                  const MappedPeers& peers, int peer, Wait what,
+                                                  std::uint64_t* word, std::uint64_t value) {
+  RailWaiter waiter{comm, rails, rails.rank_of_peer(peer)};
   const protocol::WaitResult result =
-      protocol::wait_until(waiter, [&] { return reached(word, value); });
+      protocol::wait_until(waiter, [&] { return peers.reached_from(peer, word, value); });
   if (result == protocol::WaitResult::kReady) return true;
   if (result == protocol::WaitResult::kExpired)
     waiter.report(what, value, nvshmem_signal_fetch(word));
@@ -164,6 +176,44 @@ class Patience {
   bool last_look_ = false;
 };
 
+/// By one thread of a kernel: it has put `puts` times, `bytes` bytes in all, and given `signals`
+/// words.
+__device__ inline void count_puts(const Rails& rails, unsigned long long puts,
+                                  unsigned long long bytes, unsigned long long signals) {
+  SentCounts& counts = *rails.state.sent_counts;
+  // Nobody waits for these, as for a load.
+  atomicAdd(&counts.puts, puts);
+  atomicAdd(&counts.put_bytes, bytes);
+  atomicAdd(&counts.signals, signals);
+}
+
+/// Rows that a dispatch takes from this rank to other nodes, and from those to it. A combine takes
+/// as many back.
+struct Crossing {
+  std::uint64_t out = 0;
+  std::uint64_t in = 0;
+
+  __device__ explicit Crossing(const Rails& rails) {
+    const plan::Topology& topology = rails.shape.topology;
+    for (int node = 0; node < topology.num_nodes(); ++node) {
+      if (node == rails.node) continue;
+      const auto part = plan::part_of(rails.state.records, node);
+      in += static_cast<std::uint64_t>(part.end - part.begin);
+      out += static_cast<std::uint64_t>(rails.state.totals[topology.num_ranks + node]);
+    }
+  }
+};
+
+/// By one thread of a kernel: all rows have crossed, and have been answered by a word each.
+__device__ __noinline__ inline void count_rows(const Rails& rails, const ItemShape& item,
+                                               std::uint64_t out, std::uint64_t in) {
+  const std::uint64_t items = out * item.pieces;
+  const std::uint64_t bytes = items * item.head_bytes + out * item.x_bytes;
+  atomicAdd(&rails.state.sent_counts->rows, static_cast<unsigned long long>(out));
+  atomicAdd(&rails.state.sent_counts->row_bytes, static_cast<unsigned long long>(bytes));
+  count_puts(rails, items, bytes, items + in * item.pieces);
+}
+
 /// By a thread: the ranks of other nodes learn of this one's fault, once. What is put from is not
 /// written again, so nothing is waited for.
 __device__ __noinline__ inline void tell_fault_once(const Comm& comm, const Rails& rails) {
@@ -176,6 +226,8 @@ __device__ __noinline__ inline void tell_fault_once(const Comm& comm, const Rail
   for (unsigned i = 0; i < sizeof own / sizeof *from; ++i) to[i] = from[i];
   fence_acq_rel_sys();
   const int rank = rails.rank();
+  const std::uint64_t others = rails.shape.topology.num_ranks - comm.num_ranks;
+  count_puts(rails, others, others * sizeof own, 2 * others);
   for (int i = 0; i < rails.shape.topology.num_ranks; ++i) {
     if (rails.shape.topology.node_of(i) == rails.node) continue;
     nvshmem_putmem_signal_nbi(rails.block.faults + rank, rails.block.out_fault, sizeof own,

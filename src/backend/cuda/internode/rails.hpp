@@ -108,6 +108,16 @@ struct RailBlock {
   }
 };
 
+/// What a rank has sent to other nodes, as NetworkCounts has it: a row, or a message, that is
+/// written to mapped memory counts as put, its word as a signal.
+struct SentCounts {
+  unsigned long long rows;
+  unsigned long long row_bytes;
+  unsigned long long puts;
+  unsigned long long put_bytes;
+  unsigned long long signals;
+};
+
 /// What a rank knows for itself, in its GPU's memory: of the rings, and of the present call since
 /// its notify.
 struct RailState {
@@ -120,6 +130,7 @@ struct RailState {
   };
   std::uint64_t* announced;   // [1] announcements that have ended
   std::uint64_t* told_fault;  // [1] 1: the other nodes know of this rank's fault
+  SentCounts* sent_counts;    // [1] of the calls that have ended
   Ring* rings;                // [rings]
   std::int32_t* totals;       // [R + nodes] rows for each rank, records for each node
   std::int32_t* prefix;       // [ranks of the node, R] rows from the sources up to each one
@@ -134,6 +145,7 @@ struct RailState {
     RailState state;
     state.announced = carver.take<std::uint64_t>(1);
     state.told_fault = carver.take<std::uint64_t>(1);
+    state.sent_counts = carver.take<SentCounts>(1);
     state.rings = carver.take<Ring>(shape.num_rings());
     state.totals = carver.take<std::int32_t>(ranks + nodes);
     state.prefix = carver.take<std::int32_t>(shape.topology.ranks_per_node * ranks);

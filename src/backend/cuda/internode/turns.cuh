@@ -254,6 +254,7 @@ __device__ bool serve_rings(const Comm& comm, const Rails& rails, const ItemShap
   const int peers = rails.shape.num_peers();
   const int rings = rails.shape.num_rings();
   Patience patience(comm, rails);
+  unsigned idle = 0;       // turns
   std::uint32_t over = 0;  // bit i: the i-th of the rings is done
   while (true) {
     bool moved = false;
@@ -278,6 +279,10 @@ __device__ bool serve_rings(const Comm& comm, const Rails& rails, const ItemShap
     }
     if (rest()) continue;
     if (stuck < 0) return true;
+    if (++idle % RailWaiter::kLooks != 0) {
+      __nanosleep(20);
+      continue;
+    }
     bool go_on = false;
     if (threadIdx.x % 32 == 0)
       go_on = patience.wait(rails.rank_of_peer(stuck % peers), [&] { return missing(stuck); });
