@@ -299,8 +299,8 @@ class DEEP_EP_API Buffer {
   /// DEEP_EP_RANKS_PER_NODE, so many neighbours each.
   int num_nodes() const;
   int num_ranks_per_node() const;
-  /// Of all calls so far, for which it waits on GPUs, where a row that is written to mapped memory
-  /// counts as put, its word as a signal. Zero while there is one node.
+  /// Of all calls so far; on GPUs it waits for them, leaves out low latency, and counts a row that
+  /// is written to mapped memory as put, its word as a signal. Zero while there is one node.
   NetworkCounts network_counts() const;
   /// How rows move between the ranks, in words, for logs and benchmarks.
   std::string transport() const;
