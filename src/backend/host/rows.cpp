@@ -99,13 +99,13 @@ hn::Vec<F32> multiply_add(hn::Vec<F32> acc, hn::Vec<F32> weight, hn::Vec<F32> va
 
 // How a source joins the sums.
 struct Plain {
-  hn::Vec<F32> operator()(hn::Vec<F32> acc, hn::Vec<F32> value) const {
+  HWY_INLINE hn::Vec<F32> operator()(hn::Vec<F32> acc, hn::Vec<F32> value) const {
     return hn::Add(acc, value);
   }
 };
 struct Weighted {
   float weight;
-  hn::Vec<F32> operator()(hn::Vec<F32> acc, hn::Vec<F32> value) const {
+  HWY_INLINE hn::Vec<F32> operator()(hn::Vec<F32> acc, hn::Vec<F32> value) const {
     return multiply_add(acc, hn::Set(F32(), weight), value);
   }
 };
@@ -116,16 +116,16 @@ struct Bf16 {
   using Out = Bits;
   hn::Vec<F32> even, odd;
 
-  void clear() { even = odd = hn::Zero(F32()); }
+  HWY_INLINE void clear() { even = odd = hn::Zero(F32()); }
   template <class Join>
-  void add(const Word* in, const Join& join) {
+  HWY_INLINE void add(const Word* in, const Join& join) {
     const auto words = hn::LoadU(Bits(), reinterpret_cast<const std::uint32_t*>(in));
     even = join(even, hn::BitCast(F32(), hn::ShiftLeft<16>(words)));
     odd = join(odd, hn::BitCast(F32(), hn::And(words, hn::Set(Bits(), 0xffff0000))));
   }
-  hn::Vec<F32> witness() const { return hn::Add(even, odd); }
+  HWY_INLINE hn::Vec<F32> witness() const { return hn::Add(even, odd); }
   template <bool kNan>
-  hn::Vec<Bits> round() const {
+  HWY_INLINE hn::Vec<Bits> round() const {
     const auto upper = hn::And(upper_rounded<kNan>(odd), hn::Set(Bits(), 0xffff0000));
     return hn::Or(upper, hn::ShiftRight<16>(upper_rounded<kNan>(even)));
   }
@@ -133,7 +133,7 @@ struct Bf16 {
  private:
   // To nearest even, in the upper half of each word.
   template <bool kNan>
-  static hn::Vec<Bits> upper_rounded(hn::Vec<F32> value) {
+  static HWY_INLINE hn::Vec<Bits> upper_rounded(hn::Vec<F32> value) {
     const auto bits = hn::BitCast(Bits(), value);
     const auto last = hn::And(hn::ShiftRight<16>(bits), hn::Set(Bits(), 1));
     const auto rounded = hn::Add(bits, hn::Add(last, hn::Set(Bits(), 0x7fff)));
@@ -146,16 +146,16 @@ struct Fp16 {
   using Out = Half;
   hn::Vec<F32> sum;
 
-  void clear() { sum = hn::Zero(F32()); }
+  HWY_INLINE void clear() { sum = hn::Zero(F32()); }
   template <class Join>
-  void add(const Word* in, const Join& join) {
+  HWY_INLINE void add(const Word* in, const Join& join) {
     const hn::Rebind<hwy::float16_t, F32> half;
     const auto values = hn::LoadU(half, reinterpret_cast<const hwy::float16_t*>(in));
     sum = join(sum, hn::PromoteTo(F32(), values));
   }
-  hn::Vec<F32> witness() const { return sum; }
+  HWY_INLINE hn::Vec<F32> witness() const { return sum; }
   template <bool kNan>
-  hn::Vec<Half> round() const {
+  HWY_INLINE hn::Vec<Half> round() const {
     const hn::Rebind<hwy::float16_t, F32> half;
     const auto rounded = hn::BitCast(Half(), hn::DemoteTo(half, sum));
     if (!kNan) return rounded;
@@ -168,14 +168,14 @@ struct Fp32 {
   using Out = Bits;
   hn::Vec<F32> sum;
 
-  void clear() { sum = hn::Zero(F32()); }
+  HWY_INLINE void clear() { sum = hn::Zero(F32()); }
   template <class Join>
-  void add(const Word* in, const Join& join) {
+  HWY_INLINE void add(const Word* in, const Join& join) {
     sum = join(sum, hn::BitCast(F32(), hn::LoadU(Bits(), in)));
   }
-  hn::Vec<F32> witness() const { return sum; }
+  HWY_INLINE hn::Vec<F32> witness() const { return sum; }
   template <bool kNan>
-  hn::Vec<Bits> round() const {
+  HWY_INLINE hn::Vec<Bits> round() const {
     const auto bits = hn::BitCast(Bits(), sum);
     return kNan ? or_nan(sum, bits, 0x7fffffff) : bits;
   }
@@ -188,85 +188,122 @@ std::int64_t lanes_of() {
                                    sizeof(typename Sums::Word));
 }
 
-// The sources, each joined by its weight, then the biases: add(from, join).
-template <class AddFrom>
-void add_all(const SumPiece& piece, AddFrom&& add) {
-  if (piece.weights == nullptr) {
-    for (int s = 0; s < piece.num_sources; ++s) add(piece.sources[s], Plain());
-  } else {
-    for (int s = 0; s < piece.num_sources; ++s) add(piece.sources[s], Weighted{piece.weights[s]});
+// Where the elements of a source are from element `i` on.
+template <class Word>
+struct InPlace {
+  std::int64_t i;
+  HWY_INLINE const Word* operator()(const std::byte* source) const {
+    return reinterpret_cast<const Word*>(source) + i;
   }
-  for (const std::byte* bias : piece.bias) {
-    if (bias != nullptr) add(bias, Plain());
+};
+// The last elements of a source, which fill no vector, in one.
+template <class Word>
+struct Padded {
+  std::int64_t i;
+  std::size_t bytes;
+  Word* vector;
+  const Word* operator()(const std::byte* source) const {
+    std::memcpy(vector, source + i * static_cast<std::int64_t>(sizeof(Word)), bytes);
+    return vector;
   }
-}
+};
 
-// Sums kVectors vectors from element `i` on: several, so that the additions of one source do not
-// wait for each other.
-template <class Sums, int kVectors, class Store>
-void sum_at(const SumPiece& piece, std::int64_t i, Store&& store) {
+struct Keep {
+  template <class D>
+  HWY_INLINE void operator()(hn::Vec<D> value, D d, hn::TFromD<D>* at) const {
+    hn::StoreU(value, d, at);
+  }
+};
+struct Stream {
+  template <class D>
+  HWY_INLINE void operator()(hn::Vec<D> value, D d, hn::TFromD<D>* at) const {
+    hn::Stream(value, d, at);
+  }
+};
+
+// The sums of kVectors neighbouring vectors: several, so that the additions of one source do not
+// wait for each other. All of it is inlined, or the sums would leave the registers.
+template <class Sums, int kVectors>
+struct Block {
   using Word = typename Sums::Word;
-  const std::int64_t lanes = lanes_of<Sums>();
   Sums sums[kVectors];
-#pragma GCC unroll 8
-  for (Sums& sum : sums) sum.clear();
-  add_all(piece, [&](const std::byte* source, const auto& join) {
-    const Word* words = reinterpret_cast<const Word*>(source) + i;
+
+  template <class Join>
+  HWY_INLINE void add(const Word* words, const Join& join) {
+    const std::int64_t lanes = lanes_of<Sums>();
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) sums[v].add(words + v * lanes, join);
-  });
-  auto witness = hn::Zero(F32());
+  }
+
+  // The sources, each joined by its weight, then the biases.
+  template <class Place>
+  HWY_INLINE void add_all(const SumPiece& piece, const Place& place) {
 #pragma GCC unroll 8
-  for (const Sums& sum : sums) witness = hn::Add(witness, sum.witness());
-  const auto store_all = [&](auto nan) {
+    for (Sums& sum : sums) sum.clear();
+    if (piece.weights == nullptr) {
+      for (int s = 0; s < piece.num_sources; ++s) add(place(piece.sources[s]), Plain());
+    } else {
+      for (int s = 0; s < piece.num_sources; ++s) {
+        add(place(piece.sources[s]), Weighted{piece.weights[s]});
+      }
+    }
+    for (const std::byte* bias : piece.bias) {
+      if (bias != nullptr) add(place(bias), Plain());
+    }
+  }
+
+  template <class Store>
+  HWY_INLINE void store(Word* out, const Store& store_vector) const {
+    auto witness = hn::Zero(F32());
+#pragma GCC unroll 8
+    for (const Sums& sum : sums) witness = hn::Add(witness, sum.witness());
+    if (HWY_LIKELY(hn::AllFalse(F32(), hn::IsNaN(witness)))) {
+      store_as<false>(out, store_vector);
+    } else {
+      store_as<true>(out, store_vector);
+    }
+  }
+
+ private:
+  template <bool kNan, class Store>
+  HWY_INLINE void store_as(Word* out, const Store& store_vector) const {
+    using Out = typename Sums::Out;
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
-      store(sums[v].template round<decltype(nan)::value>(),
-            reinterpret_cast<Word*>(piece.out) + i + v * lanes);
+      store_vector(sums[v].template round<kNan>(), Out(),
+                   reinterpret_cast<hn::TFromD<Out>*>(out + v * lanes_of<Sums>()));
     }
-  };
-  if (hn::AllFalse(F32(), hn::IsNaN(witness))) {
-    store_all(std::false_type());
-  } else {
-    store_all(std::true_type());
   }
+};
+
+// Sums from element `i` on while there are kVectors vectors; returns where it stopped.
+template <class Sums, int kVectors, class Store>
+std::int64_t sum_blocks(const SumPiece& piece, std::int64_t i, const Store& store_vector) {
+  using Word = typename Sums::Word;
+  const std::int64_t elements = kVectors * lanes_of<Sums>();
+  for (; i + elements <= piece.count; i += elements) {
+    Block<Sums, kVectors> block;
+    block.add_all(piece, InPlace<Word>{i});
+    block.store(reinterpret_cast<Word*>(piece.out) + i, store_vector);
+  }
+  return i;
 }
 
 template <class Sums>
 void sum(const SumPiece& piece, bool streaming) {
   using Word = typename Sums::Word;
   constexpr int kVectors = 4;
-  const typename Sums::Out d;
-  const std::int64_t lanes = lanes_of<Sums>();
-  const bool aligned = reinterpret_cast<std::uintptr_t>(piece.out) % (lanes * sizeof(Word)) == 0;
-  using Stored = hn::TFromD<typename Sums::Out>;
-  const auto stream = [&](auto value, Word* at) {
-    hn::Stream(value, d, reinterpret_cast<Stored*>(at));
-  };
-  const auto keep = [&](auto value, Word* at) {
-    hn::StoreU(value, d, reinterpret_cast<Stored*>(at));
-  };
-  std::int64_t i = 0;
-  if (streaming && aligned) {
-    for (; i + kVectors * lanes <= piece.count; i += kVectors * lanes) {
-      sum_at<Sums, kVectors>(piece, i, stream);
-    }
-  }
-  for (; i + kVectors * lanes <= piece.count; i += kVectors * lanes) {
-    sum_at<Sums, kVectors>(piece, i, keep);
-  }
-  for (; i + lanes <= piece.count; i += lanes) sum_at<Sums, 1>(piece, i, keep);
+  const auto vector_bytes = lanes_of<Sums>() * static_cast<std::int64_t>(sizeof(Word));
+  const bool aligned = reinterpret_cast<std::uintptr_t>(piece.out) % vector_bytes == 0;
+  std::int64_t i = streaming && aligned ? sum_blocks<Sums, kVectors>(piece, 0, Stream())
+                                        : sum_blocks<Sums, kVectors>(piece, 0, Keep());
+  i = sum_blocks<Sums, 1>(piece, i, Keep());
   if (i == piece.count) return;
-  // The last elements: through a full vector on the stack.
   const std::size_t rest = (piece.count - i) * sizeof(Word);
   HWY_ALIGN Word tail[HWY_MAX_BYTES / sizeof(Word)] = {};
-  Sums total;
-  total.clear();
-  add_all(piece, [&](const std::byte* source, const auto& join) {
-    std::memcpy(tail, source + i * static_cast<std::int64_t>(sizeof(Word)), rest);
-    total.add(tail, join);
-  });
-  keep(total.template round<true>(), tail);
+  Block<Sums, 1> block;
+  block.add_all(piece, Padded<Word>{i, rest, tail});
+  block.store(tail, Keep());
   std::memcpy(piece.out + i * static_cast<std::int64_t>(sizeof(Word)), tail, rest);
 }
 
