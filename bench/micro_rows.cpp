@@ -43,6 +43,21 @@ void copy(benchmark::State& state) {
   state.SetBytesProcessed(state.iterations() * count * kRowBytes);
 }
 
+// As a dispatch does it.
+void copy_to_two(benchmark::State& state) {
+  const std::int64_t count = state.range(0);
+  const Rows from(count), one(count), two(count);
+  for (auto _ : state) {
+    for (std::int64_t row = 0; row < count; ++row) {
+      std::byte* to[] = {one.at(row), two.at(row)};
+      copy_row(to, 2, from.at(row), kRowBytes, Stores::kStreaming);
+    }
+    finish_stores();
+    benchmark::ClobberMemory();
+  }
+  state.SetBytesProcessed(state.iterations() * count * kRowBytes);
+}
+
 // The rows of a low-latency combine in other formats, coded and summed.
 template <plan::WireFormat kFormat>
 void encode(benchmark::State& state) {
@@ -89,6 +104,7 @@ void sum(benchmark::State& state) {
 
 BENCHMARK(copy<Stores::kCached>)->ArgName("rows")->Arg(16)->Arg(8192);
 BENCHMARK(copy<Stores::kStreaming>)->ArgName("rows")->Arg(16)->Arg(8192);
+BENCHMARK(copy_to_two)->ArgName("rows")->Arg(4096);
 BENCHMARK(sum<Stores::kCached>)
     ->ArgNames({"rows", "sources"})
     ->ArgsProduct({{16, 4096}, {1, 2, 4, 8}});

@@ -38,6 +38,15 @@ void copy_streaming(std::byte* to, const std::byte* from, std::int64_t bytes) {
   for (; i < bytes; i += few) hn::Stream(hn::LoadU(narrow, in + i), narrow, out + i);
 }
 
+// Processors fetch ahead within a page of memory only, and do not look far while they compute: a
+// core of a Xeon sums two rows in 20 % less time with it.
+constexpr std::int64_t kAhead = 1024;
+
+HWY_INLINE void prefetch(const void* from, std::int64_t bytes) {
+  const auto* ahead = static_cast<const std::byte*>(from) + kAhead;
+  for (std::int64_t at = 0; at < bytes; at += 64) hwy::Prefetch(ahead + at);
+}
+
 // Rows that are read once and written to several places, a few cache lines to each in turn: twice
 // the rows in the same time as row after row to each place, where memory is not the limit.
 constexpr std::int64_t kTurn = 256;
@@ -231,6 +240,7 @@ struct Block {
   template <class Join>
   HWY_INLINE void add(const Word* words, const Join& join) {
     const std::int64_t lanes = lanes_of<Sums>();
+    if (kVectors > 1) prefetch(words, kVectors * lanes * sizeof(Word));
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) sums[v].add(words + v * lanes, join);
   }
