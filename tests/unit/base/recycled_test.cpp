@@ -18,6 +18,7 @@ TEST(Recycled, TheNextObjectOfAThreadGetsTheMemoryOfTheLast) {
   auto object = make_recycled<Large>(1);
   const Large* place = object.get();
   object.reset();
+  const auto other = std::make_shared<Large>(9);  // would get that place if it were free
   const auto next = make_recycled<Large>(2);
   EXPECT_EQ(next.get(), place);
   EXPECT_EQ(next->first, 2);
@@ -43,6 +44,7 @@ TEST(Recycled, AnObjectMayEndOnAnotherThreadAndOutliveItsOwn) {
   const auto kept = make_recycled<Large>(7);  // what this thread has of earlier tests
   const Large* place = left.get();
   left.reset();
+  const auto other = std::make_shared<Large>(9);
   EXPECT_EQ(make_recycled<Large>(6).get(), place);
 }
 
