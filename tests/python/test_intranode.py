@@ -172,6 +172,8 @@ def _bias(group):
     one = make_inputs(size, experts=2 * size)[group.rank()]
     recv_x, _, _, _, handle, _ = buffer.dispatch(**dispatch_arguments(buffer, one))
     plain = buffer.combine(recv_x, handle)[0]
+    # What calls have no use for they do not look at.
+    assert same(buffer.combine(recv_x, (handle[0], None, None, *handle[3:]))[0], plain)
     first, second = torch.full_like(one.x, 2), torch.full_like(one.x, -5)
     assert same(buffer.combine(recv_x, handle, bias=first)[0], plain + 2)
     assert same(buffer.combine(recv_x, handle, bias=(first, second))[0], plain - 3)
