@@ -173,7 +173,7 @@ def _bias(group):
     recv_x, _, _, _, handle, _ = buffer.dispatch(**dispatch_arguments(buffer, one))
     plain = buffer.combine(recv_x, handle)[0]
     # What calls have no use for they do not look at.
-    assert same(buffer.combine(recv_x, (handle[0], None, None, *handle[3:]))[0], plain)
+    assert same(buffer.combine(recv_x, (handle[0], "no", "array", *handle[3:]))[0], plain)
     first, second = torch.full_like(one.x, 2), torch.full_like(one.x, -5)
     assert same(buffer.combine(recv_x, handle, bias=first)[0], plain + 2)
     assert same(buffer.combine(recv_x, handle, bias=(first, second))[0], plain - 3)
