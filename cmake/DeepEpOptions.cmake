@@ -24,11 +24,20 @@ if(CCACHE AND NOT CMAKE_CXX_COMPILER_LAUNCHER)
   set(CMAKE_CUDA_COMPILER_LAUNCHER ${CCACHE})
 endif()
 
+include(CheckCXXCompilerFlag)
 add_library(deep_ep_options INTERFACE)
 # No contraction: fma happens where plan/numerics.hpp says so and nowhere else.
 target_compile_options(deep_ep_options INTERFACE
   $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -Wshadow -Wno-missing-field-initializers -Wno-restrict -ffp-contract=off>
   $<$<COMPILE_LANGUAGE:CUDA>:--fmad=false --Wext-lambda-captures-this -Xcompiler=-Wall>)
+# Structs of some 100 bytes, of which a call fills and copies dozens, by plain moves: g++ would take
+# `rep stos` and `rep movs`, of which each takes longer to begin than all of those moves.
+set(deep_ep_strategy unrolled_loop:256:noalign,libcall:-1:noalign)
+check_cxx_compiler_flag("-mmemcpy-strategy=${deep_ep_strategy}" DEEP_EP_HAS_MEMCPY_STRATEGY)
+if(DEEP_EP_HAS_MEMCPY_STRATEGY)
+  target_compile_options(deep_ep_options INTERFACE
+    $<$<COMPILE_LANGUAGE:CXX>:-mmemcpy-strategy=${deep_ep_strategy} -mmemset-strategy=${deep_ep_strategy}>)
+endif()
 if(DEEP_EP_WERROR)
   target_compile_options(deep_ep_options INTERFACE
     $<$<COMPILE_LANGUAGE:CXX>:-Werror> $<$<COMPILE_LANGUAGE:CUDA>:--Werror=all-warnings>)

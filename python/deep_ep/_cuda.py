@@ -66,7 +66,7 @@ class CudaMemory:
         if self._begin is not None:
             pool = (native._cuda_isCurrentStreamCapturing, self._begin, *self._ends,
                     (device, self._pool_id))
-        self.allocator = _C.Allocator(self.allocate, device, pool)
+        self.allocator = _C.Allocator(self.allocate, device, pool, self.current_stream)
 
     def set_comm_stream(self, native):
         self.comm_stream = self.torch.cuda.ExternalStream(native, device=self.device)

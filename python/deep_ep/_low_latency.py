@@ -45,14 +45,13 @@ class LowLatency:
         rows of each local expert int32 [L], handle, event, hook or None).
         """
         library = library_of(x, "x")
-        stats = cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats
+        used = (x, topk_idx, cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats)
         recv_x, scales, count, handle, event, hook = self.runtime.low_latency_dispatch(
-            library.native, (x, topk_idx, *stats), (num_max_dispatch_tokens_per_rank, num_experts),
+            library.native, used, (num_max_dispatch_tokens_per_rank, num_experts),
             (use_fp8, round_scale, use_ue8m0, return_recv_hook),
-            self._options(None, async_finish, False))
+            self._options(None, True, False) if async_finish else ())
         if use_fp8:
             recv_x = (recv_x, scales)
-        used = (x, topk_idx, stats)
         return (recv_x, count, handle,
                 self._end(event, used, (recv_x, count, handle)) if async_finish else no_event(),
                 None if hook is None else partial(_receive, hook, used))
@@ -73,15 +72,15 @@ class LowLatency:
         Returns (combined_x [N, H], event, hook or None).
         """
         library = library_of(x, "x")
+        used = (x, topk_idx, topk_weights, out, combine_wait_recv_cost_stats)
         combined, event, hook = self.runtime.low_latency_combine(
-            library.native, (x, topk_idx, topk_weights, out, combine_wait_recv_cost_stats), handle,
-            (use_logfmt, use_fp8, zero_copy, return_recv_hook),
-            self._options(None, async_finish, False))
+            library.native, used, handle, (use_logfmt, use_fp8, zero_copy, return_recv_hook),
+            self._options(None, True, False) if async_finish else ())
         if out is not None:
             combined = out
-        used = (x, topk_idx, topk_weights, handle, out, combine_wait_recv_cost_stats)
-        return (combined, self._end(event, used, (combined,)) if async_finish else no_event(),
-                None if hook is None else partial(_receive, hook, used))
+        return (combined,
+                self._end(event, (used, handle), (combined,)) if async_finish else no_event(),
+                None if hook is None else partial(_receive, hook, (used, handle)))
 
     def get_next_low_latency_combine_buffer(self, handle):
         """[L, R * M, H] bfloat16, for the experts to write to: pass it to the next
@@ -103,8 +102,7 @@ class LowLatency:
         """Fills `mask_status`, int32 [R] on the Buffer's device: 1 for each rank that is left
         out."""
         library = library_of(mask_status, "mask_status")
-        self.runtime.low_latency_query_mask_buffer(library.native, mask_status,
-                                                   *self._options(None, False, False)[:2])
+        self.runtime.low_latency_query_mask_buffer(library.native, mask_status)
 
     def low_latency_clean_mask_buffer(self):
         """No rank is left out any more."""

@@ -16,6 +16,7 @@ from .event import EventHandle, EventOverlap, no_event
 
 _alive = weakref.WeakSet()
 _NO_LAYOUT = (None, None, None)
+_PLAIN = (None, False, False)  # previous_event, async_finish, allocate_on_comm_stream
 
 
 @atexit.register
@@ -178,6 +179,8 @@ class Buffer(LowLatency, Rows):
         self.runtime.check()
 
     def _options(self, previous_event, async_finish, allocate_on_comm_stream):
+        if (previous_event, async_finish, allocate_on_comm_stream) == _PLAIN:
+            return ()  # the native module finds the current stream by itself
         stream = 0 if self._memory is None else self._memory.current_stream()
         event = None if previous_event is None else _event_of(previous_event)
         if event is not None and self._memory is not None and self._memory.is_capturing():
@@ -186,14 +189,13 @@ class Buffer(LowLatency, Rows):
             event = allocate_on_comm_stream = None
         return stream, self._device, event, async_finish, bool(allocate_on_comm_stream)
 
-    def _config_values(self, config, is_dispatch):
-        if config is None:
-            get_default, original = _DEFAULTS[is_dispatch]
-            get_default = getattr(self, get_default)
-            if get_default is original:
-                return default_values(is_dispatch, Buffer.num_sms, self.group_size)
-            config = get_default(self.group_size)  # somebody's own
-        return config._values()
+    def _default_config(self, is_dispatch):
+        """The values of the Config of a call without one."""
+        get_default, original = _DEFAULTS[is_dispatch]
+        get_default = getattr(self, get_default)
+        if get_default is original:
+            return default_values(is_dispatch, Buffer.num_sms, self.group_size)
+        return get_default(self.group_size)._values()  # somebody's own
 
     def _end(self, event, used, results):
         """The event to return of an asynchronous call that used the arrays `used` of its caller."""
@@ -260,15 +262,16 @@ class Buffer(LowLatency, Rows):
         library = library_of(x, "x")
         recv_x, recv_scales, ids, weights, counts, new_handle, event, more = self.runtime.dispatch(
             library.native, (x, x_scales), topk, handle, layout if handle is None else _NO_LAYOUT,
-            numbers, self._config_values(config, True), stats, self._options(*when),
+            numbers, self._default_config(True) if config is None else config._values(), stats,
+            () if when == _PLAIN else self._options(*when),
             None if extras is None else extras.values())
         if x_scales is not None:
             recv_x = (recv_x, recv_scales)
-        if handle is None:
-            result = (recv_x, ids, weights, counts, new_handle)
-        else:
-            result = (recv_x, None, None, None, None)
-        grouped = ()
+        if handle is not None:
+            ids = weights = counts = new_handle = None
+        if extras is None and not when[1]:
+            return recv_x, ids, weights, counts, new_handle, no_event()
+        result, grouped = (recv_x, ids, weights, counts, new_handle), ()
         if extras is not None:
             result = extras.received(result, more[0])
             grouped = extras.grouped(more)
@@ -296,7 +299,8 @@ class Buffer(LowLatency, Rows):
         first_bias, second_bias = bias if isinstance(bias, tuple) else (bias, None)
         combined_x, combined_weights, event = self.runtime.combine(
             library.native, (x, topk_weights, first_bias, second_bias), handle,
-            self._config_values(config, False), combine_wait_recv_cost_stats,
+            self._default_config(False) if config is None else config._values(),
+            combine_wait_recv_cost_stats,
             self._options(previous_event, async_finish, allocate_on_comm_stream), groups)
         if not async_finish:
             return combined_x, combined_weights, no_event()

@@ -78,9 +78,19 @@ class InPool {
 }  // namespace
 
 TorchAllocator::TorchAllocator(nb::callable allocate, std::optional<int> device,
-                               std::optional<nb::tuple> pool)
+                               std::optional<nb::tuple> pool, std::optional<nb::callable> stream)
     : allocate_(std::move(allocate)), device_(device) {
   if (pool) pool_.emplace(std::move(*pool));
+  if (stream) stream_.emplace(std::move(*stream));
+}
+
+Stream TorchAllocator::current_stream() const {
+  if (!stream_) return {};
+  Stream stream{nullptr, {DeviceType::kCuda, *device_}};
+  const TorchCalls* torch = TorchCalls::get();
+  if (torch == nullptr || !torch->current_stream(*device_, &stream.native))
+    stream.native = reinterpret_cast<void*>(nb::cast<std::uintptr_t>(stream_->get()()));
+  return stream;
 }
 
 std::shared_ptr<void> TorchAllocator::allocate(std::int64_t bytes, bool mapped,
@@ -88,18 +98,21 @@ std::shared_ptr<void> TorchAllocator::allocate(std::int64_t bytes, bool mapped,
   // Only the callable tells torch of a second stream.
   const bool one_stream = !options.previous_event.has_value() && !options.async_finish;
   if (one_stream && device_ && (!mapped || pool_)) {
-    if (std::shared_ptr<void> block = allocate_by_torch(bytes, mapped)) return block;
+    if (std::shared_ptr<void> block = allocate_by_torch(bytes, mapped, options.stream))
+      return block;
   }
   return ask(bytes, mapped, options);
 }
 
-std::shared_ptr<void> TorchAllocator::allocate_by_torch(std::int64_t bytes, bool mapped) const {
+std::shared_ptr<void> TorchAllocator::allocate_by_torch(std::int64_t bytes, bool mapped,
+                                                        Stream stream) const {
   const TorchCalls* torch = TorchCalls::get();
   if (torch == nullptr) return nullptr;
   if (!mapped) return torch->allocate(bytes, *device_);
   const nb::gil_scoped_acquire gil;
   const nb::handle pool = pool_->get();
-  if (nb::cast<bool>(nb::handle(PyTuple_GetItem(pool.ptr(), 0))())) return nullptr;
+  const bool surely_not = *device_ >= 0 && torch->is_outside_capture(stream.native);
+  if (!surely_not && nb::cast<bool>(nb::handle(PyTuple_GetItem(pool.ptr(), 0))())) return nullptr;
   const Asking here(buffer_);
   const InPool in_pool(pool);
   std::shared_ptr<void> block = torch->allocate(bytes, *device_);
@@ -123,8 +136,9 @@ std::shared_ptr<void> TorchAllocator::ask(std::int64_t bytes, bool mapped,
 
 void bind_allocator(nb::module_& module) {
   nb::class_<TorchAllocator>(module, "Allocator")
-      .def(nb::init<nb::callable, std::optional<int>, std::optional<nb::tuple>>(), nb::arg(),
-           nb::arg().none(), nb::arg().none());
+      .def(nb::init<nb::callable, std::optional<int>, std::optional<nb::tuple>,
+                    std::optional<nb::callable>>(),
+           nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg().none() = nb::none());
 }
 
 }  // namespace deep_ep::python

@@ -38,21 +38,27 @@ nb::object result_of_groups(const Library& library, const RowGroups& groups) {
                         library.make(groups.recv_rows), library.make(groups.weights));
 }
 
-/// What dispatch and combine take for a handle: one of 6 tensors, or of 10 with several nodes.
+/// What dispatch and combine take for a handle of theirs: of 6 tensors, or of 10 with several
+/// nodes.
 template <class OneNode, class SeveralNodes>
 void set_handle(const Library& library, const nb::tuple& parts, OneNode& handle,
                 SeveralNodes& internode) {
   if (parts.size() == kInternodeTensors) {
     internode = internode_handle_of(library, parts);
   } else {
-    handle = intranode_handle_of(library, parts);
+    handle = used_of_handle(library, parts);
   }
 }
 
 /// `parts`: a PreparedDispatch.
 PreparedDispatch prepared_of(const Library& library, const nb::tuple& parts) {
   PreparedDispatch prepared;
-  set_handle(library, nb::cast<nb::tuple>(parts[0]), prepared.handle, prepared.internode_handle);
+  const auto handle = nb::cast<nb::tuple>(parts[0]);
+  if (handle.size() == kInternodeTensors) {
+    prepared.internode_handle = internode_handle_of(library, handle);
+  } else {
+    prepared.handle = intranode_handle_of(library, handle);
+  }
   prepared.num_recv_tokens = nb::cast<std::int64_t>(parts[1]);
   prepared.num_recv_tokens_per_expert_list = nb::cast<std::vector<std::int32_t>>(parts[2]);
   prepared.num_experts = nb::cast<int>(parts[3]);
@@ -85,7 +91,7 @@ void construct(OwnedBuffer* self, std::shared_ptr<Bootstrap> bootstrap, const nb
 nb::tuple get_dispatch_layout(OwnedBuffer& self, const Library& library, nb::handle topk_idx,
                               int num_experts, const nb::tuple& options) {
   const TensorView ids = library.view(topk_idx, "topk_idx");
-  const CallOptions call = options_of(options);
+  const CallOptions call = options_of(self, options);
   DispatchLayout layout;
   {
     const NoGil no_gil;
@@ -174,7 +180,7 @@ nb::tuple dispatch(OwnedBuffer& self, const Library& library, const nb::tuple& p
   args.num_worst_tokens = nb::cast<std::int64_t>(numbers[1]);
   args.config = config_of(config);
   args.dispatch_wait_recv_cost_stats = library.view(wait_stats, kWaitStats);
-  args.options = options_of(options);
+  args.options = options_of(self, options);
   if (!extras.is_none()) set_extras(library, args, nb::cast<nb::tuple>(extras));
   DispatchResult result;
   {
@@ -203,7 +209,7 @@ nb::tuple prepare_dispatch(OwnedBuffer& self, const Library& library, const nb::
   args.num_experts = num_experts;
   args.expert_alignment = expert_alignment;
   args.config = config_of(config);
-  args.options = options_of(options);
+  args.options = options_of(self, options);
   PreparedDispatch prepared;
   {
     const NoGil no_gil;
@@ -228,7 +234,7 @@ nb::tuple combine(OwnedBuffer& self, const Library& library, const nb::tuple& pa
              args.internode_handle);
   args.config = config_of(config);
   args.combine_wait_recv_cost_stats = library.view(wait_stats, kWaitStats);
-  args.options = options_of(options);
+  args.options = options_of(self, options);
   if (!groups.is_none()) args.groups = groups_of(library, groups);
   CombineResult result;
   {

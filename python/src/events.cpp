@@ -9,8 +9,12 @@ Stream stream_of(std::uintptr_t native, int device) {
   return stream;
 }
 
-CallOptions options_of(const nb::tuple& parts) {
+CallOptions options_of(const OwnedBuffer& buffer, const nb::tuple& parts) {
   CallOptions options;
+  if (parts.size() == 0) {
+    options.stream = buffer.current_stream();
+    return options;
+  }
   options.stream = stream_of(nb::cast<std::uintptr_t>(parts[0]), nb::cast<int>(parts[1]));
   if (!parts[2].is_none()) options.previous_event = nb::cast<EventHandle>(parts[2]);
   options.async_finish = nb::cast<bool>(parts[3]);

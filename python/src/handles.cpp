@@ -43,6 +43,11 @@ IntranodeHandle intranode_handle_of(const Library& library, const nb::tuple& par
   return {part(0), part(1), part(2), part(3), part(4), part(5)};
 }
 
+IntranodeHandle used_of_handle(const Library& library, const nb::tuple& parts) {
+  const auto part = [&](int i) { return library.view(parts[i], kElement); };
+  return {part(0), {}, {}, part(3), part(4), part(5)};
+}
+
 InternodeHandle internode_handle_of(const Library& library, const nb::tuple& parts) {
   const auto part = [&](int i) { return library.view(parts[i], kElement); };
   return {part(0), part(1), part(2), part(3), part(4), part(5), part(6), part(7), part(8), part(9)};

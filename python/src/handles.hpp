@@ -17,6 +17,9 @@ nb::tuple require_handle(nb::handle handle, int num_nodes);
 
 /// Handles in the order of their structs.
 IntranodeHandle intranode_handle_of(const Library& library, const nb::tuple& parts);
+/// What calls use of an earlier dispatch's: its channels are for a prepared one. A look at a tensor
+/// takes torch as long as any other part of a call.
+IntranodeHandle used_of_handle(const Library& library, const nb::tuple& parts);
 InternodeHandle internode_handle_of(const Library& library, const nb::tuple& parts);
 
 /// What the caller has of a coming handle: all that was known ahead, a tuple, or its

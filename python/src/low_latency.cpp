@@ -51,7 +51,7 @@ nb::tuple dispatch(OwnedBuffer& self, const Library& library, const nb::tuple& a
   args.round_scale = nb::cast<bool>(flags[1]);
   args.use_ue8m0 = nb::cast<bool>(flags[2]);
   args.return_recv_hook = nb::cast<bool>(flags[3]);
-  args.options = options_of(options);
+  args.options = options_of(self, options);
   LowLatencyDispatchResult result;
   {
     const NoGil no_gil;
@@ -80,7 +80,7 @@ nb::tuple combine(OwnedBuffer& self, const Library& library, const nb::tuple& ar
   args.use_fp8 = nb::cast<bool>(flags[1]);
   args.zero_copy = nb::cast<bool>(flags[2]);
   args.return_recv_hook = nb::cast<bool>(flags[3]);
-  args.options = options_of(options);
+  args.options = options_of(self, options);
   LowLatencyCombineResult result;
   {
     const NoGil no_gil;
@@ -117,11 +117,11 @@ void bind_low_latency(nb::module_& module, nb::class_<OwnedBuffer>& buffer) {
              self.get().low_latency_update_mask_buffer(rank, masked);
            })
       .def("low_latency_query_mask_buffer",
-           [](OwnedBuffer& self, const Library& library, nb::handle mask, std::uintptr_t stream,
-              int device) {
+           [](OwnedBuffer& self, const Library& library, nb::handle mask) {
              const TensorView view = library.view(mask, "mask_status");
+             const Stream stream = self.current_stream();
              const NoGil no_gil;
-             self.get().low_latency_query_mask_buffer(view, stream_of(stream, device));
+             self.get().low_latency_query_mask_buffer(view, stream);
            })
       .def("low_latency_clean_mask_buffer", [](OwnedBuffer& self) {
         const NoGil no_gil;

@@ -21,6 +21,7 @@ class OwnedBuffer {
     const NoGil no_gil;
     buffer_ = std::make_unique<Buffer>(std::move(bootstrap), options);
     if (allocator) allocator->set_buffer(buffer_.get());
+    allocator_ = allocator;
   }
   ~OwnedBuffer() {
     const NoGil no_gil;
@@ -30,9 +31,12 @@ class OwnedBuffer {
   OwnedBuffer& operator=(const OwnedBuffer&) = delete;
 
   Buffer& get() { return *buffer_; }
+  /// What the calling thread works on: the current stream of a GPU, as torch has it.
+  Stream current_stream() const { return allocator_ ? allocator_->current_stream() : Stream{}; }
 
  private:
   std::unique_ptr<Buffer> buffer_;
+  std::shared_ptr<TorchAllocator> allocator_;
 };
 
 }  // namespace deep_ep::python

@@ -49,12 +49,22 @@ bool TorchCalls::find(void* library) {
   cpu_ = number();
   if (!look_up(library, "aoti_torch_device_type_cuda", number)) return false;
   cuda_ = number();
+  (void)look_up(library, "cudaStreamIsCapturing", stream_is_capturing_);
+  (void)look_up(library, "aoti_torch_get_current_cuda_stream", current_stream_);
   // The last is C++: THPVariable_Wrap(const at::TensorBase&), of which an at::Tensor is one.
   return look_up(library, "aoti_torch_empty_strided", empty_strided_) &&
          look_up(library, "aoti_torch__alloc_from_pool", alloc_from_pool_) &&
          look_up(library, "aoti_torch_get_data_ptr", get_data_ptr_) &&
          look_up(library, "aoti_torch_delete_tensor_object", delete_) &&
          look_up(library, "_Z16THPVariable_WrapRKN2at10TensorBaseE", wrap_);
+}
+
+bool TorchCalls::is_outside_capture(void* stream) const {
+  // The legacy stream cannot be captured, and asking about it disturbs other captures.
+  if (stream == nullptr) return true;
+  int status = 0;  // cudaStreamCaptureStatusNone
+  return stream_is_capturing_ != nullptr && stream_is_capturing_(stream, &status) == 0 &&
+         status == 0;
 }
 
 std::shared_ptr<void> TorchCalls::allocate(std::int64_t bytes, int device) const {

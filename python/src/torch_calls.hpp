@@ -27,6 +27,13 @@ class TorchCalls {
   /// `path`: torch's Python part. Whether it has all.
   static bool load(const std::string& path);
 
+  /// Whether no capture of `stream` of a GPU is going on, which takes a tenth of the time that
+  /// torch's Python takes for it. False also where torch's CUDA runtime cannot be asked.
+  bool is_outside_capture(void* stream) const;
+  /// The current stream of this thread on CUDA device `device`; false where torch cannot be asked.
+  bool current_stream(int device, void** stream) const {
+    return current_stream_ != nullptr && current_stream_(device, stream) == 0;
+  }
   /// Bytes of CUDA device `device`, of the host with -1, for that device's current stream. Null if
   /// torch has none, which it says on stderr.
   std::shared_ptr<void> allocate(std::int64_t bytes, int device) const;
@@ -51,6 +58,9 @@ class TorchCalls {
   std::int32_t (*get_data_ptr_)(Handle tensor, void** data) = nullptr;
   std::int32_t (*delete_)(Handle tensor) = nullptr;
   PyObject* (*wrap_)(const void* tensor) = nullptr;
+  // Null: torch has no CUDA.
+  int (*stream_is_capturing_)(void* stream, int* status) = nullptr;
+  std::int32_t (*current_stream_)(std::int32_t device, void** stream) = nullptr;
   friend struct TorchOwner;
 };
 

@@ -52,8 +52,7 @@ void Buffer::Impl::place_sums(const CombineArgs& args, CombineStep& step, Combin
 CombineResult Buffer::Impl::intranode_combine(const CombineArgs& args) {
   require_one_node("intranode_combine");
   return collective("intranode_combine", [&] {
-    auto job = std::make_shared<CombineJob>();
-    job->args = args;
+    auto job = make_recycled<CombineJob>(args);
     intranode::CombineParams& params = job->params;
     params.call = make_call("intranode_combine", args.config);
     params.call.record = validate_combine(args, bootstrap_->size(), options_.device);
@@ -75,7 +74,7 @@ CombineResult Buffer::Impl::intranode_combine(const CombineArgs& args) {
                                       intranode::cached_notify_combine(*backend_, job->params);
                                       intranode::combine(*backend_, job->params);
                                     }));
-    return result;
+    return take_result(job);
   });
 }
 

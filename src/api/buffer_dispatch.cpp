@@ -21,8 +21,7 @@ int num_channels(const Config& config) { return std::clamp(config.num_sms / 2, 1
 std::shared_ptr<Buffer::Impl::DispatchJob> Buffer::Impl::make_dispatch(const char* operation,
                                                                        const DispatchArgs& given) {
   const int num_ranks = bootstrap_->size();
-  auto job = std::make_shared<DispatchJob>();
-  job->args = given;
+  auto job = make_recycled<DispatchJob>(given);
   const DispatchArgs& args = job->args;
   if (args.num_experts != 0 && !args.prepared) {
     validate_num_experts(args);
@@ -245,7 +244,7 @@ DispatchResult Buffer::Impl::intranode_dispatch(const DispatchArgs& args) {
         // Memory of a caller's allocator may have been in use on the
         // caller's stream since the first part began.
         counted && !options_.allocator ? Backend::Part::kEnd : Backend::Part::kWhole);
-    return result;
+    return take_result(job);
   });
 }
 

@@ -8,10 +8,12 @@
 #include <new>
 #include <optional>
 #include <string>
+#include <utility>
 
 #include "api/operation_log.hpp"
 #include "backend/backend.hpp"
 #include "base/nvtx.hpp"
+#include "base/recycled.hpp"
 #include "deep_ep/buffer.hpp"
 
 namespace deep_ep {
@@ -128,6 +130,14 @@ class __attribute__((visibility("hidden"))) Buffer::Impl {  // a member of an ex
   template <class Job>
   EventHandle submit_low_latency(LowLatencyCalls& calls, const std::shared_ptr<Job>& job,
                                  std::function<void()>& hook);
+
+  /// What a call returns. Its job has it too, for the stages, unless none is left that holds the
+  /// job: then it is moved, since a copy counts up every owner of memory.
+  template <class Job>
+  static auto take_result(const std::shared_ptr<Job>& job) {
+    if (job.use_count() == 1) return std::move(job->result);
+    return job->result;
+  }
 
   /// Topology and transport, from every rank's unique id.
   void find_nodes(const std::vector<std::string>& ids);

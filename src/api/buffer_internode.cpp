@@ -30,8 +30,7 @@ internode::Routing routing_of(const InternodeHandle& handle) {
 
 std::shared_ptr<Buffer::Impl::InternodeDispatchJob> Buffer::Impl::make_internode_dispatch(
     const char* operation, const DispatchArgs& given) {
-  auto job = std::make_shared<InternodeDispatchJob>();
-  job->args = given;
+  auto job = make_recycled<InternodeDispatchJob>(given);
   const DispatchArgs& args = job->args;
   if (args.num_experts != 0 && !args.prepared) {
     validate_num_experts(args);
@@ -188,7 +187,7 @@ DispatchResult Buffer::Impl::internode_dispatch(const DispatchArgs& args) {
                 if (job->args.group_rows) intranode::group_rows(*backend_, job->group);
               }),
         counted && !options_.allocator ? Backend::Part::kEnd : Backend::Part::kWhole);
-    return result;
+    return take_result(job);
   });
 }
 
@@ -198,8 +197,7 @@ CombineResult Buffer::Impl::internode_combine(const CombineArgs& args) {
                 "internode_combine: all ranks are of one node, use combine or intranode_combine");
   }
   return collective("internode_combine", [&] {
-    auto job = std::make_shared<InternodeCombineJob>();
-    job->args = args;
+    auto job = make_recycled<InternodeCombineJob>(args);
     internode::CombineParams& params = job->params;
     params.call = make_call("internode_combine", args.config);
     params.call.record = validate_internode_combine(args, topology_, options_.device);
@@ -217,7 +215,7 @@ CombineResult Buffer::Impl::internode_combine(const CombineArgs& args) {
                                            internode::cached_notify(*backend_, job->params);
                                            internode::combine(*backend_, job->params);
                                          }));
-    return job->result;
+    return take_result(job);
   });
 }
 

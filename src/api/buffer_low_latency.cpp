@@ -13,6 +13,8 @@ using internode_ll::Phases;
 
 /// One dispatch, kept alive by its hook.
 struct Buffer::Impl::LowLatencyDispatchJob {
+  explicit LowLatencyDispatchJob(const LowLatencyDispatchArgs& given) : args(given) {}
+
   LowLatencyDispatchArgs args;
   internode_ll::DispatchParams params;
   std::uint64_t number = 0;  // in the log
@@ -21,6 +23,8 @@ struct Buffer::Impl::LowLatencyDispatchJob {
 };
 
 struct Buffer::Impl::LowLatencyCombineJob {
+  explicit LowLatencyCombineJob(const LowLatencyCombineArgs& given) : args(given) {}
+
   LowLatencyCombineArgs args;
   internode_ll::CombineParams params;
   std::uint64_t number = 0;
@@ -136,8 +140,7 @@ LowLatencyDispatchResult Buffer::Impl::low_latency_dispatch(const LowLatencyDisp
   constexpr const char* kOperation = "low_latency_dispatch";
   LowLatencyCalls& calls = low_latency_dispatches_;
   return low_latency(kOperation, calls, [&] {
-    auto job = std::make_shared<LowLatencyDispatchJob>();
-    job->args = args;
+    auto job = make_recycled<LowLatencyDispatchJob>(args);
     const LowLatencyDispatchShape shape =
         validate_dispatch(args, bootstrap_->size(), options_.device);
     require_fit(shape.shape, plan::LowLatencyKind::kDispatch, options_.num_rdma_bytes);
@@ -161,11 +164,12 @@ LowLatencyDispatchResult Buffer::Impl::low_latency_dispatch(const LowLatencyDisp
     for (const auto& [view, tensor] : outputs) {
       if (view->defined() && view->data == nullptr) missing.push_back(*view);
     }
-    const std::vector<Tensor> made = allocate_private(std::move(missing), args.options);
+    std::vector<Tensor> made = allocate_private(std::move(missing), args.options);
     std::size_t next = 0;
-    if (args.return_recv_hook) job->ticket = made[next++];
+    if (args.return_recv_hook) job->ticket = std::move(made[next++]);
     for (const auto& [view, tensor] : outputs) {
-      if (view->defined()) *tensor = view->data == nullptr ? made[next++] : Tensor(*view);
+      if (view->defined())
+        *tensor = view->data == nullptr ? std::move(made[next++]) : Tensor(*view);
     }
     result.handle.num_max_dispatch_tokens_per_rank = args.num_max_dispatch_tokens_per_rank;
     result.handle.hidden = args.x.shape[1];
@@ -175,7 +179,7 @@ LowLatencyDispatchResult Buffer::Impl::low_latency_dispatch(const LowLatencyDisp
     fill_params(*job, shape);
     std::function<void()> hook;
     result.event = submit_low_latency(calls, job, hook);
-    LowLatencyDispatchResult returned = result;
+    LowLatencyDispatchResult returned = take_result(job);
     returned.recv_hook = std::move(hook);
     return returned;
   });
@@ -186,8 +190,7 @@ LowLatencyCombineResult Buffer::Impl::low_latency_combine(const LowLatencyCombin
   constexpr const char* kOperation = "low_latency_combine";
   LowLatencyCalls& calls = low_latency_combines_;
   return low_latency(kOperation, calls, [&] {
-    auto job = std::make_shared<LowLatencyCombineJob>();
-    job->args = args;
+    auto job = make_recycled<LowLatencyCombineJob>(args);
     const LowLatencyCombineShape shape =
         validate_combine(args, bootstrap_->size(), options_.device);
     require_fit(shape.shape, plan::LowLatencyKind::kCombine, options_.num_rdma_bytes);
@@ -228,7 +231,7 @@ LowLatencyCombineResult Buffer::Impl::low_latency_combine(const LowLatencyCombin
     params.combined_x = result.combined_x.as<std::byte>();
     std::function<void()> hook;
     result.event = submit_low_latency(calls, job, hook);
-    LowLatencyCombineResult returned = result;
+    LowLatencyCombineResult returned = take_result(job);
     returned.recv_hook = std::move(hook);
     return returned;
   });

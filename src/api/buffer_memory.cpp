@@ -28,14 +28,16 @@ std::vector<Tensor> Buffer::Impl::allocate(std::vector<TensorView> views,
                                            const CallOptions& options) {
   if (views.empty()) return {};
   std::vector<Tensor> given = ask_allocator(views, options);
-  return given.empty() ? backend_->allocate(std::move(views), options.stream) : given;
+  if (!given.empty()) return given;
+  return backend_->allocate(std::move(views), options.stream);
 }
 
 std::vector<Tensor> Buffer::Impl::allocate_private(std::vector<TensorView> views,
                                                    const CallOptions& options) {
   if (views.empty()) return {};
   std::vector<Tensor> given = ask_allocator(views, options);
-  return given.empty() ? backend_->allocate_private(std::move(views), options.stream) : given;
+  if (!given.empty()) return given;
+  return backend_->allocate_private(std::move(views), options.stream);
 }
 
 Backend::Results Buffer::Impl::allocate_results(std::int64_t bytes, const CallOptions& options) {

@@ -12,6 +12,10 @@ namespace deep_ep {
 
 /// One dispatch from validation to its event: everything that its stages use, kept alive by them.
 struct Buffer::Impl::AnyDispatchJob {
+  // Each job has a constructor of its own: without one make_shared fills all of it, which is 10 KB,
+  // with zeros before its members are made.
+  explicit AnyDispatchJob(const DispatchArgs& given) : args(given) {}
+
   DispatchArgs args;
   std::uint64_t number = 0;                       // in the log
   std::optional<internode::LayoutParams> layout;  // if the call has to find it
@@ -23,11 +27,15 @@ struct Buffer::Impl::AnyDispatchJob {
 };
 
 struct Buffer::Impl::DispatchJob : AnyDispatchJob {
+  using AnyDispatchJob::AnyDispatchJob;
+
   intranode::NotifyDispatchParams notify;
   intranode::DispatchParams dispatch;
 };
 
 struct Buffer::Impl::InternodeDispatchJob : AnyDispatchJob {
+  using AnyDispatchJob::AnyDispatchJob;
+
   internode::NotifyDispatchParams notify;
   internode::DispatchParams dispatch;
   std::int64_t num_recv_records = 0;
@@ -35,6 +43,8 @@ struct Buffer::Impl::InternodeDispatchJob : AnyDispatchJob {
 
 /// One combine likewise.
 struct Buffer::Impl::AnyCombineJob {
+  explicit AnyCombineJob(const CombineArgs& given) : args(given) {}
+
   CombineArgs args;
   intranode::ReduceParams reduce;  // if the rows are grouped
   Backend::Results reduced;
@@ -42,10 +52,14 @@ struct Buffer::Impl::AnyCombineJob {
 };
 
 struct Buffer::Impl::CombineJob : AnyCombineJob {
+  using AnyCombineJob::AnyCombineJob;
+
   intranode::CombineParams params;
 };
 
 struct Buffer::Impl::InternodeCombineJob : AnyCombineJob {
+  using AnyCombineJob::AnyCombineJob;
+
   internode::CombineParams params;
 };
 
