@@ -132,10 +132,11 @@ class __attribute__((visibility("hidden"))) Buffer::Impl {  // a member of an ex
                                  std::function<void()>& hook);
 
   /// What a call returns. Its job has it too, for the stages, unless none is left that holds the
-  /// job: then it is moved, since a copy counts up every owner of memory.
+  /// job: then it is moved, since a copy counts up every owner of memory. Not of an asynchronous
+  /// call: its stages may have been another thread's, whose last look a count does not order.
   template <class Job>
   static auto take_result(const std::shared_ptr<Job>& job) {
-    if (job.use_count() == 1) return std::move(job->result);
+    if (!job->args.options.async_finish && job.use_count() == 1) return std::move(job->result);
     return job->result;
   }
 
