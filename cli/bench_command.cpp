@@ -14,6 +14,7 @@
 #include "machine.hpp"
 #include "names.hpp"
 #include "nodes.hpp"
+#include "put_rates.hpp"
 #include "ranks.hpp"
 #include "report.hpp"
 
@@ -128,8 +129,14 @@ int run_sweep(const std::shared_ptr<Bootstrap>& bootstrap, Options options) {
   if (first) {
     print_bench_header(options.command, bootstrap->size(), options.settings, buffer.transport());
   }
+  std::optional<PutRates> puts;
+  if (options.nodes && options.backend == "cuda") {
+    puts = measure_put_rates(buffer, *bootstrap, options.settings.ranks_per_node, options.num_sms);
+    if (first) print_put_rates(*puts);
+  }
+  const PutRates* beside = puts ? &*puts : nullptr;
   nlohmann::ordered_json results = nlohmann::ordered_json::array();
-  std::int64_t wrong = 0;
+  std::int64_t wrong = puts ? puts->wrong_words() : 0;
   for (std::size_t i = 0; i < shapes.size(); ++i) {
     if (first) print_progress(i, shapes.size(), shapes[i]);
     const auto rows = bench_intranode(buffer, *bootstrap, shapes[i], options.settings);
@@ -137,8 +144,8 @@ int run_sweep(const std::shared_ptr<Bootstrap>& bootstrap, Options options) {
     for (const BenchRow& row : rows) {
       wrong += row.wrong_elements;
       if (!first) continue;
-      print_bench_row(shapes[i], row);
-      results.push_back(bench_row_json(shapes[i], row));
+      print_bench_row(shapes[i], row, beside);
+      results.push_back(bench_row_json(shapes[i], row, beside));
     }
   }
   if (first && !options.json.empty()) {
@@ -149,6 +156,7 @@ int run_sweep(const std::shared_ptr<Bootstrap>& bootstrap, Options options) {
     if (options.backend == "cuda") json["gpus"] = describe_devices(DeviceType::kCuda);
     json["transport"] = buffer.transport();
     json["mapped_bytes"] = buffer.mapped_bytes();
+    if (puts) json["puts"] = put_rates_json(*puts);
     json["results"] = results;
     json["checked"] = options.settings.check;
     json["wrong_elements"] = wrong;

@@ -69,6 +69,7 @@ class Point {
     std::function<void()> call;
     std::function<void(verify::Checks&)> check;
     bool in_graph = false;  // it waits for nothing on the host
+    int crossings = 1;      // of a row
   };
 
   // New rows in the same memory: results that an earlier call left behind would be wrong.
@@ -219,7 +220,7 @@ std::vector<Point::Operation> Point::operations() {
          check_rows(checks);
          check_sums(checks);
        },
-       true},
+       true, 2},
       {"layout_pair", sent + returned,
        [this] {
          find_layout();
@@ -229,7 +230,8 @@ std::vector<Point::Operation> Point::operations() {
        [=](verify::Checks& checks) {
          check_first(checks);
          check_sums(checks);
-       }},
+       },
+       false, 2},
   };
 }
 
@@ -262,11 +264,17 @@ void Point::time(const Operation& operation, int chain, BenchRow& row) {
 
 BenchRow Point::measure(const Operation& operation) {
   BenchRow row{operation.name};
+  const std::int64_t rows = buffer_.network_counts().rows;
   for (int i = 0; i < settings_.warmup; ++i) operation.call();
   for (int i = 0; i < settings_.iterations; ++i) {
     if (settings_.check && i + 1 == settings_.iterations) load(round_ + 1);
     time(operation, settings_.chain, row);
   }
+  // A pair takes rows there and back, of as many bytes on the average as one of its two calls.
+  const auto calls =
+      static_cast<double>(settings_.warmup + std::int64_t{settings_.iterations} * settings_.chain);
+  row.node_bytes = static_cast<double>(buffer_.network_counts().rows - rows) / calls *
+                   operation.bytes_per_row / operation.crossings;
   finish(row, operation);
   return row;
 }

@@ -13,7 +13,7 @@ nlohmann::json encode(const std::vector<BenchRow>& rows) {
   nlohmann::json json = nlohmann::json::array();
   for (const BenchRow& row : rows)
     json.push_back({row.times_us, row.logical_bytes, row.wire_bytes, row.checked_elements,
-                    row.wrong_elements, row.first_mismatch, row.host_us});
+                    row.wrong_elements, row.first_mismatch, row.host_us, row.node_bytes});
   return json;
 }
 
@@ -34,6 +34,7 @@ std::vector<BenchRow> merge_rows(Bootstrap& bootstrap, std::vector<BenchRow> row
       host_times.push_back(part.at(6));
       sum.logical_bytes += part.at(1).get<double>() / count;
       sum.wire_bytes += part.at(2).get<double>() / count;
+      sum.node_bytes += part.at(7).get<double>() / count;
       sum.checked_elements += part.at(3).get<std::int64_t>();
       sum.wrong_elements += part.at(4).get<std::int64_t>();
       const auto mismatch = part.at(5).get<std::string>();

@@ -15,6 +15,7 @@ struct BenchRow {
   std::vector<double> host_us{};  ///< on GPUs: until the calls were queued
   double logical_bytes = 0;       ///< received payload (x, scales), mean of the ranks
   double wire_bytes = 0;          ///< without the rows that a rank sends to itself
+  double node_bytes = 0;          ///< to other nodes, over the network or what stands for it
   std::int64_t checked_elements = 0;
   std::int64_t wrong_elements = 0;
   std::string first_mismatch{};

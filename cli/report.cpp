@@ -14,6 +14,12 @@ namespace {
 
 double gigabytes_per_second(double bytes, double us) { return us > 0 ? bytes / us / 1e3 : 0; }
 
+/// What a row has of the rate of puts.
+double share_of(const BenchRow& row, const PutRate& puts) {
+  return gigabytes_per_second(row.node_bytes, summarize(row.times_us).median) * 1e9 /
+         puts.bytes_per_second;
+}
+
 }  // namespace
 
 void print_bench_header(const std::string& command, int ranks, const BenchSettings& settings,
@@ -36,16 +42,21 @@ void print_bench_header(const std::string& command, int ranks, const BenchSettin
       "min us", "logical", "wire", "wrong");
 }
 
-void print_bench_row(const BenchShape& shape, const BenchRow& row) {
+void print_bench_row(const BenchShape& shape, const BenchRow& row, const PutRates* puts) {
   const Summary times = summarize(row.times_us);
   fmt::print(
       " {:>8} {:>7} {:>5} {:>8} {:>6} {:>4}  {:<19} {:>11.1f} {:>11.1f} {:>11.1f} {:>9.2f} "
-      "{:>9.2f} {:>8}\n",
+      "{:>9.2f} {:>8}{}\n",
       shape.tokens, shape.hidden, shape.topk, shape.experts, short_name(shape.dtype), shape.num_sms,
       row.operation, times.median, times.p99, times.min,
       gigabytes_per_second(row.logical_bytes, times.median),
       gigabytes_per_second(row.wire_bytes, times.median),
-      row.checked_elements == 0 ? std::string("-") : std::to_string(row.wrong_elements));
+      row.checked_elements == 0 ? std::string("-") : std::to_string(row.wrong_elements),
+      puts == nullptr || row.node_bytes == 0
+          ? std::string()
+          : fmt::format("  {:.3f} of puts by as many SMs, {:.3f} by {}",
+                        share_of(row, puts->by_sms.at(shape.num_sms)), share_of(row, puts->all),
+                        puts->all.num_sms));
   if (!row.first_mismatch.empty()) fmt::print("   first wrong: {}\n", row.first_mismatch);
   std::fflush(stdout);
 }
@@ -67,7 +78,8 @@ void add_checks(const BenchRow& row, nlohmann::ordered_json& json) {
   json["wrong_elements"] = row.wrong_elements;
 }
 
-nlohmann::ordered_json bench_row_json(const BenchShape& shape, const BenchRow& row) {
+nlohmann::ordered_json bench_row_json(const BenchShape& shape, const BenchRow& row,
+                                      const PutRates* puts) {
   const double median = summarize(row.times_us).median;
   nlohmann::ordered_json json;
   json["tokens"] = shape.tokens;
@@ -79,6 +91,13 @@ nlohmann::ordered_json bench_row_json(const BenchShape& shape, const BenchRow& r
   add_times(row, json);
   json["logical_gbps"] = gigabytes_per_second(row.logical_bytes, median);
   json["wire_gbps"] = gigabytes_per_second(row.wire_bytes, median);
+  if (puts != nullptr && row.node_bytes > 0) {
+    json["node_gbps"] = gigabytes_per_second(row.node_bytes, median);
+    json["put_gbps"] = puts->by_sms.at(shape.num_sms).bytes_per_second / 1e9;
+    json["node_vs_put"] = share_of(row, puts->by_sms.at(shape.num_sms));
+    json["put_gbps_all_sms"] = puts->all.bytes_per_second / 1e9;
+    json["node_vs_put_all_sms"] = share_of(row, puts->all);
+  }
   add_checks(row, json);
   return json;
 }

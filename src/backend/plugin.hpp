@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "backend/backend.hpp"
+#include "backend/put_rate.hpp"
 #include "base/event_state.hpp"
 
 namespace deep_ep {
@@ -38,6 +39,9 @@ class CudaParts {
   virtual int num_devices() = 0;
   /// Why GPUs of several nodes cannot be used; empty if they can. Loads NVSHMEM.
   virtual std::string why_no_nvshmem() = 0;
+  /// Collective: what puts of NVSHMEM reach between the ranks of a Buffer over several nodes, whose
+  /// GPU is `device`. What came is compared with what was put. Nothing else may run there.
+  virtual PutRate measure_puts(Bootstrap& bootstrap, int device, const PutPlan& plan) = 0;
   /// A line for each GPU and for each pair of them.
   virtual std::vector<std::string> describe() = 0;
 };

@@ -44,6 +44,9 @@ BUDGETS_OF_NVSHMEM = {
     "internode/tell": (64, 512),
     "internode_ll_nodes/dispatch": (168, 512),  # 256 threads
     "internode_ll_nodes/combine": (224, 512),  # 256 threads
+    "nvshmem/fill_words": (64, 512),  # 512 threads, as those that follow
+    "nvshmem/put_words": (64, 512),
+    "nvshmem/compare_words": (64, 512),
 }
 if WITH_NVSHMEM:
     BUDGETS |= BUDGETS_OF_NVSHMEM
@@ -72,7 +75,7 @@ def demangle(name):
 
 
 def compile_source(source):
-    linked = source.parent.name in ("internode", "internode_ll_nodes")
+    linked = source.parent.name in ("internode", "internode_ll_nodes", "nvshmem")
     if linked and not WITH_NVSHMEM:
         return []
     with tempfile.TemporaryDirectory() as folder:

@@ -60,27 +60,11 @@ __global__ void exchange(std::byte* base, int rank, int ranks, std::int64_t byte
   if (threadIdx.x == 0) report->ns = cuda::globaltimer() - begin;
 }
 
-__global__ void puts(std::byte* to, const std::byte* from, std::int64_t bytes, int rank,
-                     int rounds) {
-  const std::int64_t share = bytes / gridDim.x;
-  const std::int64_t begin = blockIdx.x * share;
-  for (int round = 0; round < rounds; ++round)
-    nvshmemx_putmem_nbi_block(to + begin, from + begin, static_cast<std::size_t>(share), rank);
-  __syncthreads();
-  if (threadIdx.x == 0) nvshmem_quiet();
-}
-
 }  // namespace
 
 cudaError_t launch_exchange(std::byte* base, int rank, int ranks, std::int64_t bytes,
                             std::uint64_t first, int rounds, ExchangeReport* report) {
   exchange<<<1, kThreads>>>(base, rank, ranks, bytes, first, rounds, report);
-  return cudaGetLastError();
-}
-
-cudaError_t launch_puts(std::byte* to, const std::byte* from, std::int64_t bytes, int rank,
-                        int blocks, int rounds) {
-  puts<<<blocks, 512>>>(to, from, bytes, rank, rounds);
   return cudaGetLastError();
 }
 

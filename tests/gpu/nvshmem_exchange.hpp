@@ -27,9 +27,4 @@ struct ExchangeReport {
 cudaError_t launch_exchange(std::byte* base, int rank, int ranks, std::int64_t bytes,
                             std::uint64_t first, int rounds, ExchangeReport* report);
 
-/// `rounds` times `bytes` bytes, a multiple of 16 for each block, from `from` to `to` in the heap
-/// of rank `rank`, by puts of `blocks` blocks; ends when they are complete.
-cudaError_t launch_puts(std::byte* to, const std::byte* from, std::int64_t bytes, int rank,
-                        int blocks, int rounds);
-
 }  // namespace deep_ep::test

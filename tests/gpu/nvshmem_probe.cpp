@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "backend/cuda/check.hpp"
+#include "backend/cuda/nvshmem/puts.hpp"
 #include "backend/cuda/nvshmem/world.hpp"
 #include "deep_ep/deep_ep.hpp"
 #include "gpu/nvshmem_exchange.hpp"
@@ -45,40 +46,18 @@ int run_exchanges(Bootstrap& bootstrap, std::byte* base) {
   return bad;
 }
 
-/// What a dispatch between nodes can be measured by: puts of large pieces to the next rank, of all
-/// ranks at once.
-void measure_puts(Bootstrap& bootstrap, int device) {
-  constexpr int kRounds = 20;
-  constexpr std::int64_t kShare = 1 << 20;  // of a block
-  int sms = 0;
-  cuda::check(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device),
-              "cudaDeviceGetAttribute");
-  const auto heap = cuda::nvshmem::World::instance().allocate(bootstrap, device, 2 * sms * kShare);
-  cudaEvent_t begin = nullptr;
-  cudaEvent_t end = nullptr;
-  cuda::check(cudaEventCreate(&begin), "cudaEventCreate");
-  cuda::check(cudaEventCreate(&end), "cudaEventCreate");
-  const int next = (bootstrap.rank() + 1) % bootstrap.size();
-  for (const int blocks : {20, sms}) {
-    const std::int64_t bytes = blocks * kShare;
-    float ms = 0;
-    for (int turn = 0; turn < 2; ++turn) {  // the first to warm up
-      bootstrap.barrier();
-      cuda::check(cudaEventRecord(begin), "cudaEventRecord");
-      cuda::check(
-          launch_puts(heap->base(), heap->base() + sms * kShare, bytes, next, blocks, kRounds),
-          "launch of puts");
-      cuda::check(cudaEventRecord(end), "cudaEventRecord");
-      cuda::check(cudaEventSynchronize(end), "puts");
-      cuda::check(cudaEventElapsedTime(&ms, begin, end), "cudaEventElapsedTime");
-    }
-    std::printf("rank %d: puts of %lld KiB by %d blocks: %.1f GB/s\n", bootstrap.rank(),
-                static_cast<long long>(kShare >> 10), blocks,
-                static_cast<double>(bytes) * kRounds / ms / 1e6);
+/// What calls between nodes are measured by; the words that came wrong.
+std::int64_t measure_puts(Bootstrap& bootstrap, int device) {
+  std::int64_t wrong = 0;
+  for (const int num_sms : {20, 0}) {
+    const PutRate rate = cuda::nvshmem::measure_puts(bootstrap, device, {num_sms, 1});
+    std::printf("rank %d: puts of %lld KiB by %d blocks: %.1f GB/s, %lld of %lld words wrong\n",
+                bootstrap.rank(), static_cast<long long>(rate.put_bytes >> 10), rate.num_sms,
+                rate.bytes_per_second / 1e9, static_cast<long long>(rate.wrong_words),
+                static_cast<long long>(rate.checked_words));
+    wrong += rate.wrong_words;
   }
-  bootstrap.barrier();
-  cuda::check(cudaEventDestroy(begin), "cudaEventDestroy");
-  cuda::check(cudaEventDestroy(end), "cudaEventDestroy");
+  return wrong;
 }
 
 constexpr int kSkipped = 77;
@@ -108,7 +87,7 @@ int play(const std::shared_ptr<Bootstrap>& bootstrap) {
               again->base() == second ? "used again" : "NOT used again");
   bad += again->base() == second ? 0 : 1;
   bad += run_exchanges(*bootstrap, again->base());
-  measure_puts(*bootstrap, device);
+  bad += measure_puts(*bootstrap, device) == 0 ? 0 : 1;
   before.barrier();
   Buffer after(bootstrap, options);
   after.barrier();

@@ -65,7 +65,6 @@ internode::ItemShape make_item(std::int64_t head_bytes, std::int64_t x_bytes,
 
 Internode::Internode(Context& context, const BackendOptions& options) : context_(context) {
   shape_.topology = options.topology;
-  puts_only_ = env::nvshmem_puts_only();
   low_latency_bytes_ = options.low_latency_bytes;
 }
 
@@ -106,15 +105,27 @@ void Internode::alloc(Bootstrap& bootstrap, std::int64_t bytes) {
 void Internode::find_mapped(Bootstrap& bootstrap) {
   const plan::Topology& topology = shape_.topology;
   const int self = context_.global_rank();
+  const bool puts_only = env::nvshmem_puts_only();
   std::string mine;
   for (int rank = 0; rank < topology.num_ranks; ++rank) {
-    const bool near = topology.node_of(rank) == topology.node_of(self) || !puts_only_;
+    const bool near = topology.node_of(rank) == topology.node_of(self) || !puts_only;
     mapped_.push_back(near ? heap_->mapped(rank) : nullptr);
     mine += mapped_.back() != nullptr ? '1' : '0';
   }
   const std::vector<std::string> all = bootstrap.all_gather(mine);
   for (int rank = 0; rank < topology.num_ranks; ++rank)
     if (all[rank][self] != '1') mapped_[rank] = nullptr;
+  const internode::Rails own = rails({});
+  std::vector<std::byte*> peers;
+  for (int peer = 0; peer < shape_.num_peers(); ++peer)
+    peers.push_back(mapped_[own.rank_of_peer(peer)]);
+  fabric::together(bootstrap, [&] {
+    const DeviceGuard guard(context_.device());
+    check(cudaMemcpyAsync(own.state.mapped, peers.data(), peers.size() * sizeof peers[0],
+                          cudaMemcpyHostToDevice, context_.comm_stream()),
+          "copy of addresses");
+    context_.synchronize();
+  });
 }
 
 Comm Internode::comm_of_all(const Call& call) const {
@@ -167,7 +178,6 @@ NetworkCounts Internode::counts() const {
 internode::Rails Internode::rails(const Call& call) const {
   internode::Rails rails;
   rails.lanes = shape_.lanes_of_call(std::max(1, sms_of(context_, call)) * internode::kRoleWarps);
-  rails.puts_only = puts_only_;
   rails.timeout_ns = std::chrono::nanoseconds(call.timeout).count();
   rails.shape = shape_;
   rails.node = shape_.topology.node_of(context_.global_rank());

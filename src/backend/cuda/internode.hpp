@@ -75,7 +75,6 @@ class Internode {
 
   Context& context_;
   nvshmem::NvshmemParts* parts_ = nullptr;
-  bool puts_only_ = false;
   internode::RailShape shape_;
   std::int64_t low_latency_bytes_ = 0;
   std::unique_ptr<nvshmem::Heap> heap_;

@@ -100,6 +100,10 @@ class Parts final : public CudaParts {
     }
   }
 
+  PutRate measure_puts(Bootstrap& bootstrap, int device, const PutPlan& plan) override {
+    return cuda::nvshmem_parts().measure_puts(bootstrap, device, plan);
+  }
+
   int num_devices() override {
     int count = 0;
     if (cudaGetDeviceCount(&count) != cudaSuccess) count = 0;

@@ -41,34 +41,6 @@ struct DeviceWaiter {
   static constexpr std::int64_t kLookAfterNs = 200'000;
 };
 
-/// What a thread reports: fill in, then raise().
-struct Report {
-  Finding finding = Finding::kText;
-  std::uint32_t code = 0;  // ErrorCode
-  std::int64_t values[4] = {0, 0, 0, 0};
-  int rank = -1;  // to blame, counted over all nodes
-};
-
-/// Writes the report into every rank's fault record that has none yet. Any thread.
-__device__ __noinline__ inline void raise(const Comm& comm, const Report& report) {
-  const std::uint64_t epoch = comm.local->epoch + 1;
-  for (int i = 0; i < comm.num_ranks; ++i) {
-    protocol::FaultRecord& record =
-        *comm.control((comm.rank + i) % comm.num_ranks).block.fault;  // this rank's first
-    if (!record.claim()) continue;
-    record.code = report.code;
-    record.origin = comm.global_rank(comm.rank);
-    record.num_ranks = report.rank < 0 ? 0 : 1;
-    record.ranks[0] = report.rank;
-    record.finding = report.finding;
-    record.operation = static_cast<std::uint32_t>(comm.record.kind);
-    record.epoch = epoch;
-    for (int v = 0; v < 4; ++v) record.values[v] = report.values[v];
-    record.text[0] = '\0';
-    record.publish();
-  }
-}
-
 // ErrorCode's values, which nvcc need not see the exceptions for; checked in faults.cpp.
 constexpr std::uint32_t kInvalidArgumentCode = 1;
 constexpr std::uint32_t kDisagreementCode = 2;
@@ -76,34 +48,48 @@ constexpr std::uint32_t kTimeoutCode = 3;
 constexpr std::uint32_t kPeerFailedCode = 4;
 constexpr std::uint32_t kCapacityCode = 6;
 
-/// Reports a value that is not allowed, with the numbers of its Finding.
+/// Writes a report into every rank's fault record that has none yet: `code` is the ErrorCode,
+/// `rank` the one to blame, counted over all nodes, or -1, and a to d are the numbers of the
+/// Finding. Any thread.
+__device__ __noinline__ inline void raise(const Comm& comm, Finding finding, std::uint32_t code,
+                                          int rank, std::int64_t a, std::int64_t b = 0,
+                                          std::int64_t c = 0, std::int64_t d = 0) {
+  const std::uint64_t epoch = comm.local->epoch + 1;
+  for (int i = 0; i < comm.num_ranks; ++i) {
+    protocol::FaultRecord& record =
+        *comm.control((comm.rank + i) % comm.num_ranks).block.fault;  // this rank's first
+    if (!record.claim()) continue;
+    record.code = code;
+    record.origin = comm.global_rank(comm.rank);
+    record.num_ranks = rank < 0 ? 0 : 1;
+    record.ranks[0] = rank;
+    record.finding = finding;
+    record.operation = static_cast<std::uint32_t>(comm.record.kind);
+    record.epoch = epoch;
+    record.values[0] = a;
+    record.values[1] = b;
+    record.values[2] = c;
+    record.values[3] = d;
+    record.text[0] = '\0';
+    record.publish();
+  }
+}
+
+/// Reports a value that is not allowed, with the numbers of its Finding. Not inlined: a call takes
+/// fewer registers than one of raise().
 __device__ __noinline__ inline void raise_invalid(const Comm& comm, Finding finding, std::int64_t a,
                                                   std::int64_t b = 0, std::int64_t c = 0,
                                                   std::int64_t d = 0) {
-  Report report;
-  report.finding = finding;
-  report.code = kInvalidArgumentCode;
-  report.values[0] = a;
-  report.values[1] = b;
-  report.values[2] = c;
-  report.values[3] = d;
-  raise(comm, report);
+  raise(comm, finding, kInvalidArgumentCode, -1, a, b, c, d);
 }
 
 /// What a wait for `rank`, counted over all nodes, that did not end well has to tell. `gone`: as
 /// the helper thread saw it, or 0.
-__device__ __noinline__ inline void raise_missing(const Comm& comm, int rank, std::uint32_t gone,
-                                                  Wait what, std::uint64_t expected,
-                                                  std::uint64_t seen) {
-  Report report;
-  report.finding = gone != 0 ? Finding::kGone : Finding::kTimeout;
-  report.code = gone != 0 ? kPeerFailedCode : kTimeoutCode;
-  report.rank = rank;
-  report.values[0] = static_cast<std::int64_t>(what);
-  report.values[1] = static_cast<std::int64_t>(expected);
-  report.values[2] = static_cast<std::int64_t>(seen);
-  report.values[3] = gone == kGoneOrderly;
-  raise(comm, report);
+__device__ inline void raise_missing(const Comm& comm, int rank, std::uint32_t gone, Wait what,
+                                     std::uint64_t expected, std::uint64_t seen) {
+  raise(comm, gone != 0 ? Finding::kGone : Finding::kTimeout,
+        gone != 0 ? kPeerFailedCode : kTimeoutCode, rank, static_cast<std::int64_t>(what),
+        static_cast<std::int64_t>(expected), static_cast<std::int64_t>(seen), gone == kGoneOrderly);
 }
 
 /// Waits until ready(), for what `rank` does; on failure reports it and returns false. `seen()` is
@@ -127,14 +113,8 @@ __device__ __noinline__ inline void raise_disagreement(const Comm& comm,
                                                        int rank) {
   for (int i = 0; i < protocol::CallRecord::kNumAgreed; ++i) {
     if (mine.agreed(i) == theirs.agreed(i)) continue;
-    Report report;
-    report.finding = Finding::kDisagreement;
-    report.code = kDisagreementCode;
-    report.rank = rank;
-    report.values[0] = i;
-    report.values[1] = mine.agreed(i);
-    report.values[2] = theirs.agreed(i);
-    raise(comm, report);
+    raise(comm, Finding::kDisagreement, kDisagreementCode, rank, i, mine.agreed(i),
+          theirs.agreed(i));
     return;
   }
 }

@@ -61,17 +61,10 @@ struct Slots {
       set[i] = __ballot_sync(0xffffffff, at[i] >= 0);
     }
   }
-  __device__ __noinline__ static void report(const DispatchArgs& args, const Arrival& row, int rank,
-                                             std::int64_t came, std::int64_t count) {
-    Report report;
-    report.finding = Finding::kBadArrival;
-    report.code = kPeerFailedCode;
-    report.rank = row.source;
-    report.values[0] = row.record;
-    report.values[1] = rank;
-    report.values[2] = came;
-    report.values[3] = count;
-    raise(args.comm, report);
+  __device__ static void report(const DispatchArgs& args, const Arrival& row, int rank,
+                                std::int64_t came, std::int64_t count) {
+    raise(args.comm, Finding::kBadArrival, kPeerFailedCode, row.source, row.record, rank, came,
+          count);
   }
   /// Calls body(rank, slot) in all lanes, for each rank that has one.
   template <class Body>
@@ -79,16 +72,6 @@ struct Slots {
     for_each_rank(set, at, body);
   }
 };
-
-/// Not inlined, as put_out().
-__device__ __noinline__ inline void report_heads(const Comm& comm, int source, std::int64_t at) {
-  Report report;
-  report.finding = Finding::kOtherHeads;
-  report.code = kDisagreementCode;
-  report.rank = source;
-  report.values[0] = at;
-  raise(comm, report);
-}
 
 /// The forwarder's part of the handle. False, and reported, if the record is none of its source's.
 __device__ inline bool note_record(const DispatchArgs& args, const Blocks& targets,
@@ -111,7 +94,7 @@ __device__ inline bool note_record(const DispatchArgs& args, const Blocks& targe
   }
   if (args.fill_handle && lane_id() == 0) args.work.arrived_tokens[at] = row.meta.token;
   if (__all_sync(0xffffffff, same)) return true;
-  if (lane_id() == 0) report_heads(comm, row.source, at);
+  if (lane_id() == 0) raise(comm, Finding::kOtherHeads, kDisagreementCode, row.source, at);
   return false;
 }
 

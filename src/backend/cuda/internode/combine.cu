@@ -61,7 +61,7 @@ __device__ Turn send_sum(const CombineArgs& args, Shared& shared, Stage& stage, 
   const ItemShape& item = args.item;
   const MappedPeers& peers = shared.rails.peers;
   Turn turn;
-  if (!may_put(rails, item, teller, end, turn)) return turn;
+  if (!may_put(rails, peers, item, teller, end, turn)) return turn;
   const std::int64_t record =
       plan::part_of(shared.blocks.records, end.node(rails)).begin + end.record;
   Sources& sources = shared.sources[threadIdx.x / 32];

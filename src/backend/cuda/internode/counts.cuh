@@ -1,5 +1,6 @@
 #pragma once
 
+#include "backend/cuda/device/sum_up.cuh"
 #include "backend/cuda/device/waiting.cuh"
 #include "backend/cuda/internode/rail.cuh"
 
@@ -59,52 +60,20 @@ class Told {
 };
 
 /// Reports a part of a handle that does not fit what the ranks send.
-__device__ __noinline__ inline void require_same(const NotifyArgs& args, int tensor, int i,
-                                                 std::int32_t mine, std::int64_t theirs,
-                                                 int source) {
-  if (mine == theirs) return;
-  Report report;
-  report.finding = Finding::kOtherHandle;
-  report.code = kDisagreementCode;
-  report.rank = source;
-  report.values[0] = tensor;
-  report.values[1] = i;
-  report.values[2] = mine;
-  report.values[3] = theirs;
-  raise(args.comm, report);
+__device__ inline void require_same(const NotifyArgs& args, int tensor, int i, std::int32_t mine,
+                                    std::int64_t theirs, int source) {
+  if (mine != theirs)
+    raise(args.comm, Finding::kOtherHandle, kDisagreementCode, source, tensor, i, mine, theirs);
 }
 
-__device__ __noinline__ inline void raise_capacity(const NotifyArgs& args, std::int64_t rows,
-                                                   std::int64_t records) {
-  Report report;
-  report.finding = Finding::kNodeCapacity;
-  report.code = kCapacityCode;
-  report.rank = args.rails.rank();
-  report.values[0] = rows;
-  report.values[1] = records;
-  report.values[2] = args.max_rows;
-  raise(args.comm, report);
-}
-
-/// By a warp: value(i) of i < count, summed up to each i; body(i, sum) for each, and the whole sum.
-/// False in each lane if a value or a sum is none of a 32-bit count.
+/// By a warp: sum_up() of counts; false in each lane if one, or a sum, is none of 32 bits.
 template <class Value, class Body>
-__device__ bool sum_up(int count, std::int64_t& sum, Value&& value, Body&& body) {
-  sum = 0;
+__device__ bool sum_counts(int count, std::int64_t& sum, Value&& value, Body&& body) {
   bool good = true;
-  for (int base = 0; base < count; base += 32) {
-    const int i = base + lane_id();
-    const std::int64_t mine = i < count ? value(i) : 0;
-    std::int64_t upto = mine;
-    for (int step = 1; step < 32; step *= 2) {
-      const std::int64_t before = __shfl_up_sync(0xffffffff, upto, step);
-      if (lane_id() >= step) upto += before;
-    }
-    upto += sum;
-    good = good && mine >= 0 && upto <= INT32_MAX;
-    if (i < count) body(i, upto);
-    sum = __shfl_sync(0xffffffff, upto, 31);
-  }
+  sum = sum_up(count, value, [&](int i, std::int64_t own, std::int64_t upto) {
+    good = good && own >= 0 && upto <= INT32_MAX;
+    body(i, upto);
+  });
   return __all_sync(0xffffffff, good) != 0;
 }
 
@@ -115,7 +84,7 @@ __device__ inline void read_rows(const NotifyArgs& args, const Told& told, int t
   const bool own = to == args.comm.rank;
   std::int32_t* own_sums = args.routing.recv_gbl_rank_prefix_sum;
   std::int64_t rows = 0;
-  const bool good = sum_up(
+  const bool good = sum_counts(
       all, rows, [&](int source) { return told.rows(source, to); },
       [&](int source, std::int64_t sum) {
         rails.state.prefix[to * all + source] = static_cast<std::int32_t>(sum);
@@ -137,7 +106,7 @@ __device__ inline void read_records(const NotifyArgs& args, const Told& told) {
   const plan::Topology& topology = rails.shape.topology;
   std::int32_t* own_sums = args.routing.recv_rdma_rank_prefix_sum;
   std::int64_t records = 0;
-  const bool good = sum_up(
+  const bool good = sum_counts(
       topology.num_nodes(), records, [&](int node) { return told.records(node); },
       [&](int node, std::int64_t sum) {
         rails.state.records[node] = static_cast<std::int32_t>(sum);
@@ -170,7 +139,9 @@ __device__ inline void read_counts(const NotifyArgs& args, const Told& told, std
   if (threadIdx.x != 0 || args.max_rows == 0) return;
   const std::int64_t rows = rails.state.prefix[(args.comm.rank + 1) * topology.num_ranks - 1];
   const std::int64_t records = rails.state.records[topology.num_nodes() - 1];
-  if (rows > args.max_rows || records > args.max_rows) raise_capacity(args, rows, records);
+  if (rows > args.max_rows || records > args.max_rows)
+    raise(args.comm, Finding::kNodeCapacity, kCapacityCode, args.rails.rank(), rows, records,
+          args.max_rows);
 }
 
 }  // namespace deep_ep::cuda::internode

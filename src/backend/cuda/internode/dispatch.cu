@@ -116,7 +116,7 @@ __device__ Turn send_item(const DispatchArgs& args, const MappedPeers& peers, St
   const Rails& rails = args.rails;
   const ItemShape& item = args.item;
   Turn turn;
-  if (!may_put(rails, item, teller, end, turn)) return turn;
+  if (!may_put(rails, peers, item, teller, end, turn)) return turn;
   const std::int64_t token =
       args.work.record_tokens[end.node(rails) * args.comm.record.num_tokens + end.record];
   const std::byte* x = args.x + token * args.format.x_bytes + item.x_begin(end.piece);

@@ -24,19 +24,14 @@ __device__ __noinline__ inline bool reached(std::uint64_t* word, std::uint64_t v
   return true;
 }
 
-/// Where the pieces of rail peers are mapped here, in shared memory: NVSHMEM takes two loads to say
-/// so. Memory that is not mapped is put to.
+/// Where the pieces of rail peers are mapped here, in shared memory. What is not mapped is put to.
 class MappedPeers {
  public:
   /// By all threads of a block, ahead of a barrier.
   __device__ void find(const Rails& rails) {
-    auto* own = reinterpret_cast<std::byte*>(rails.block.left);
-    if (threadIdx.x == 0) own_ = own;
-    for (int i = threadIdx.x; i < rails.shape.num_peers(); i += blockDim.x) {
-      pieces_[i] = rails.puts_only
-                       ? nullptr
-                       : static_cast<std::byte*>(nvshmem_ptr(own, rails.rank_of_peer(i)));
-    }
+    if (threadIdx.x == 0) own_ = reinterpret_cast<std::byte*>(rails.block.left);
+    for (int i = threadIdx.x; i < rails.shape.num_peers(); i += blockDim.x)
+      pieces_[i] = rails.state.mapped[i];
   }
   __device__ bool maps(int peer) const { return pieces_[peer] != nullptr; }
   /// By a thread: what it has put may be written again, if there are peers to put to.
@@ -59,6 +54,14 @@ class MappedPeers {
     // post_rails().
     if (maps(peer)) return protocol::load_acquire(word) >= value;
     return reached(word, value);
+  }
+  /// By a thread: what a peer has counted of this rank's items; acquire.
+  __device__ std::uint64_t fetch_from(int peer, std::uint64_t* word) const {
+    // acquire: pairs with the release in tell_all() of the peer.
+    if (maps(peer)) return protocol::load_acquire(word);
+    const std::uint64_t value = nvshmem_signal_fetch(word);
+    fence_acq_rel_sys();
+    return value;
   }
 
  private:

@@ -132,6 +132,7 @@ struct RailState {
   std::uint64_t* told_fault;  // [1] 1: the other nodes know of this rank's fault
   SentCounts* sent_counts;    // [1] of the calls that have ended
   Ring* rings;                // [rings]
+  std::byte** mapped;         // [peers] RailBlock of each as mapped here; null: it is put to
   std::int32_t* totals;       // [R + nodes] rows for each rank, records for each node
   std::int32_t* prefix;       // [ranks of the node, R] rows from the sources up to each one
   std::int32_t* num_tokens;   // [R] of each source
@@ -147,6 +148,7 @@ struct RailState {
     state.told_fault = carver.take<std::uint64_t>(1);
     state.sent_counts = carver.take<SentCounts>(1);
     state.rings = carver.take<Ring>(shape.num_rings());
+    state.mapped = carver.take<std::byte*>(shape.num_peers());
     state.totals = carver.take<std::int32_t>(ranks + nodes);
     state.prefix = carver.take<std::int32_t>(shape.topology.ranks_per_node * ranks);
     state.num_tokens = carver.take<std::int32_t>(ranks);
@@ -170,7 +172,6 @@ struct Rails {
   int index = 0;                // in it
   std::int64_t timeout_ns = 0;  // of a wait for a rail peer
   int lanes = 1;                // that this rank's tokens of the call are dealt to, of shape's
-  bool puts_only = false;       // peers' memory is not written, also where it is mapped
   RailBlock block;
   RailState state;
 

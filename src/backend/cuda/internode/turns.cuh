@@ -143,20 +143,21 @@ __device__ inline std::int64_t ring_at_peer(const Rails& rails, int lane, int pe
                     RailShape::peer_index(rails.node, RailShape::node_of_peer(peer, rails.node)));
 }
 
-/// By the warp: of `items` items that have been put, those that the receiver has not read. Not
+/// By the warp: of `items` items that have been put to a peer, those that it has not read. Not
 /// inlined, since it takes registers that loops need.
-__device__ __noinline__ inline int unread(std::uint64_t* credits, std::uint64_t items) {
+__device__ __noinline__ inline int unread(const MappedPeers& peers, int peer,
+                                          std::uint64_t* credits, std::uint64_t items) {
   std::uint64_t read = 0;
-  if (threadIdx.x % 32 == 0) read = nvshmem_signal_fetch(credits);
+  if (threadIdx.x % 32 == 0) read = peers.fetch_from(peer, credits);
   return static_cast<int>(items - __shfl_sync(0xffffffff, read, 0));
 }
 
 /// By the warp: false, and what is untold is told, if nothing can be put now. `turn` says why.
-__device__ inline bool may_put(const Rails& rails, const ItemShape& item, Teller& teller,
-                               RingOut& end, Turn& turn) {
+__device__ inline bool may_put(const Rails& rails, const MappedPeers& peers, const ItemShape& item,
+                               Teller& teller, RingOut& end, Turn& turn) {
   turn = Turn::kMoved;
   if (end.left > 0 && end.room > 0) return true;
-  end.room = item.slots - unread(rails.block.credits + end.ring(rails), end.items);
+  end.room = item.slots - unread(peers, end.peer, rails.block.credits + end.ring(rails), end.items);
   if (end.left > 0 && end.room > 0) return true;
   teller.tell_now();
   turn = end.left == 0 && end.room == item.slots ? Turn::kDone : Turn::kStuck;

@@ -14,20 +14,6 @@ struct alignas(16) Addend {
   float weight;
 };
 
-__device__ __noinline__ inline void raise_other_routing(const Comm& comm, int source,
-                                                        std::int32_t token, std::int32_t expert,
-                                                        std::int64_t row, std::int32_t of) {
-  Report report;
-  report.finding = Finding::kOtherRouting;
-  report.code = kInvalidArgumentCode;
-  report.rank = source;
-  report.values[0] = token;
-  report.values[1] = expert;
-  report.values[2] = row;
-  report.values[3] = of;
-  raise(comm, report);
-}
-
 /// What a lane knows of an entry: that `row` of the expert is the token's row, as src_info says.
 struct Claim {
   std::int32_t token = 0;
@@ -39,7 +25,8 @@ struct Claim {
 /// False, and a fault, if it does not hold.
 __device__ inline bool holds(const CombineArgs& args, int source, const Claim& claim) {
   if (claim.of == claim.token) return true;
-  raise_other_routing(args.comm, source, claim.token, claim.expert, claim.row, claim.of);
+  raise(args.comm, Finding::kOtherRouting, kInvalidArgumentCode, source, claim.token, claim.expert,
+        claim.row, claim.of);
   return false;
 }
 

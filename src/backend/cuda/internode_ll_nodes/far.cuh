@@ -196,7 +196,8 @@ __device__ bool count_token(const Puts auto& args, std::int64_t token, std::int3
 }
 __device__ bool holds(const Puts auto& args, int source, const Claim& claim) {
   if (claim.of == claim.token) return true;
-  raise_other_routing(args.nodes.node.comm, source, claim.token, claim.expert, claim.row, claim.of);
+  raise(args.nodes.node.comm, Finding::kOtherRouting, kInvalidArgumentCode, source, claim.token,
+        claim.expert, claim.row, claim.of);
   return false;
 }
 /// By a thread of the warp that has seen the source's packets.

@@ -1,4 +1,5 @@
 #include "backend/cuda/device/launch.cuh"
+#include "backend/cuda/device/sum_up.cuh"
 #include "backend/cuda/device/waiting.cuh"
 #include "backend/cuda/intranode/local.cuh"
 #include "backend/cuda/intranode/steps.hpp"
@@ -99,34 +100,21 @@ __device__ std::int64_t scan_parts(const GroupArgs& args, std::int64_t parts, in
 /// By the first warp of the last block: where each group begins, from its room [L].
 __device__ void place_groups(const GroupArgs& args, const std::int32_t* room) {
   const int experts = args.shape.num_local_experts;
-  std::int64_t begin = 0;
-  for (int base = 0; base < experts; base += 32) {
-    const int expert = base + lane();
-    const std::int64_t own = expert < experts ? room[expert] : 0;
-    std::int64_t sum = own;
-    for (int step = 1; step < 32; step *= 2) {
-      const std::int64_t before = __shfl_up_sync(kAll, sum, step);
-      if (lane() >= step) sum += before;
-    }
-    const std::int64_t at = begin + sum - own;
-    if (expert < experts)
-      args.groups.group_offsets[expert] =
-          at <= args.shape.num_grouped_rows ? static_cast<std::int32_t>(at) : 0;
-    begin += __shfl_sync(kAll, sum, 31);
-  }
+  const std::int64_t begin = sum_up(
+      experts, [&](int expert) { return room[expert]; },
+      [&](int expert, std::int64_t own, std::int64_t upto) {
+        const std::int64_t at = upto - own;
+        args.groups.group_offsets[expert] =
+            at <= args.shape.num_grouped_rows ? static_cast<std::int32_t>(at) : 0;
+      });
   const bool good = begin <= args.shape.num_grouped_rows;
   if (lane() == 0) {
     args.groups.group_offsets[experts] = good ? static_cast<std::int32_t>(begin) : 0;
     fits(args) = good ? 1 : 0;
   }
   if (good || lane() != 0) return;
-  Report report;
-  report.finding = Finding::kGroupCapacity;
-  report.code = kCapacityCode;
-  report.rank = args.comm.global_rank(args.comm.rank);
-  report.values[0] = begin;
-  report.values[1] = args.shape.num_grouped_rows;
-  raise(args.comm, report);
+  raise(args.comm, Finding::kGroupCapacity, kCapacityCode, args.comm.global_rank(args.comm.rank),
+        begin, args.shape.num_grouped_rows);
 }
 
 __global__ void __launch_bounds__(kIndexThreads, 1)

@@ -68,13 +68,8 @@ __device__ void read_counts(const NotifyArgs& args, const protocol::Mailbox& mai
     if (!good) {
       raise_invalid(args.comm, Finding::kTooManyRows, to);
     } else if (to == args.comm.rank && args.max_rows != 0 && sum > args.max_rows) {
-      Report report;
-      report.finding = Finding::kCapacity;
-      report.code = kCapacityCode;
-      report.rank = args.comm.global_rank(to);
-      report.values[0] = sum;
-      report.values[1] = args.max_rows;
-      raise(args.comm, report);
+      raise(args.comm, Finding::kCapacity, kCapacityCode, args.comm.global_rank(to), sum,
+            args.max_rows);
     }
   }
 }

@@ -1,5 +1,6 @@
 #include "backend/cuda/nvshmem/plugin.hpp"
 
+#include "backend/cuda/nvshmem/puts.hpp"
 #include "backend/cuda/nvshmem/world.hpp"
 
 namespace deep_ep::cuda::nvshmem {
@@ -11,6 +12,9 @@ class Parts final : public NvshmemParts {
   std::unique_ptr<Heap> allocate(Bootstrap& bootstrap, int device, std::int64_t bytes) override {
     device_ = device;  // the world's, which has one
     return World::instance().allocate(bootstrap, device, bytes);
+  }
+  PutRate measure_puts(Bootstrap& bootstrap, int device, const PutPlan& plan) override {
+    return nvshmem::measure_puts(bootstrap, device, plan);
   }
   cudaError_t load_kernels() override {
     use_device();

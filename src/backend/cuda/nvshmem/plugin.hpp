@@ -6,6 +6,7 @@
 #include "backend/cuda/internode/steps.hpp"
 #include "backend/cuda/internode_ll_nodes/nodes.hpp"
 #include "backend/cuda/nvshmem/heap.hpp"
+#include "backend/put_rate.hpp"
 #include "deep_ep/bootstrap.hpp"
 
 namespace deep_ep::cuda::nvshmem {
@@ -16,6 +17,9 @@ class NvshmemParts {
   virtual ~NvshmemParts() = default;
   /// Collective; see World::allocate().
   virtual std::unique_ptr<Heap> allocate(Bootstrap& bootstrap, int device, std::int64_t bytes) = 0;
+
+  /// Collective; see CudaParts::measure_puts().
+  virtual PutRate measure_puts(Bootstrap& bootstrap, int device, const PutPlan& plan) = 0;
 
   /// On the current device, behind allocate().
   virtual cudaError_t load_kernels() = 0;
