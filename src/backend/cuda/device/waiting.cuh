@@ -141,19 +141,32 @@ __device__ inline bool may_start(const Comm& comm) {
   return comm.control(comm.rank).block.fault->load() == protocol::FaultRecord::kNone;
 }
 
+/// The same without order: of what this rank's own blocks have found, behind is_last_block().
+__device__ inline bool no_fault_here(const Comm& comm) {
+  return protocol::load_relaxed(&comm.control(comm.rank).block.fault->state) ==
+         protocol::FaultRecord::kNone;
+}
+
 /// True in every thread of the one block that comes here last. What all blocks wrote, peers' memory
-/// included, is then visible to it, and to whoever acquires what it releases.
-__device__ inline bool is_last_block(const Comm& comm) {
-  __shared__ bool last;
-  __syncthreads();
+/// included, is then visible to it, and to whoever acquires what it releases. `good` becomes false
+/// there if it was in any thread of any block.
+__device__ inline bool is_last_block(const Comm& comm, bool& good) {
+  constexpr std::uint32_t kFailed = 1 << 16;  // counted beside the blocks
+  __shared__ std::uint32_t before;
+  good = __syncthreads_and(good) != 0;
   if (threadIdx.x == 0) {
     // acq_rel: each block's pairs with the last one's. Of this GPU only: what goes to peers is
     // released to them by the last block (I12).
     ::cuda::atomic_ref<std::uint32_t, ::cuda::thread_scope_device> done(comm.local->blocks_done);
-    last = done.fetch_add(1, ::cuda::std::memory_order_acq_rel) + 1 == gridDim.x;
+    before = done.fetch_add(good ? 1 : 1 + kFailed, ::cuda::std::memory_order_acq_rel);
   }
   __syncthreads();
-  return last;
+  good = good && before < kFailed;
+  return before % kFailed + 1 == gridDim.x;
+}
+__device__ inline bool is_last_block(const Comm& comm) {
+  bool good = true;
+  return is_last_block(comm, good);
 }
 
 /// Hands this rank's fault record to the host, if it is there.
@@ -174,12 +187,15 @@ __device__ __noinline__ inline void mirror_fault(const Comm& comm) {
 
 /// By the last block, when all is done: the next collective kernel has the next epoch, and the host
 /// sees a fault, unless there was none a moment ago (`looked`): then a later kernel shows it.
-__device__ inline void end_kernel(const Comm& comm, bool looked = false) {
+__device__ inline void end_kernel(const Comm& comm, std::uint64_t epoch, bool looked) {
   __syncthreads();
   if (threadIdx.x != 0) return;
   comm.local->blocks_done = 0;
-  comm.local->epoch += 1;
+  comm.local->epoch = epoch;
   if (!looked) mirror_fault(comm);
+}
+__device__ inline void end_kernel(const Comm& comm, bool looked = false) {
+  end_kernel(comm, comm.local->epoch + 1, looked);
 }
 
 /// A wait for `rank` since clock64() was `begin`, for the statistics.

@@ -347,17 +347,17 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   } else {
     void_results(args, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
   }
-  if (!is_last_block(comm)) return;
+  if (!is_last_block(comm, good)) return;
   // A block that left, and a row that was not sent, have left a fault behind: then nothing has
   // landed.
-  bool complete = __syncthreads_and(good && may_start(comm)) != 0 && exchange_landed(comm, epoch);
-  complete = __syncthreads_and(complete && may_start(comm)) != 0;
+  const bool complete =
+      __syncthreads_and(good && no_fault_here(comm)) != 0 && exchange_landed(comm, epoch);
   if (complete) {
     flush_waits(comm, args.wait_stats);
   } else {
     void_results(args, 0, 1);  // what other blocks wrote, too
   }
-  end_kernel(comm, complete);
+  end_kernel(comm, epoch, complete);
 }
 
 template <int kRanksALane>

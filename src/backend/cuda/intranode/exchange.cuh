@@ -47,7 +47,8 @@ __device__ inline bool exchange_landed(const Comm& comm, std::uint64_t epoch) {
     // release: every block's rows are complete (Pump::finish()) and acquired in is_last_block().
     comm.control(rank).block.landed[comm.rank].publish(epoch);
   }
-  bool good = true;
+  // On its way while the others' rows are: a fault that comes later the next kernel finds.
+  bool good = no_fault_here(comm);
   for (int i = threadIdx.x; i < comm.num_ranks; i += blockDim.x) {
     const long long begin = clock64();
     const protocol::EpochFlag& landed = comm.control(comm.rank).block.landed[i];
