@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -148,6 +149,17 @@ inline cudaStream_t make_stream() {
   return stream;
 }
 
+/// Nothing starts later than behind the one before: each node of a graph of calls from one stream
+/// depends on one.
+inline void require_chain(cudaGraph_t graph) {
+  std::size_t nodes = 0, edges = 0;
+  cuda::check(cudaGraphGetNodes(graph, nullptr, &nodes), "cudaGraphGetNodes");
+  cuda::check(cudaGraphGetEdges(graph, nullptr, nullptr, nullptr, &edges), "cudaGraphGetEdges");
+  if (edges + 1 == nodes) return;
+  throw std::runtime_error(
+      fmt::format("a graph has {} nodes and {} edges: no chain", nodes, edges));
+}
+
 /// What `calls` queue on the stream, as a graph. They run once before, since what is allocated at
 /// the first time is not part of it.
 template <class Calls>
@@ -159,6 +171,7 @@ cudaGraphExec_t capture(cudaStream_t stream, Calls&& calls) {
   cuda::check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), "begin of the capture");
   calls();
   cuda::check(cudaStreamEndCapture(stream, &graph), "end of the capture");
+  require_chain(graph);
   cuda::check(cudaGraphInstantiate(&executable, graph, 0), "cudaGraphInstantiate");
   (void)cudaGraphDestroy(graph);
   return executable;

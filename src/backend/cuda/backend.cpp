@@ -10,6 +10,7 @@
 #include "backend/cuda/low_latency.hpp"
 #include "backend/cuda/make_backend.hpp"
 #include "backend/cuda/memory/memory.hpp"
+#include "backend/cuda/stream_order.hpp"
 #include "base/log.hpp"
 
 namespace deep_ep::cuda {
@@ -118,12 +119,11 @@ class CudaBackend final : public Backend {
   EventHandle submit(const CallOptions& options, std::function<void()> work, Part part) override {
     const DeviceGuard guard(context_.device());
     cudaStream_t comm = context_.comm_stream();
-    cudaStream_t caller = native(options.stream);
-    if (part != Part::kEnd) wait_before(options, caller, comm);
+    if (part != Part::kEnd) wait_before(options);
     work();
     if (part == Part::kBegin) return EventHandle();
     if (!options.async_finish) {
-      if (caller != comm) follow(comm, caller);
+      order_.end(native(options.stream), part == Part::kWhole && !options.previous_event);
       return EventHandle(std::make_shared<StreamEnd>(comm, context_.events(), context_.device(),
                                                      context_.faults()));
     }
@@ -138,9 +138,9 @@ class CudaBackend final : public Backend {
     // Kernels of one Buffer never run side by side, and memory comes back behind the communication
     // stream: so what comes here is behind that, and what comes there behind this.
     cudaStream_t caller = native(options.stream);
-    order(context_.comm_stream(), caller);
+    order_.order(context_.comm_stream(), caller);
     work();
-    order(caller, context_.comm_stream());
+    order_.order(caller, context_.comm_stream());
   }
 
   Stream comm_stream() const override { return {context_.comm_stream(), options_.device}; }
@@ -214,7 +214,7 @@ class CudaBackend final : public Backend {
   }
   void query_mask(std::int32_t* masks, Stream stream) override {
     const DeviceGuard guard(context_.device());
-    order(context_.comm_stream(), native(stream));
+    order_.order(context_.comm_stream(), native(stream));
     low_latency_.query_mask(masks, stream);
   }
   void clean_mask(Stream stream) override {
@@ -236,23 +236,11 @@ class CudaBackend final : public Backend {
     for (const TensorView& view : views) tensors.emplace_back(view, results.owner);
     return tensors;
   }
-  /// What `second` does from now on comes behind what `first` has. A capture of one of the two
-  /// alone cannot have an edge to the other.
-  void order(cudaStream_t first, cudaStream_t second) {
-    if (first != second && is_capturing(first) == is_capturing(second)) follow(first, second);
-  }
-  /// A queued wait is for what its event was recorded for, so one event does: calls come one at a
-  /// time.
-  void follow(cudaStream_t first, cudaStream_t second) {
-    if (!between_) between_ = context_.events()->take();
-    check(cudaEventRecord(between_.get(), first), "cudaEventRecord");
-    check(cudaStreamWaitEvent(second, between_.get(), 0), "cudaStreamWaitEvent");
-  }
-  void wait_before(const CallOptions& options, cudaStream_t caller, cudaStream_t comm) {
+  void wait_before(const CallOptions& options) {
     if (options.previous_event) {
       options.previous_event->current_stream_wait(comm_stream());
-    } else if (caller != comm) {
-      follow(caller, comm);
+    } else {
+      order_.begin(native(options.stream));
     }
   }
   fabric::Heap::NewSegment grow(std::int64_t bytes) {
@@ -276,7 +264,7 @@ class CudaBackend final : public Backend {
   mutable Context context_;
   Internode internode_;
   LowLatency low_latency_;
-  std::shared_ptr<CUevent_st> between_;  // of `follow`
+  StreamOrder order_{context_};
   std::unique_ptr<fabric::Memory> private_memory_;
   std::vector<std::shared_ptr<fabric::Mapping>> private_segments_;
   std::shared_ptr<DeviceHeap> heap_;
