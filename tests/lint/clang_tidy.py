@@ -9,6 +9,7 @@ the tool's version. Usage: clang_tidy.py BUILD_DIRECTORY
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from source_tree import read_tree
 
 ROOT = Path(__file__).resolve().parents[2]
+# Options of g++ that clang ends at.
+UNKNOWN = re.compile(r" -m(memcpy|memset)-strategy=\S+")
 
 
 def dependencies(path, by_path, seen):
@@ -40,8 +43,8 @@ def cache_key(command, by_path, common):
     return digest.hexdigest()
 
 
-def run(command, build):
-    return subprocess.run(["clang-tidy", "--quiet", "-p", build, command["file"]], cwd=ROOT,
+def run(command, commands):
+    return subprocess.run(["clang-tidy", "--quiet", "-p", commands, command["file"]], cwd=ROOT,
                           capture_output=True, text=True)
 
 
@@ -52,13 +55,14 @@ def main():
     by_path = {source.path: source for source in read_tree(ROOT)}
     common = (ROOT / ".clang-tidy").read_bytes() + subprocess.run(
         ["clang-tidy", "--version"], check=True, capture_output=True).stdout
-    commands = [c for c in json.loads((build / "compile_commands.json").read_text())
-                if c["file"].startswith(f"{ROOT}/src/")]
+    text = UNKNOWN.sub("", (build / "compile_commands.json").read_text())
+    (cache / "compile_commands.json").write_text(text)
+    commands = [c for c in json.loads(text) if c["file"].startswith(f"{ROOT}/src/")]
     todo = [(command, cache / cache_key(command, by_path, common)) for command in commands]
     todo = [(command, key) for command, key in todo if not key.exists()]
     failed = 0
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for (command, key), result in zip(todo, pool.map(lambda t: run(t[0], build), todo)):
+        for (command, key), result in zip(todo, pool.map(lambda t: run(t[0], cache), todo)):
             if result.returncode == 0:
                 key.touch()
             else:
