@@ -104,8 +104,7 @@ class Rows:
         return PreparedDispatch(*self.runtime.prepare_dispatch(
             library.native, (x, x_scales), (topk_idx, topk_weights),
             (num_tokens_per_rank, num_tokens_per_expert, is_token_in_rank), num_experts or 0,
-            expert_alignment,
-            self._default_config(True) if config is None else config._values(),
+            expert_alignment, self._config_values(config, True),
             self._options(previous_event, False, False)))
 
     def dispatch_grouped(self, x, handle=None, groups=None, num_tokens_per_rank=None,

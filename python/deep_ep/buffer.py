@@ -189,13 +189,14 @@ class Buffer(LowLatency, Rows):
             event = allocate_on_comm_stream = None
         return stream, self._device, event, async_finish, bool(allocate_on_comm_stream)
 
-    def _default_config(self, is_dispatch):
-        """The values of the Config of a call without one."""
-        get_default, original = _DEFAULTS[is_dispatch]
-        get_default = getattr(self, get_default)
-        if get_default is original:
-            return default_values(is_dispatch, Buffer.num_sms, self.group_size)
-        return get_default(self.group_size)._values()  # somebody's own
+    def _config_values(self, config, is_dispatch):
+        if config is None:
+            get_default, original = _DEFAULTS[is_dispatch]
+            get_default = getattr(self, get_default)
+            if get_default is original:
+                return default_values(is_dispatch, Buffer.num_sms, self.group_size)
+            config = get_default(self.group_size)  # somebody's own
+        return config._values()
 
     def _end(self, event, used, results):
         """The event to return of an asynchronous call that used the arrays `used` of its caller."""
@@ -262,7 +263,7 @@ class Buffer(LowLatency, Rows):
         library = library_of(x, "x")
         recv_x, recv_scales, ids, weights, counts, new_handle, event, more = self.runtime.dispatch(
             library.native, (x, x_scales), topk, handle, layout if handle is None else _NO_LAYOUT,
-            numbers, self._default_config(True) if config is None else config._values(), stats,
+            numbers, self._config_values(config, True), stats,
             () if when == _PLAIN else self._options(*when),
             None if extras is None else extras.values())
         if x_scales is not None:
@@ -299,8 +300,7 @@ class Buffer(LowLatency, Rows):
         first_bias, second_bias = bias if isinstance(bias, tuple) else (bias, None)
         combined_x, combined_weights, event = self.runtime.combine(
             library.native, (x, topk_weights, first_bias, second_bias), handle,
-            self._default_config(False) if config is None else config._values(),
-            combine_wait_recv_cost_stats,
+            self._config_values(config, False), combine_wait_recv_cost_stats,
             self._options(previous_event, async_finish, allocate_on_comm_stream), groups)
         if not async_finish:
             return combined_x, combined_weights, no_event()

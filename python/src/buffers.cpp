@@ -38,27 +38,24 @@ nb::object result_of_groups(const Library& library, const RowGroups& groups) {
                         library.make(groups.recv_rows), library.make(groups.weights));
 }
 
-/// What dispatch and combine take for a handle of theirs: of 6 tensors, or of 10 with several
-/// nodes.
+/// What dispatch and combine take for a handle: one of 6 tensors, which `one_node_of` views, or of
+/// 10 with several nodes.
 template <class OneNode, class SeveralNodes>
 void set_handle(const Library& library, const nb::tuple& parts, OneNode& handle,
-                SeveralNodes& internode) {
+                SeveralNodes& internode,
+                IntranodeHandle (*one_node_of)(const Library&, const nb::tuple&)) {
   if (parts.size() == kInternodeTensors) {
     internode = internode_handle_of(library, parts);
   } else {
-    handle = used_of_handle(library, parts);
+    handle = one_node_of(library, parts);
   }
 }
 
 /// `parts`: a PreparedDispatch.
 PreparedDispatch prepared_of(const Library& library, const nb::tuple& parts) {
   PreparedDispatch prepared;
-  const auto handle = nb::cast<nb::tuple>(parts[0]);
-  if (handle.size() == kInternodeTensors) {
-    prepared.internode_handle = internode_handle_of(library, handle);
-  } else {
-    prepared.handle = intranode_handle_of(library, handle);
-  }
+  set_handle(library, nb::cast<nb::tuple>(parts[0]), prepared.handle, prepared.internode_handle,
+             intranode_handle_of);
   prepared.num_recv_tokens = nb::cast<std::int64_t>(parts[1]);
   prepared.num_recv_tokens_per_expert_list = nb::cast<std::vector<std::int32_t>>(parts[2]);
   prepared.num_experts = nb::cast<int>(parts[3]);
@@ -174,7 +171,7 @@ nb::tuple dispatch(OwnedBuffer& self, const Library& library, const nb::tuple& p
   set_payload(library, args, payload, topk);
   if (!handle.is_none())
     set_handle(library, require_handle(handle, self.get().num_nodes()), args.handle,
-               args.internode_handle);
+               args.internode_handle, used_of_handle);
   set_layout(library, args, layout);
   args.expert_alignment = nb::cast<int>(numbers[0]);
   args.num_worst_tokens = nb::cast<std::int64_t>(numbers[1]);
@@ -231,7 +228,7 @@ nb::tuple combine(OwnedBuffer& self, const Library& library, const nb::tuple& pa
   args.topk_weights = library.view(payload[1], "topk_weights");
   args.bias = {library.view(payload[2], "bias"), library.view(payload[3], "bias")};
   set_handle(library, require_handle(handle, self.get().num_nodes()), args.handle,
-             args.internode_handle);
+             args.internode_handle, used_of_handle);
   args.config = config_of(config);
   args.combine_wait_recv_cost_stats = library.view(wait_stats, kWaitStats);
   args.options = options_of(self, options);
