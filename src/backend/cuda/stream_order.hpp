@@ -19,9 +19,8 @@ class StreamOrder {
  public:
   explicit StreamOrder(Context& context) : context_(context) {}
 
-  /// What `second` does from now on comes behind what `first` has.
-  void follow(cudaStream_t first, cudaStream_t second);
-  /// The same, but not if one of the two alone is captured: that cannot have an edge to the other.
+  /// What `second` does from now on comes behind what `first` has, unless one of the two alone is
+  /// captured: that cannot have an edge to the other.
   void order(cudaStream_t first, cudaStream_t second);
 
   /// A call begins on the communication stream behind what `caller` has.
@@ -31,6 +30,8 @@ class StreamOrder {
   void end(cudaStream_t caller, bool behind_caller);
 
  private:
+  void follow(cudaStream_t first, cudaStream_t second);
+
   Context& context_;
   std::shared_ptr<CUevent_st> between_;
   // Of the last call in a capture: its last kernel, which `caller_` is behind.
