@@ -1,6 +1,7 @@
 #include "backend/cuda/captured_calls.hpp"
 
 #include "backend/cuda/check.hpp"
+#include "backend/cuda/stopwatch.hpp"
 
 namespace deep_ep::cuda {
 
@@ -28,12 +29,9 @@ class Graph final : public CapturedCalls {
     const cudaError_t status = cudaGraphInstantiate(&graph_, graph, 0);
     (void)cudaGraphDestroy(graph);
     check(status, "cudaGraphInstantiate");
-    for (cudaEvent_t& event : events_) check(cudaEventCreate(&event), "cudaEventCreate");
   }
   ~Graph() override {
     const DeviceGuard guard(device_, std::nothrow);
-    for (cudaEvent_t event : events_)
-      if (event != nullptr) (void)cudaEventDestroy(event);
     if (graph_ != nullptr) (void)cudaGraphExecDestroy(graph_);
   }
   Graph(const Graph&) = delete;
@@ -42,20 +40,17 @@ class Graph final : public CapturedCalls {
   double time_us() override {
     const DeviceGuard guard(device_);
     check(cudaGraphLaunch(graph_, stream_), "cudaGraphLaunch");
-    check(cudaEventRecord(events_[0], stream_), "cudaEventRecord");
+    watch_.start();
     check(cudaGraphLaunch(graph_, stream_), "cudaGraphLaunch");
-    check(cudaEventRecord(events_[1], stream_), "cudaEventRecord");
-    check(cudaEventSynchronize(events_[1]), "cudaEventSynchronize");
-    float milliseconds = 0.0f;
-    check(cudaEventElapsedTime(&milliseconds, events_[0], events_[1]), "cudaEventElapsedTime");
-    return 1000.0 * static_cast<double>(milliseconds);
+    watch_.stop();
+    return 1000.0 * watch_.milliseconds();
   }
 
  private:
   int device_;
   cudaStream_t stream_;
   cudaGraphExec_t graph_ = nullptr;
-  cudaEvent_t events_[2] = {};
+  Stopwatch watch_{stream_};
 };
 
 }  // namespace

@@ -7,6 +7,7 @@
 
 #include "backend/cuda/check.hpp"
 #include "backend/cuda/nvshmem/world.hpp"
+#include "backend/cuda/stopwatch.hpp"
 
 namespace deep_ep::cuda::nvshmem {
 
@@ -16,25 +17,13 @@ constexpr std::int64_t kPutBytes = 1 << 20;
 constexpr int kRounds = 20;
 constexpr int kTurns = 4;  // of which the first is not counted
 
-struct Event {
-  Event() { check(cudaEventCreate(&event), "cudaEventCreate"); }
-  ~Event() { (void)cudaEventDestroy(event); }
-  Event(const Event&) = delete;
-  Event& operator=(const Event&) = delete;
-  cudaEvent_t event = nullptr;
-};
-
 /// Milliseconds that the puts of this rank took.
-float time_puts(const PutArrays& arrays, int peer, int blocks) {
-  const Event begin;
-  const Event end;
-  check(cudaEventRecord(begin.event, cudaStreamPerThread), "cudaEventRecord");
+double time_puts(const PutArrays& arrays, int peer, int blocks) {
+  Stopwatch watch(cudaStreamPerThread);
+  watch.start();
   check(launch_puts(arrays, peer, blocks, kRounds, cudaStreamPerThread), "launch of puts");
-  check(cudaEventRecord(end.event, cudaStreamPerThread), "cudaEventRecord");
-  check(cudaEventSynchronize(end.event), "puts");
-  float ms = 0;
-  check(cudaEventElapsedTime(&ms, begin.event, end.event), "cudaEventElapsedTime");
-  return ms;
+  watch.stop();
+  return watch.milliseconds();
 }
 
 std::int64_t count_wrong(const PutArrays& arrays, std::int64_t words, int rank, int blocks) {
@@ -73,13 +62,13 @@ PutRate measure_puts(Bootstrap& bootstrap, int device, const PutPlan& plan) {
                     cudaStreamPerThread),
         "launch of fill");
   check(cudaStreamSynchronize(cudaStreamPerThread), "fill of what is put");
-  std::vector<float> slowest;
+  std::vector<double> slowest;
   for (int turn = 0; turn < kTurns; ++turn) {
     bootstrap.barrier();
-    float ms = 0;
+    double ms = 0;
     for (const std::string& one :
          bootstrap.all_gather(std::to_string(time_puts(arrays, peer, rate.num_sms))))
-      ms = std::max(ms, std::stof(one));
+      ms = std::max(ms, std::stod(one));
     if (turn > 0) slowest.push_back(ms);
   }
   std::sort(slowest.begin(), slowest.end());
