@@ -1,5 +1,6 @@
 #include "fabric/available_memory.hpp"
 
+#include <algorithm>
 #include <fstream>
 #include <limits>
 #include <optional>
@@ -46,12 +47,14 @@ void lower(AvailableMemory& least, const std::string& directory, const Names& na
   const auto limit = read_number(directory + names.limit);
   const auto usage = read_number(directory + names.usage);
   if (!limit || !usage) return;
-  // The page cache counts as used, but is given back before anybody is killed.
+  // The page cache counts as used, but is given back before anybody is killed. The files are not of
+  // one moment, so cache may exceed usage; version 1 writes "no limit" as almost 2^63.
   const std::string stat = directory + "/memory.stat";
   const std::string prefix = names.stat_prefix;
   const std::int64_t cache =
       read_field(stat, prefix + "inactive_file") + read_field(stat, prefix + "active_file");
-  const std::int64_t left = std::max<std::int64_t>(0, *limit - *usage + cache);
+  const std::int64_t used = std::max<std::int64_t>(0, *usage - cache);
+  const std::int64_t left = std::max<std::int64_t>(0, *limit - used);
   if (left < least.bytes) least = {left, "the memory limit of control group " + directory};
 }
 

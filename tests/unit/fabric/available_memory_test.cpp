@@ -66,6 +66,14 @@ TEST_F(AvailableMemoryOf, Version1InAContainerIsFoundAtTheMountsRoot) {
   EXPECT_EQ(look().bytes, 41000);
 }
 
+TEST_F(AvailableMemoryOf, Version1WithoutALimitBindsNobodyThoughItCountsMoreCacheThanUsage) {
+  write("proc/self/cgroup", "4:memory:/\n");
+  write("sys/fs/cgroup/memory/memory.limit_in_bytes", "9223372036854771712\n");
+  write("sys/fs/cgroup/memory/memory.usage_in_bytes", "30000\n");
+  write("sys/fs/cgroup/memory/memory.stat", "total_inactive_file 1000\ntotal_active_file 35000\n");
+  EXPECT_EQ(look().bytes, 2000 * 1024);
+}
+
 TEST(AvailableMemory, ThisMachineHasSome) {
   EXPECT_GT(available_memory().bytes, 0);
   EXPECT_LT(available_memory().bytes, std::numeric_limits<std::int64_t>::max());
