@@ -22,6 +22,7 @@ namespace deep_ep::test {
 namespace {
 
 using net::Namespaces;
+using Clock = std::chrono::steady_clock;
 using std::chrono_literals::operator""s;
 using std::chrono_literals::operator""ms;
 
@@ -87,11 +88,21 @@ void move_to_node(const Namespaces& nodes, int rank) {
   moved = true;
 }
 
-/// Happens kLead after it was made, to the whole play or to this rank.
-std::thread begin_trouble(const Namespaces& nodes, const Plan& plan, int rank) {
+/// kLead after the last rank came here, the same for all: they share the machine's clock.
+Clock::time_point agree_on_a_time(Bootstrap& bootstrap) {
+  Clock::rep last = 0;
+  for (const std::string& now :
+       bootstrap.all_gather(std::to_string(Clock::now().time_since_epoch().count())))
+    last = std::max<Clock::rep>(last, std::stoll(now));
+  return Clock::time_point(Clock::duration(last)) + kLead;
+}
+
+/// Happens at `due`, to the whole play or to this rank.
+std::thread begin_trouble(const Namespaces& nodes, const Plan& plan, int rank,
+                          Clock::time_point due) {
   if (rank != 0 && !plan.dies(rank)) return {};
-  return std::thread([&nodes, plan, rank] {
-    std::this_thread::sleep_for(kLead);
+  return std::thread([&nodes, plan, rank, due] {
+    std::this_thread::sleep_until(due);
     if (plan.dies(rank)) kill(getpid(), SIGKILL);
     if (plan.trouble == Trouble::kCable) nodes.set_link(kNode, false);
     // Less than a packet within the timeout.
@@ -108,7 +119,6 @@ void check_error(Findings& findings, const Plan& plan, int rank, const Thrown& t
   findings.expect_contains(thrown.text, fmt::format("on rank {}", rank));
   findings.expect(thrown.after < plan.limit(),
                   fmt::format("the Error took {} ms", thrown.after.count()));
-  findings.expect(thrown.after >= kLead, fmt::format("too soon: {}", thrown.text));
 }
 
 /// Whoever is left makes new Buffers.
@@ -149,10 +159,13 @@ std::string play(const Namespaces& nodes, Worker& worker, const Plan& plan) {
     worker.bootstrap()->barrier();
     if (worker.rank() == 0) nodes.shape(kNode, kRate);
     worker.bootstrap()->barrier();
-    std::thread trouble = begin_trouble(nodes, plan, worker.rank());
+    const auto due = agree_on_a_time(*worker.bootstrap());
+    std::thread trouble = begin_trouble(nodes, plan, worker.rank(), due);
     const auto thrown = thrown_by([&] { exchange.run(buffer, plan.op, dispatched); });
+    const bool too_soon = Clock::now() < due;
     if (trouble.joinable()) trouble.join();
     if (!thrown) return "no Error";
+    findings.expect(!too_soon, fmt::format("too soon: {}", thrown->text));
     check_error(findings, plan, worker.rank(), *thrown);
     check_aftermath(findings, buffer, kept, *thrown, 3s);
     findings.expect(exchange.x == x, "the caller's rows have changed");
