@@ -88,7 +88,8 @@ void move_to_node(const Namespaces& nodes, int rank) {
   moved = true;
 }
 
-/// kLead after the last rank came here, the same for all: they share the machine's clock.
+/// A barrier. Returns kLead after the last rank came here, the same for all: they share the
+/// machine's clock.
 Clock::time_point agree_on_a_time(Bootstrap& bootstrap) {
   Clock::rep last = 0;
   for (const std::string& now :
@@ -158,7 +159,6 @@ std::string play(const Namespaces& nodes, Worker& worker, const Plan& plan) {
     buffer.barrier();
     worker.bootstrap()->barrier();
     if (worker.rank() == 0) nodes.shape(kNode, kRate);
-    worker.bootstrap()->barrier();
     const auto due = agree_on_a_time(*worker.bootstrap());
     std::thread trouble = begin_trouble(nodes, plan, worker.rank(), due);
     const auto thrown = thrown_by([&] { exchange.run(buffer, plan.op, dispatched); });
