@@ -176,7 +176,32 @@ void Buffer::Impl::wait_counts(AnyDispatchJob& job, Backend::Part part,
   }
 }
 
-void Buffer::Impl::find_counts(const std::shared_ptr<DispatchJob>& job) {
+bool Buffer::Impl::place_ahead(DispatchJob& job) {
+  const DispatchArgs& args = job.args;
+  const std::int64_t room = row_forecast_.room(job.dispatch.call.record.num_tokens);
+  const bool brings_memory = args.recv_x.defined() || args.recv_x_scales.defined() ||
+                             args.recv_topk_idx.defined() || args.recv_topk_weights.defined();
+  if (!backend_->queues_steps() || room == 0 || brings_memory) return false;
+  try {
+    place_results(job, job.dispatch, room);
+    place_handle(job, room);
+  } catch (const Error& error) {
+    // There may be memory for the rows that come.
+    if (error.code() != ErrorCode::kOutOfMemory) throw;
+    return false;
+  }
+  return true;
+}
+
+void Buffer::Impl::cut_results(DispatchJob& job, std::int64_t rows) {
+  DispatchResult& result = job.result;
+  for (Tensor* tensor : {&result.recv_x, &result.recv_x_scales, &result.recv_topk_idx,
+                         &result.recv_topk_weights, &result.handle.recv_src_idx}) {
+    if (tensor->defined()) tensor->shape[0] = rows;
+  }
+}
+
+bool Buffer::Impl::find_counts(const std::shared_ptr<DispatchJob>& job) {
   const DispatchArgs& args = job->args;
   DispatchResult& result = job->result;
   if (args.handle) {
@@ -187,8 +212,21 @@ void Buffer::Impl::find_counts(const std::shared_ptr<DispatchJob>& job) {
   } else if (args.num_worst_tokens > 0) {
     result.num_recv_tokens = -1;
   } else {
-    wait_counts(*job, Backend::Part::kBegin, [this, job] { notify(*job); });
+    // While the host waits for the counts, and places results by them, the device would be idle.
+    job->dispatch.tentative = place_ahead(*job);
+    wait_counts(*job, Backend::Part::kBegin, [this, job] {
+      notify(*job);
+      if (job->dispatch.tentative) intranode::dispatch(*backend_, job->dispatch);
+      backend_->await_counts(job->notify);
+    });
+    const std::int64_t rows = result.num_recv_tokens;
+    row_forecast_.learn(job->dispatch.call.record.num_tokens, rows);
+    if (std::exchange(job->dispatch.tentative, false) && rows <= job->dispatch.block_rows) {
+      cut_results(*job, rows);
+      return true;
+    }
   }
+  return false;
 }
 
 PreparedDispatch Buffer::Impl::take_prepared(AnyDispatchJob& job,
@@ -212,7 +250,10 @@ PreparedDispatch Buffer::Impl::prepare_dispatch(const DispatchArgs& args) {
 PreparedDispatch Buffer::Impl::intranode_prepare(const DispatchArgs& args) {
   const std::shared_ptr<DispatchJob> job = make_dispatch("prepare_dispatch", args);
   job->notify.call.record.kind = protocol::OpKind::kPrepareDispatch;
-  wait_counts(*job, Backend::Part::kWhole, [this, job] { notify(*job); });
+  wait_counts(*job, Backend::Part::kWhole, [this, job] {
+    notify(*job);
+    backend_->await_counts(job->notify);
+  });
   PreparedDispatch prepared = take_prepared(*job, job->notify.call.record);
   prepared.handle = job->result.handle;
   return prepared;
@@ -223,11 +264,11 @@ DispatchResult Buffer::Impl::intranode_dispatch(const DispatchArgs& args) {
   return collective("intranode_dispatch", [&] {
     const std::shared_ptr<DispatchJob> job = make_dispatch("intranode_dispatch", args);
     DispatchResult& result = job->result;
-    find_counts(job);
+    const bool queued = find_counts(job);
     const bool counts_come_late = !job->dispatch.cached && args.num_worst_tokens > 0;
     const std::int64_t rows = counts_come_late ? args.num_worst_tokens : result.num_recv_tokens;
-    place_results(*job, job->dispatch, rows);
-    if (!args.handle) place_handle(*job, rows);
+    if (!queued) place_results(*job, job->dispatch, rows);
+    if (!queued && !args.handle) place_handle(*job, rows);
     if (args.group_rows) {
       const IntranodeHandle& handle = args.handle ? *args.handle : result.handle;
       allocate_groups(*job, job->dispatch, rows, num_received_rows(handle, bootstrap_->rank()));
@@ -236,14 +277,14 @@ DispatchResult Buffer::Impl::intranode_dispatch(const DispatchArgs& args) {
     result.event = backend_->submit(
         args.options,
         stage(job->number, true,
-              [this, job, counts_come_late] {
+              [this, job, counts_come_late, queued] {
                 if (counts_come_late) notify(*job);
-                intranode::dispatch(*backend_, job->dispatch);
+                if (!queued) intranode::dispatch(*backend_, job->dispatch);
                 if (job->args.group_rows) intranode::group_rows(*backend_, job->group);
               }),
         // Memory of a caller's allocator may have been in use on the
         // caller's stream since the first part began.
-        counted && !options_.allocator ? Backend::Part::kEnd : Backend::Part::kWhole);
+        queued || (counted && !options_.allocator) ? Backend::Part::kEnd : Backend::Part::kWhole);
     return take_result(job);
   });
 }

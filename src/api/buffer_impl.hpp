@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "api/operation_log.hpp"
+#include "api/row_forecast.hpp"
 #include "backend/backend.hpp"
 #include "base/nvtx.hpp"
 #include "base/recycled.hpp"
@@ -161,8 +162,13 @@ class __attribute__((visibility("hidden"))) Buffer::Impl {  // a member of an ex
                                           const CallOptions& options, DispatchLayout& layout);
   std::shared_ptr<DispatchJob> make_dispatch(const char* operation, const DispatchArgs& args);
   void make_notify(DispatchJob& job);
-  /// What the result has of counts; waits for them if they are not known.
-  void find_counts(const std::shared_ptr<DispatchJob>& job);
+  /// What the result has of counts; waits for them if they are not known. True: the dispatch is
+  /// queued by then, its results are placed.
+  bool find_counts(const std::shared_ptr<DispatchJob>& job);
+  /// Places results ahead of the counts, for as many rows as are likely to come; false: not.
+  bool place_ahead(DispatchJob& job);
+  /// Results that were placed for more rows than came: what callers see of them.
+  static void cut_results(DispatchJob& job, std::int64_t rows);
   /// Submits `find`, which ends when the counts are known, and puts them into the result.
   void wait_counts(AnyDispatchJob& job, Backend::Part part, std::function<void()> find);
   PreparedDispatch intranode_prepare(const DispatchArgs& args);
@@ -194,6 +200,7 @@ class __attribute__((visibility("hidden"))) Buffer::Impl {  // a member of an ex
   int ranks_on_host_ = 1;
   bool one_process_ = false;
   std::uint64_t epoch_ = 0;
+  RowForecast row_forecast_;
   LowLatencyCalls low_latency_dispatches_;
   LowLatencyCalls low_latency_combines_;
   Tensor zero_copy_[2];  // by parity of the combine that reads it

@@ -80,6 +80,9 @@ class Backend {
   virtual void run(const CallOptions& options, std::function<void()> work) = 0;
   /// The stream on which the work runs.
   virtual Stream comm_stream() const = 0;
+  /// Steps return when they are queued, so that others can be queued behind them before they have
+  /// run.
+  virtual bool queues_steps() const { return false; }
   /// Waits for all queued work.
   virtual void synchronize() = 0;
 
@@ -95,6 +98,8 @@ class Backend {
   virtual void get_dispatch_layout(const internode::LayoutParams& params) = 0;
   virtual void barrier(const intranode::BarrierParams& params) = 0;
   virtual void notify_dispatch(const intranode::NotifyDispatchParams& params) = 0;
+  /// Returns when the counts are known that the last notify_dispatch tells the host, if it does.
+  virtual void await_counts(const intranode::NotifyDispatchParams& params) { (void)params; }
   virtual void dispatch(const intranode::DispatchParams& params) = 0;
   virtual void group_rows(const intranode::GroupParams& params) = 0;
   virtual void reduce_rows(const intranode::ReduceParams& params) = 0;

@@ -107,12 +107,15 @@ struct NotifyDispatchParams {
   std::int32_t* send_head = nullptr;              // out [N, R]
   std::int64_t max_rows = 0;           // more received rows are Error(kCapacity); 0: none
   std::int64_t* wait_stats = nullptr;  // on hosts: += [R], ns, or null
-  // Out, host; the step returns when they are known. Null: nobody waits for counts.
+  // Out, host, known behind await_counts(). Null: nobody waits for counts.
   std::int64_t* num_recv_rows = nullptr;
   std::int64_t* recv_tokens_per_expert = nullptr;  // [L]; untouched without counts
 };
 
 struct DispatchParams : DispatchStep {
+  // Queued before the host knows how many rows come: if they are more than block_rows the step does
+  // nothing, and is no epoch.
+  bool tentative = false;
   const std::int32_t* rank_prefix_matrix = nullptr;    // [R, R]
   const std::int32_t* send_head = nullptr;             // [N, R]
   fabric::Block handle_block;                          // plan::HandleArrays, if to be filled

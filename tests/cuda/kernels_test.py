@@ -52,13 +52,19 @@ if WITH_NVSHMEM:
     BUDGETS |= BUDGETS_OF_NVSHMEM
 
 
+# Launched plainly: they have their streams for themselves, or belong to a benchmark.
+ALONE = {"intranode/fault", "internode/tell", "nvshmem/fill_words", "nvshmem/put_words",
+         "nvshmem/compare_words"}
+
+
 class Kernel:
-    def __init__(self, mode, name, report):
+    def __init__(self, mode, name, report, ptx):
         self.name = name  # demangled, parameter types included
         # Values of enumerations are written with their type in front, as a cast.
         plain = re.sub(r"\([\w:]+\)(?=\d)", "", name.replace("(anonymous namespace)", "x"))
         self.short = re.search(r"(\w+)(<[^()]*>)?\(", plain).group(1)
         self.key = f"{mode}/{self.short}"
+        self.waits = "griddepcontrol.wait" in ptx
         numbers = {
             "registers": r"Used (\d+) registers",
             "shared": r"(\d+) bytes smem",
@@ -80,13 +86,16 @@ def compile_source(source):
         return []
     with tempfile.TemporaryDirectory() as folder:
         command = [NVCC, "-std=c++20", "-O3", "-arch=sm_90", "--fmad=false", "-cubin",
-                   "-DDEEP_EP_HAS_LIBCUDACXX", "-Xptxas", "-v", "-o", f"{folder}/out.cubin"]
+                   "-DDEEP_EP_HAS_LIBCUDACXX", "-Xptxas", "-v", "-o", f"{folder}/out.cubin",
+                   "-keep", "-keep-dir", folder]
         command += ["-rdc=true"] if linked else []
         command += [f"-I{path}" for path in (f"{SOURCE}/src", f"{SOURCE}/include", *INCLUDES)]
         command.append(str(source))
         report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+        entries = re.split(r"\.entry\s+(\w+)", Path(folder, f"{source.stem}.ptx").read_text())[1:]
+    bodies = dict(zip(entries[::2], entries[1::2]))
     parts = re.split(r"Compiling entry function '(\w+)'", report)[1:]
-    return [Kernel(source.parent.name, demangle(name), text)
+    return [Kernel(source.parent.name, demangle(name), text, bodies[name])
             for name, text in zip(parts[::2], parts[1::2])]
 
 
@@ -112,6 +121,12 @@ class Kernels(unittest.TestCase):
                 self.assertGreater(kernel.numbers["registers"], 0)
                 self.assertLessEqual(kernel.numbers["registers"], registers)
                 self.assertLessEqual(kernel.numbers["shared"], shared)
+
+    def test_launched_behind_others_they_wait(self):
+        """launch_kernel() lets a kernel begin before the one ahead of it has ended."""
+        for kernel in self.kernels:
+            with self.subTest(kernel.name):
+                self.assertEqual(kernel.waits, kernel.key not in ALONE)
 
     def test_each_name_says_one_thing(self):
         """Searches for these words go over the whole name, and each must find its own kernel."""

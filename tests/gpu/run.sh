@@ -58,6 +58,7 @@ else
   skipped=$((skipped + 5))
 fi
 run bin/gpu_faults $times
+run bin/gpu_counts
 run bin/gpu_growth
 run bin/gpu_graph $((100 * times))
 run bin/gpu_low_latency $((50 * times))

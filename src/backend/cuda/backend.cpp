@@ -145,6 +145,7 @@ class CudaBackend final : public Backend {
 
   Stream comm_stream() const override { return {context_.comm_stream(), options_.device}; }
 
+  bool queues_steps() const override { return true; }
   void synchronize() override { context_.synchronize(); }
 
   void raise_fault(const Error& error) noexcept override {
@@ -166,6 +167,7 @@ class CudaBackend final : public Backend {
   void get_dispatch_layout(const deep_ep::internode::LayoutParams& params) override;
   void barrier(const deep_ep::intranode::BarrierParams& params) override;
   void notify_dispatch(const deep_ep::intranode::NotifyDispatchParams& params) override;
+  void await_counts(const deep_ep::intranode::NotifyDispatchParams& params) override;
   void dispatch(const deep_ep::intranode::DispatchParams& params) override;
   void group_rows(const deep_ep::intranode::GroupParams& params) override {
     const Results counts = allocate_results(
@@ -265,6 +267,7 @@ class CudaBackend final : public Backend {
   Internode internode_;
   LowLatency low_latency_;
   StreamOrder order_{context_};
+  std::uint64_t counts_ticket_ = 0;  // of the last notify that the host waits for
   std::unique_ptr<fabric::Memory> private_memory_;
   std::vector<std::shared_ptr<fabric::Mapping>> private_segments_;
   std::shared_ptr<DeviceHeap> heap_;
@@ -313,15 +316,18 @@ void CudaBackend::notify_dispatch(const deep_ep::intranode::NotifyDispatchParams
   args.counts =
       context_.count_words((record.num_tokens / kTokensPerCount + 1) * options_.num_ranks);
   args.max_rows = params.max_rows;
-  const bool counted = params.num_recv_rows != nullptr;
-  if (counted) args.ticket = context_.take_ticket(params.call.operation);
+  if (params.num_recv_rows != nullptr)
+    counts_ticket_ = args.ticket = context_.take_ticket(params.call.operation);
   check(intranode::launch_notify(args, sms_of(context_, params.call), context_.comm_stream()),
         "launch of notify");
-  if (!counted) return;
-  const HostStatus& status = context_.await_ticket(params.call.operation, args.ticket);
+}
+
+void CudaBackend::await_counts(const deep_ep::intranode::NotifyDispatchParams& params) {
+  if (params.num_recv_rows == nullptr) return;
+  const HostStatus& status = context_.await_ticket(params.call.operation, counts_ticket_);
   *params.num_recv_rows = status.num_recv_rows;
   if (params.num_tokens_per_expert == nullptr) return;
-  std::copy_n(status.tokens_per_expert, record.num_experts / options_.num_ranks,
+  std::copy_n(status.tokens_per_expert, params.call.record.num_experts / options_.num_ranks,
               params.recv_tokens_per_expert);
 }
 
@@ -330,6 +336,7 @@ void CudaBackend::dispatch(const deep_ep::intranode::DispatchParams& params) {
   set_step(params, args);
   args.comm = context_.comm(params.call);
   args.cached = params.cached;
+  args.tentative = params.tentative;
   args.rank_prefix_matrix = params.rank_prefix_matrix;
   args.send_head = params.send_head;
   args.num_channels = params.num_channels;

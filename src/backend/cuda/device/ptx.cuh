@@ -81,13 +81,14 @@ __device__ __forceinline__ void fence_acq_rel_sys() {
 }
 __device__ __forceinline__ void fence_sc_gpu() { asm volatile("fence.sc.gpu;" ::: "memory"); }
 
-// A kernel that is launched by launch_behind() begins while the one before it in its stream runs.
+// A kernel that launch_kernel() launches may begin while the one before it in its stream runs.
 
 /// By every block: the kernel behind may be launched when all blocks have come here.
 __device__ __forceinline__ void allow_kernel_behind() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
-/// Until the kernel before has ended, with all that it wrote visible.
+/// Until the kernel before has ended, with all that it wrote visible: ahead of the first access to
+/// memory that it may have to do with.
 __device__ __forceinline__ void wait_for_kernel_before() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 }

@@ -377,7 +377,7 @@ cudaError_t launch(const CombineArgs& args, int num_sms, cudaStream_t stream) {
   constexpr int kShared = sizeof(Shared);
   const cudaError_t allowed = allow_shared<combine<T>>(kShared);
   if (allowed != cudaSuccess) return allowed;
-  return launch_behind(combine<T>, num_sms, kThreads, kShared, stream, args);
+  return launch_kernel(combine<T>, num_sms, kThreads, kShared, stream, args);
 }
 
 cudaError_t load_combine() {

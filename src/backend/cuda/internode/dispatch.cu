@@ -270,7 +270,7 @@ cudaError_t launch_dispatch(const DispatchArgs& args, int num_sms, cudaStream_t 
   const cudaError_t allowed = allow_shared<dispatch>(kShared);
   if (allowed != cudaSuccess) return allowed;
   // Warps wait for those of other ranks, so that all blocks must fit: one an SM.
-  return launch_behind(dispatch, num_sms, kThreads, kShared, stream, args);
+  return launch_kernel(dispatch, num_sms, kThreads, kShared, stream, args);
 }
 
 }  // namespace deep_ep::cuda::internode

@@ -1,4 +1,5 @@
 #include "backend/cuda/device/launch.cuh"
+#include "backend/cuda/device/ptx.cuh"
 #include "backend/cuda/internode/steps.hpp"
 
 // What of a handle is counted when all rows are here. Local: no epoch.
@@ -33,6 +34,7 @@ __device__ plan::RowRange within(plan::RowRange rows, std::int64_t room) {
 
 // See notify.cu.
 __global__ void __launch_bounds__(kThreads) fill_handle(const __grid_constant__ HandleArgs args) {
+  wait_for_kernel_before();
   const Rails& rails = args.rails;
   const plan::Topology& topology = rails.shape.topology;
   const RoutingArrays& routing = args.routing;
@@ -77,9 +79,8 @@ cudaError_t launch_handle(const HandleArgs& args, cudaStream_t stream) {
       std::int64_t{args.rails.shape.topology.num_ranks} * args.routing.num_channels;
   const std::int64_t most = args.rows * 2 > channels ? args.rows * 2 : channels;
   const std::int64_t wanted = most / kThreads + 1;
-  fill_handle<<<static_cast<int>(wanted < kMostBlocks ? wanted : kMostBlocks), kThreads, 0,
-                stream>>>(args);
-  return cudaGetLastError();
+  return launch_kernel(fill_handle, wanted < kMostBlocks ? wanted : kMostBlocks, kThreads, 0,
+                       stream, args);
 }
 
 }  // namespace deep_ep::cuda::internode

@@ -291,6 +291,7 @@ __device__ void void_counts(const NotifyArgs& args) {
 __global__ void __launch_bounds__(kThreads) notify(const __grid_constant__ NotifyArgs args) {
   __shared__ MappedPeers peers;
   allow_kernel_behind();
+  wait_for_kernel_before();
   const Comm& comm = args.comm;
   const std::uint64_t epoch = comm.local->epoch + 1;
   peers.find(args.rails);
@@ -324,8 +325,7 @@ cudaError_t launch_notify(const NotifyArgs& args, int num_sms, cudaStream_t stre
           : (record.num_tokens * record.num_topk + kIdsABlock - 1) / kIdsABlock;
   const std::int64_t most = for_parts > for_ids ? for_parts : for_ids;
   const std::int64_t wanted = most < 1 ? 1 : most;
-  notify<<<static_cast<int>(wanted < num_sms ? wanted : num_sms), kThreads, 0, stream>>>(args);
-  return cudaGetLastError();
+  return launch_kernel(notify, wanted < num_sms ? wanted : num_sms, kThreads, 0, stream, args);
 }
 
 }  // namespace deep_ep::cuda::internode

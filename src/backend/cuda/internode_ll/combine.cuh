@@ -226,6 +226,7 @@ __device__ __noinline__ void fill_nan(const auto& args) {
 /// A kernel: sends, receives, or both.
 template <class Rows>
 __device__ void run_combine(const auto& args) {
+  wait_for_kernel_before();
   // All that the first token needs is on its way before anything is waited for.
   const bool begins = args.is_rank_major() ? args.receives : args.sends;
   const TicketWords ticket_words(args);
@@ -257,9 +258,8 @@ cudaError_t launch_combine_kernel(const Args& given, int num_sms, cudaStream_t s
   if (given.shared.used > kMaxSharedBytes) return cudaErrorInvalidValue;
   Formed<Args, kForm> args{given};
   args.slice_shift = find_slice_shift<Rows>(args, num_sms);
-  kKernel<<<num_blocks(args, num_sms, 1 << args.slice_shift), kThreads, args.shared.used, stream>>>(
-      args);
-  return cudaGetLastError();
+  return launch_kernel(kKernel, num_blocks(args, num_sms, 1 << args.slice_shift), kThreads,
+                       args.shared.used, stream, args);
 }
 
 }  // namespace deep_ep::cuda::internode_ll

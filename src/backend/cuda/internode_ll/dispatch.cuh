@@ -180,6 +180,7 @@ __device__ bool send(const Args& args, const Ticket& ticket, bool good, const Ro
 template <bool kQuantize, Form kForm, class Args>
 __global__ void __launch_bounds__(kThreads, kBlocksAnSm<Args>)
     dispatch(const __grid_constant__ Formed<Args, kForm> args) {
+  wait_for_kernel_before();
   // All that the first token needs is on its way before anything is waited for.
   const std::int64_t token = args.sends ? first_token() : args.num_tokens;
   const TicketWords ticket_words(args);
@@ -214,8 +215,8 @@ cudaError_t launch_form(const Args& given, int num_sms, cudaStream_t stream) {
   const cudaError_t status = allow_shared<kKernel>(kMaxSharedBytes);
   if (status != cudaSuccess) return status;
   if (args.shared.used > kMaxSharedBytes) return cudaErrorInvalidValue;
-  kKernel<<<num_blocks(args, num_sms, 1), kThreads, args.shared.used, stream>>>(args);
-  return cudaGetLastError();
+  return launch_kernel(kKernel, num_blocks(args, num_sms, 1), kThreads, args.shared.used, stream,
+                       args);
 }
 
 template <bool kQuantize>

@@ -11,6 +11,7 @@ constexpr int kThreads = 128;
 
 __global__ void __launch_bounds__(kThreads) barrier(const __grid_constant__ BarrierArgs args) {
   const Comm& comm = args.comm;
+  wait_for_kernel_before();
   const std::uint64_t epoch = comm.local->epoch + 1;
   if (__syncthreads_and(may_start(comm)) != 0) {
     post(comm, epoch);
@@ -37,8 +38,7 @@ __global__ void fault(const __grid_constant__ FaultArgs args) {
 cudaError_t load_barrier_and_fault() { return load<barrier, fault>(); }
 
 cudaError_t launch_barrier(const BarrierArgs& args, cudaStream_t stream) {
-  barrier<<<1, kThreads, 0, stream>>>(args);
-  return cudaGetLastError();
+  return launch_kernel(barrier, 1, kThreads, 0, stream, args);
 }
 
 cudaError_t launch_fault(const FaultArgs& args, cudaStream_t stream) {

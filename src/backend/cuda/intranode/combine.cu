@@ -256,6 +256,7 @@ __global__ void __launch_bounds__(kThreads, 1) combine(const __grid_constant__ C
   extern __shared__ __align__(128) std::byte memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   const Comm& comm = args.comm;
+  wait_for_kernel_before();
   const std::uint64_t epoch = comm.local->epoch + 1;
   const bool good = find_others(args, epoch, shared);
   const auto warp = static_cast<int>(threadIdx.x / 32);
@@ -280,8 +281,7 @@ cudaError_t launch(const CombineArgs& args, int num_sms, cudaStream_t stream) {
   constexpr int kShared = sizeof(Shared);
   const cudaError_t allowed = allow_shared<combine<T>>(kShared);
   if (allowed != cudaSuccess) return allowed;
-  combine<T><<<num_sms, kThreads, kShared, stream>>>(args);
-  return cudaGetLastError();
+  return launch_kernel(combine<T>, num_sms, kThreads, kShared, stream, args);
 }
 
 }  // namespace

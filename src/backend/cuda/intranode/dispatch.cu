@@ -296,11 +296,14 @@ __device__ void send_small(const DispatchArgs& args, const Shared& shared) {
   }
 }
 
+__device__ std::int64_t num_received(const DispatchArgs& args) {
+  const int ranks = args.comm.num_ranks;
+  return plan::rows_from(args.rank_prefix_matrix, ranks - 1, args.comm.rank, ranks).end;
+}
+
 /// Rows behind the received ones, which no peer writes.
 __device__ void fill_unused_rows(const DispatchArgs& args, const plan::RecvArrays& own) {
-  const int ranks = args.comm.num_ranks;
-  const std::int64_t received =
-      plan::rows_from(args.rank_prefix_matrix, ranks - 1, args.comm.rank, ranks).end;
+  const std::int64_t received = num_received(args);
   const std::int64_t step = std::int64_t{gridDim.x} * blockDim.x;
   const std::int64_t begin = blockIdx.x * std::int64_t{blockDim.x} + threadIdx.x;
   const std::int64_t unused = args.block_rows - received;
@@ -333,6 +336,9 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   auto& all = *reinterpret_cast<RowShared<kRanksALane>*>(memory);
   Shared& shared = all.rest;
   const Comm& comm = args.comm;
+  wait_for_kernel_before();
+  // The others wait for this rank's place, which comes with the kernel that has room.
+  if (args.tentative && num_received(args) > args.block_rows) return;
   const std::uint64_t epoch = comm.local->epoch + 1;
   const int warp = threadIdx.x / 32;
   bool good;
@@ -367,8 +373,7 @@ cudaError_t launch(const DispatchArgs& args, int num_sms, cudaStream_t stream) {
   const cudaError_t allowed = allow_shared<dispatch<kRanksALane>>(kShared);
   if (allowed != cudaSuccess) return allowed;
   const int threads = has_small(args) ? kMaxThreads : (kRowWarps + 1) * 32;
-  dispatch<kRanksALane><<<num_sms, threads, kShared, stream>>>(args);
-  return cudaGetLastError();
+  return launch_kernel(dispatch<kRanksALane>, num_sms, threads, kShared, stream, args);
 }
 
 }  // namespace

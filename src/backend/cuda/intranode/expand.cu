@@ -122,6 +122,7 @@ __device__ std::int64_t grouped_end(const GroupArgs& args) {
 __global__ void __launch_bounds__(kExpandThreads, 1)
     expand_rows(const __grid_constant__ GroupArgs args) {
   extern __shared__ __align__(128) std::byte memory[];
+  wait_for_kernel_before();
   const std::int64_t end = grouped_end(args);
   // Without groups (what was found does not fit) there is nowhere to copy to.
   const std::int64_t rows =
@@ -145,8 +146,7 @@ cudaError_t launch_expand(const GroupArgs& args, int num_sms, cudaStream_t strea
   constexpr int kShared = sizeof(Shared);
   const cudaError_t allowed = allow_shared<expand_rows>(kShared);
   if (allowed != cudaSuccess) return allowed;
-  expand_rows<<<num_sms, kExpandThreads, kShared, stream>>>(args);
-  return cudaGetLastError();
+  return launch_kernel(expand_rows, num_sms, kExpandThreads, kShared, stream, args);
 }
 
 }  // namespace deep_ep::cuda::intranode

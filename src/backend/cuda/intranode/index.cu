@@ -120,6 +120,7 @@ __device__ void place_groups(const GroupArgs& args, const std::int32_t* room) {
 __global__ void __launch_bounds__(kIndexThreads, 1)
     count_rows(const __grid_constant__ GroupArgs args) {
   extern __shared__ std::int32_t sums[];  // [L]
+  wait_for_kernel_before();
   const std::int64_t rows = received_rows(args.num_received_rows, args.shape.num_rows);
   const std::int64_t parts = parts_of(rows);
   for (std::int64_t part = blockIdx.x; part < parts; part += gridDim.x)
@@ -207,6 +208,7 @@ __global__ void __launch_bounds__(kIndexThreads, 1)
   const std::int64_t warps = std::int64_t{gridDim.x} * kIndexWarps;
   const std::int64_t thread = blockIdx.x * std::int64_t{kIndexThreads} + threadIdx.x;
   const std::int64_t threads = std::int64_t{gridDim.x} * kIndexThreads;
+  wait_for_kernel_before();
   const bool good = fits(args) != 0;
   const std::int64_t rows = good ? received_rows(args.num_received_rows, args.shape.num_rows) : 0;
   std::int32_t* next = shared + own * experts;
@@ -241,8 +243,8 @@ std::int64_t group_count_bytes(const plan::GroupShape& shape) {
 cudaError_t launch_index(const GroupArgs& args, int num_sms, cudaStream_t stream) {
   const std::int64_t parts = parts_of(args.shape.num_rows);
   const int sums = args.shape.num_local_experts * 4;
-  count_rows<<<blocks_for(parts, num_sms), kIndexThreads, sums, stream>>>(args);
-  const cudaError_t status = cudaGetLastError();
+  const cudaError_t status =
+      launch_kernel(count_rows, blocks_for(parts, num_sms), kIndexThreads, sums, stream, args);
   if (status != cudaSuccess) return status;
   const int next = kIndexWarps * sums;
   constexpr int kMost = kIndexWarps * protocol::ControlBlock::kMaxLocalExperts * 4;
@@ -252,8 +254,8 @@ cudaError_t launch_index(const GroupArgs& args, int num_sms, cudaStream_t stream
   }
   const std::int64_t blocks = (parts + kIndexWarps - 1) / kIndexWarps;
   // Few parts leave SMs for what no row has.
-  place_rows<<<blocks_for(blocks > 8 ? blocks : 8, num_sms), kIndexThreads, next, stream>>>(args);
-  return cudaGetLastError();
+  return launch_kernel(place_rows, blocks_for(blocks > 8 ? blocks : 8, num_sms), kIndexThreads,
+                       next, stream, args);
 }
 
 }  // namespace deep_ep::cuda::intranode

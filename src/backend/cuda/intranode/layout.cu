@@ -95,6 +95,7 @@ __global__ void __launch_bounds__(kThreads) layout(const __grid_constant__ Layou
     for (int i = threadIdx.x; i < args.num_experts; i += kThreads) shared[i] = 0;
   }
   __syncthreads();
+  wait_for_kernel_before();
   for (std::int64_t token = blockIdx.x * std::int64_t{kThreads} + threadIdx.x;
        token < args.num_tokens; token += std::int64_t{gridDim.x} * kThreads) {
     count_token(args, token, ranks, gather ? shared : args.sums + args.num_ranks);
@@ -126,8 +127,7 @@ cudaError_t launch_layout(const LayoutArgs& args, cudaStream_t stream) {
   const std::int64_t wanted = (args.num_tokens + kThreads - 1) / kThreads;
   const int blocks = static_cast<int>(wanted < 1 ? 1 : wanted > kMostBlocks ? kMostBlocks : wanted);
   const int experts = args.num_experts <= kMaxSharedExperts ? args.num_experts : 0;
-  layout<<<blocks, kThreads, (args.num_ranks + experts) * 4, stream>>>(args);
-  return cudaGetLastError();
+  return launch_kernel(layout, blocks, kThreads, (args.num_ranks + experts) * 4, stream, args);
 }
 
 }  // namespace deep_ep::cuda::intranode

@@ -119,6 +119,7 @@ __device__ void void_counts(const NotifyArgs& args) {
 
 __global__ void __launch_bounds__(kThreads) notify(const __grid_constant__ NotifyArgs args) {
   const Comm& comm = args.comm;
+  wait_for_kernel_before();
   const std::uint64_t epoch = comm.local->epoch + 1;
   // The last block exchanges, if there are others to do the rest.
   const int blocks = gridDim.x == 1 ? 1 : static_cast<int>(gridDim.x) - 1;
@@ -147,8 +148,7 @@ cudaError_t launch_notify(const NotifyArgs& args, int num_sms, cudaStream_t stre
   const std::int64_t for_parts = (parts * args.comm.num_ranks + kWarps - 1) / kWarps;
   const std::int64_t for_ids = (record.num_tokens * record.num_topk + kIdsABlock - 1) / kIdsABlock;
   const std::int64_t wanted = (for_parts > for_ids ? for_parts : for_ids) + 1;
-  notify<<<static_cast<int>(wanted < num_sms ? wanted : num_sms), kThreads, 0, stream>>>(args);
-  return cudaGetLastError();
+  return launch_kernel(notify, wanted < num_sms ? wanted : num_sms, kThreads, 0, stream, args);
 }
 
 }  // namespace deep_ep::cuda::intranode

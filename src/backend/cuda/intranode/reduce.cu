@@ -101,6 +101,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     reduce_rows(const __grid_constant__ ReduceArgs args) {
   extern __shared__ Source lists[];  // [warps, most_sources()]
   const Comm& comm = args.comm;
+  wait_for_kernel_before();
   const std::int64_t rows = received_rows(args.num_received_rows, args.num_rows);
   const std::int64_t warp = threadIdx.x / 32;
   Source* list = lists + warp * most_sources(args);
@@ -123,8 +124,7 @@ cudaError_t launch(const ReduceArgs& args, int num_sms, cudaStream_t stream) {
       list * kMaxWarps <= kListBytes ? kMaxWarps : static_cast<int>(kListBytes / list);
   const cudaError_t allowed = allow_shared<reduce_rows<T>>(kListBytes);
   if (allowed != cudaSuccess) return allowed;
-  reduce_rows<T><<<num_sms, warps * 32, static_cast<std::size_t>(warps * list), stream>>>(args);
-  return cudaGetLastError();
+  return launch_kernel(reduce_rows<T>, num_sms, warps * 32, warps * list, stream, args);
 }
 
 }  // namespace

@@ -58,6 +58,7 @@ cudaError_t launch_notify(const NotifyArgs& args, int num_sms, cudaStream_t stre
 struct DispatchArgs : DispatchStepArgs {
   Comm comm;
   bool cached = false;                               // the routing is that of an earlier call
+  bool tentative = false;                            // as in DispatchParams
   const std::int32_t* rank_prefix_matrix = nullptr;  // [R, R]
   const std::int32_t* send_head = nullptr;           // [N, R]
   // This rank's handle, plan::HandleArrays, which the senders fill if they are to.
