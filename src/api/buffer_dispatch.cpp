@@ -164,11 +164,14 @@ void Buffer::Impl::notify(DispatchJob& job) {
   intranode::notify_dispatch(*backend_, job.notify);
 }
 
-void Buffer::Impl::wait_counts(AnyDispatchJob& job, Backend::Part part,
-                               std::function<void()> find) {
+void Buffer::Impl::submit_now(const AnyDispatchJob& job, Backend::Part part,
+                              std::function<void()> work) {
   CallOptions now = job.args.options;
   now.async_finish = false;
-  backend_->submit(now, stage(job.number, false, std::move(find)), part);
+  backend_->submit(now, stage(job.number, false, std::move(work)), part);
+}
+
+void Buffer::Impl::take_counts(AnyDispatchJob& job) {
   job.result.num_recv_tokens = job.num_recv_rows;
   for (const std::int64_t count : job.tokens_per_expert) {
     job.result.num_recv_tokens_per_expert_list.push_back(
@@ -212,13 +215,15 @@ bool Buffer::Impl::find_counts(const std::shared_ptr<DispatchJob>& job) {
   } else if (args.num_worst_tokens > 0) {
     result.num_recv_tokens = -1;
   } else {
-    // While the host waits for the counts, and places results by them, the device would be idle.
+    submit_now(*job, Backend::Part::kBegin, [this, job] { notify(*job); });
+    // While the host waited for the counts, and placed results by them, the device would be idle.
     job->dispatch.tentative = place_ahead(*job);
-    wait_counts(*job, Backend::Part::kBegin, [this, job] {
-      notify(*job);
-      if (job->dispatch.tentative) intranode::dispatch(*backend_, job->dispatch);
-      backend_->await_counts(job->notify);
-    });
+    if (job->dispatch.tentative) {
+      submit_now(*job, Backend::Part::kBegin,
+                 [this, job] { intranode::dispatch(*backend_, job->dispatch); });
+    }
+    stage(job->number, false, [this, job] { backend_->await_counts(job->notify); })();
+    take_counts(*job);
     const std::int64_t rows = result.num_recv_tokens;
     row_forecast_.learn(job->dispatch.call.record.num_tokens, rows);
     if (std::exchange(job->dispatch.tentative, false) && rows <= job->dispatch.block_rows) {
@@ -250,10 +255,9 @@ PreparedDispatch Buffer::Impl::prepare_dispatch(const DispatchArgs& args) {
 PreparedDispatch Buffer::Impl::intranode_prepare(const DispatchArgs& args) {
   const std::shared_ptr<DispatchJob> job = make_dispatch("prepare_dispatch", args);
   job->notify.call.record.kind = protocol::OpKind::kPrepareDispatch;
-  wait_counts(*job, Backend::Part::kWhole, [this, job] {
-    notify(*job);
-    backend_->await_counts(job->notify);
-  });
+  submit_now(*job, Backend::Part::kWhole, [this, job] { notify(*job); });
+  stage(job->number, false, [this, job] { backend_->await_counts(job->notify); })();
+  take_counts(*job);
   PreparedDispatch prepared = take_prepared(*job, job->notify.call.record);
   prepared.handle = job->result.handle;
   return prepared;

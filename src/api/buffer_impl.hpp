@@ -169,8 +169,10 @@ class __attribute__((visibility("hidden"))) Buffer::Impl {  // a member of an ex
   bool place_ahead(DispatchJob& job);
   /// Results that were placed for more rows than came: what callers see of them.
   static void cut_results(DispatchJob& job, std::int64_t rows);
-  /// Submits `find`, which ends when the counts are known, and puts them into the result.
-  void wait_counts(AnyDispatchJob& job, Backend::Part part, std::function<void()> find);
+  /// Submits a stage of a call that is not its last, and is not asynchronous.
+  void submit_now(const AnyDispatchJob& job, Backend::Part part, std::function<void()> work);
+  /// Puts counts that are known by now into the result.
+  static void take_counts(AnyDispatchJob& job);
   PreparedDispatch intranode_prepare(const DispatchArgs& args);
   PreparedDispatch internode_prepare(const DispatchArgs& args);
   /// Whose counts have been waited for; without the handle.

@@ -143,7 +143,8 @@ Buffer::Impl::InternodeCounts Buffer::Impl::find_internode_counts(
     result.num_recv_tokens = -1;
     return {args.num_worst_tokens, args.num_worst_tokens};
   }
-  wait_counts(*job, Backend::Part::kBegin, [this, job] { internode_notify(*job); });
+  submit_now(*job, Backend::Part::kBegin, [this, job] { internode_notify(*job); });
+  take_counts(*job);
   return {result.num_recv_tokens, job->num_recv_records};
 }
 
@@ -151,7 +152,8 @@ PreparedDispatch Buffer::Impl::internode_prepare(const DispatchArgs& args) {
   const std::shared_ptr<InternodeDispatchJob> job =
       make_internode_dispatch("prepare_dispatch", args);
   job->notify.call.record.kind = protocol::OpKind::kPrepareDispatch;
-  wait_counts(*job, Backend::Part::kWhole, [this, job] { internode_notify(*job); });
+  submit_now(*job, Backend::Part::kWhole, [this, job] { internode_notify(*job); });
+  take_counts(*job);
   PreparedDispatch prepared = take_prepared(*job, job->notify.call.record);
   prepared.internode_handle = job->result.internode_handle;
   prepared.num_rdma_recv_tokens = job->num_recv_records;

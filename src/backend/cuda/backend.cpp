@@ -324,6 +324,7 @@ void CudaBackend::notify_dispatch(const deep_ep::intranode::NotifyDispatchParams
 
 void CudaBackend::await_counts(const deep_ep::intranode::NotifyDispatchParams& params) {
   if (params.num_recv_rows == nullptr) return;
+  const DeviceGuard guard(context_.device());
   const HostStatus& status = context_.await_ticket(params.call.operation, counts_ticket_);
   *params.num_recv_rows = status.num_recv_rows;
   if (params.num_tokens_per_expert == nullptr) return;
