@@ -40,5 +40,5 @@ for tokens in 1 128; do
   low_latency low_latency_beside_$tokens --payload fp8 --tokens $tokens --max-tokens $tokens
 done
 PYTHONPATH=$PWD/python python3 -m torch.distributed.run --nproc-per-node "$ranks" python_calls.py \
-  --beside "$folder"/{beside,low_latency_beside_1,low_latency_beside_128}_r"$ranks".json \
+  --beside "$folder"/{graphs,beside,low_latency_beside_1,low_latency_beside_128}_r"$ranks".json \
   --json "$folder/python_calls_r$ranks.json"

@@ -21,6 +21,7 @@ import deep_ep
 HIDDEN, TOPK, EXPERTS = 7168, 8, 256
 LIVE_RESULTS = 5
 CHAIN = 100
+ROWS_IN_GRAPHS = 20 << 12  # a graph keeps the results of all of its calls
 
 
 def host_us(call, stream, repeats=400):
@@ -95,6 +96,15 @@ class Bench:
         dist.all_gather_object(everyone, times, group=self.group)
         return statistics.median(max(one) for one in zip(*everyone))
 
+    def time_graph(self, call, chain):
+        torch.cuda.synchronize()
+        dist.barrier(self.group)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(chain):
+                call()
+        return self.times_of(graph.replay, chain, warmup=20, behind=True)
+
     def add(self, operation, median, wrong=0, **shape):
         self.rows.append({"operation": operation, "median_us": median, "wrong_elements": wrong,
                           "hidden": HIDDEN, "topk": TOPK, "experts": EXPERTS, **shape})
@@ -158,12 +168,16 @@ class Bench:
                  ("layout_pair", layout_pair))
         times = [] if self.arguments.host_only else [
             (name, self.times_of(chain(call), CHAIN)) for name, call in timed]
+        live.clear()
+        graphs = [] if self.arguments.host_only else [
+            (f"{name}_graph", self.time_graph(call, min(CHAIN, ROWS_IN_GRAPHS // tokens)))
+            for name, call in timed if name in ("dispatch_cached", "combine", "pair_cached")]
         # Every rank that a token went to brings the same row back.
         ranks = found[3].sum(1, keepdim=True)
         cached()
         y = widened(live[-1][0]).bfloat16()
         wrong = int((combine() != (ranks * widened(sent).bfloat16().float()).bfloat16()).sum())
-        for name, median in times:
+        for name, median in times + graphs:
             self.add(name, median, wrong, **shape)
         self.add_host((("dispatch_cached", cached), ("combine", combine)), buffer, wrong, **shape)
         live.clear()
@@ -203,15 +217,7 @@ class Bench:
                     for call in (combine, combine_out))
         chained = (("dispatch", dispatch), ("combine", combine), ("pair", pair))
         for name, call in () if self.arguments.host_only else chained:
-            torch.cuda.synchronize()
-            dist.barrier(self.group)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                for _ in range(CHAIN):
-                    call()
-            self.add(name, self.times_of(graph.replay, CHAIN, warmup=20, behind=True), wrong,
-                     mode="graph", **shape)
-            del graph
+            self.add(name, self.time_graph(call, CHAIN), wrong, mode="graph", **shape)
         self.add_host((("ll_dispatch", dispatch), ("ll_combine", combine),
                        ("ll_combine out=", combine_out)), buffer, wrong, mode="eager", **shape)
         buffer.destroy()

@@ -18,9 +18,9 @@ from chart import line_chart
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench/results"
 MACHINES = {"h100": "One H100, one rank", "h200-r2": "Two H200, a rank each"}
-INTRANODE = {"h100": "2026-11-24_h100_r1.json", "h200-r2": "2026-11-28_h200_r2.json"}
+INTRANODE = {"h100": "2026-11-24_h100_r1.json", "h200-r2": "2026-11-29_h200_r2.json"}
 LOW_LATENCY = {"h100": "2026-11-24_h100_low_latency_graph_r1.json",
-               "h200-r2": "2026-11-28_h200_low_latency_graph_r2.json"}
+               "h200-r2": "2026-11-29_h200_low_latency_graph_r2.json"}
 NETWORK = "2026-11-28_host_network_n2.json"
 LINK_GBPS = 383  # a copy engine, both GPUs at once, of two H100, whose links are the same
 PLANS = {"uniform": "plan_uniform.json", "4 nodes a token": "plan_limited.json"}

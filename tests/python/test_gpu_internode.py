@@ -105,6 +105,6 @@ except deep_ep.Error as error:
 def test_a_package_without_the_part_for_nvshmem_says_how_to_get_it(gpu_node_ranks, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
-    for answer in run_without_library(program, "libdeep_ep_nvshmem.so"):
+    for answer in run_without_library(program, "libdeep_ep_nvshmem.so", LD_LIBRARY_PATH=""):
         assert answer.startswith("unsupported") and "libdeep_ep_nvshmem.so" in answer, answer
         assert "pip install nvidia-nvshmem-cu13" in answer, answer
