@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <exception>
 #include <utility>
 
 #include "api/dispatch_job.hpp"
@@ -188,9 +189,9 @@ bool Buffer::Impl::place_ahead(DispatchJob& job) {
   try {
     place_results(job, job.dispatch, room);
     place_handle(job, room);
-  } catch (const Error& error) {
-    // There may be memory for the rows that come.
-    if (error.code() != ErrorCode::kOutOfMemory) throw;
+  } catch (const std::exception&) {
+    // Of whatever kind, since allocators are the caller's. For the rows that come there may be
+    // memory; else it is thrown again.
     return false;
   }
   return true;
