@@ -11,6 +11,7 @@ from . import _C
 
 # Numbers of deep_ep::DType (include/deep_ep/types.hpp).
 UINT8, BOOL, INT32, INT64, FLOAT32, FLOAT16, BFLOAT16, FLOAT8_E4M3 = range(8)
+_DLPACK_CPU = 1
 _NAMES = {"bool": BOOL, "int32": INT32, "int64": INT64, "float32": FLOAT32, "float16": FLOAT16,
           "bfloat16": BFLOAT16, "float8_e4m3fn": FLOAT8_E4M3}
 
@@ -55,13 +56,14 @@ class TorchLibrary:
             str(Path(torch.__file__).parent / "lib" / "libtorch_python.so"))
         self.native = _C.Library(torch.Tensor, self.view, self.make, self.typed)
 
-    @staticmethod
-    def view(tensor, name):
+    def view(self, tensor, name):
         try:
             return (tensor.data_ptr(), _TORCH_CODES[tensor.dtype], tensor.shape, tensor.stride(),
                     tensor.get_device())
         except AttributeError:
-            raise _not_an_array(name, tensor, "torch.Tensor") from None
+            if not _is_foreign(tensor):
+                raise _not_an_array(name, tensor, "torch.Tensor") from None
+        return self.view(_exchanged(self.torch.from_dlpack, tensor, name), name)
 
     def make(self, result, code):
         """The tensor of a result: a view of the memory that torch gave, or of the library's."""
@@ -102,7 +104,9 @@ class NumpyLibrary:
 
     def view(self, array, name):
         if not isinstance(array, self.numpy.ndarray):
-            raise _not_an_array(name, array, "numpy.ndarray")
+            if not _is_foreign(array):
+                raise _not_an_array(name, array, "numpy.ndarray")
+            array = _exchanged(self.numpy.from_dlpack, array, name)
         size = array.itemsize
         return (array.__array_interface__["data"][0], self.code(array.dtype), array.shape,
                 tuple(stride // size for stride in array.strides), -1)
@@ -138,6 +142,22 @@ def _not_an_array(name, value, expected):
                      f"{expected} like the other arrays of the call")
 
 
+def _is_foreign(array):
+    """Neither torch's nor NumPy's, and speaks DLPack."""
+    return (hasattr(array, "__dlpack__") and hasattr(array, "__dlpack_device__")
+            and not any(isinstance(array, library.is_tensor) for library in _libraries.values()))
+
+
+def _exchanged(from_dlpack, array, name):
+    """What `from_dlpack` makes of a foreign array: a view of its memory, which `array` keeps."""
+    try:
+        return from_dlpack(array)
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        kind = type(array)
+        raise TypeError(f"{name} is {kind.__module__}.{kind.__qualname__}, which "
+                        f"{from_dlpack.__module__}.from_dlpack does not take: {error}") from error
+
+
 _libraries = {}
 
 
@@ -157,7 +177,8 @@ def library_of_name(name):
 
 
 def library_of(array, name):
-    """Whose arrays a call takes and returns, told by its first argument."""
+    """Whose arrays a call takes and returns, told by its first argument. For arrays of others that
+    speak DLPack it is torch, if that is imported or they are not of the host, else NumPy."""
     torch = _libraries.get("torch")
     if torch is not None and isinstance(array, torch.is_tensor):
         return torch
@@ -166,8 +187,11 @@ def library_of(array, name):
             library = library_of_name(known)
             if isinstance(array, library.is_tensor):
                 return library
+    if _is_foreign(array):
+        of_host = int(array.__dlpack_device__()[0]) == _DLPACK_CPU
+        return library_of_name("numpy" if of_host and not sys.modules.get("torch") else "torch")
     raise TypeError(f"{name} is {type(array).__module__}.{type(array).__qualname__}, must be a "
-                    "torch.Tensor or a numpy.ndarray; pass others through torch.from_dlpack")
+                    "torch.Tensor, a numpy.ndarray or an array with __dlpack__")
 
 
 def library_of_dtype(dtype):

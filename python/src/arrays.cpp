@@ -138,7 +138,9 @@ nb::object Library::make(const Tensor& tensor) const {
 nb::object Library::make_like(const Tensor& tensor, nb::handle like) const {
   nb::object made = make(tensor);
   const bool opaque = tensor.defined() && tensor.dtype == DType::kUint8;
-  return opaque ? typed_(made, like.attr("dtype")) : made;
+  // What a foreign array calls its type, the library cannot know.
+  const bool ours = PyObject_TypeCheck(like.ptr(), reinterpret_cast<PyTypeObject*>(type_.ptr()));
+  return opaque && ours ? typed_(made, like.attr("dtype")) : made;
 }
 
 bool is_tuple_of(nb::handle value, std::size_t size) {

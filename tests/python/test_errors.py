@@ -1,5 +1,6 @@
 """What is refused, how, and what stays usable."""
 
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -246,6 +247,32 @@ def _taking_turns(group):
 
 def test_threads_may_take_turns(cpu_ranks):
     cpu_ranks.run(2, _taking_turns)
+
+
+def _under_a_lock(group):
+    """The same, each thread on its own, with the lock that the interface asks for."""
+    buffer = _buffer(group)
+    lock, begun = threading.Condition(), [0]
+
+    def layer(seed):
+        one = make_inputs(group.size(), experts=2 * group.size(), seed=seed)[group.rank()]
+        with lock:
+            assert lock.wait_for(lambda: begun[0] == seed, 60)
+            arguments = dispatch_arguments(buffer, one)
+            got = buffer.dispatch(**arguments)
+            combined = buffer.combine(got[0], got[4])[0]
+            begun[0] += 1
+            lock.notify_all()
+        in_rank = arguments["is_token_in_rank"].sum(1, keepdim=True)
+        return torch.equal(combined.float(), one.x.float() * in_rank)
+
+    with ThreadPoolExecutor(3) as threads:
+        assert all(threads.map(layer, range(12)))
+    buffer.destroy()
+
+
+def test_threads_share_a_buffer_under_their_lock(cpu_ranks):
+    cpu_ranks.run(2, _under_a_lock)
 
 
 def _async_failure(group):

@@ -37,6 +37,21 @@ combined, sums, _ = buffer.combine(recv_x, handle, recv_weights)
 expected = x.astype(np.float32) * in_rank.sum(1, keepdims=True)
 assert np.array_equal(combined.astype(np.float32), expected)
 assert np.array_equal(sums, (ids >= 0).astype(np.float32))
+
+
+class Foreign:  # of neither, and speaks DLPack
+    def __init__(self, array):
+        self.array = array
+
+    def __dlpack__(self, **options):
+        return self.array.__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return self.array.__dlpack_device__()
+
+
+twin = buffer.dispatch(Foreign(x.astype(np.float32)), handle=handle)[0]
+assert type(twin) is np.ndarray and np.array_equal(twin, recv_x.astype(np.float32))
 quantised = (x.astype(ml_dtypes.float8_e4m3fn), np.ones((2, 9), np.float32).T)
 (again, scales), *_, event = buffer.dispatch(quantised, handle=handle, async_finish=True)
 event.current_stream_wait()

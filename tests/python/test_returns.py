@@ -1,0 +1,98 @@
+"""What calls return, by golden descriptions: structure, types and shapes as DeepEP's callers take
+them apart."""
+
+from pathlib import Path
+
+import torch
+
+import deep_ep
+from routing import dispatch_arguments, make_inputs, over_nodes
+
+GOLDEN = dict(line.split(": ", 1) for line in
+              Path(__file__).with_name("golden_returns.txt").read_text().splitlines())
+
+# No two lengths are alike, so that each has one name.
+TOKENS, HIDDEN, TOPK, EXPERTS, RANKS, MOST, WORST = 13, 768, 3, 20, 4, 17, 97
+
+
+def described(value, names):
+    if isinstance(value, torch.Tensor):
+        shape = ", ".join(names[length] for length in value.shape)
+        return f"{str(value.dtype).removeprefix('torch.')}[{shape}]"
+    if isinstance(value, tuple):
+        return f"({', '.join(described(one, names) for one in value)})"
+    if isinstance(value, list):
+        assert all(type(one) is int for one in value)
+        return f"list of {names.get(len(value), len(value))}"
+    if isinstance(value, int):
+        return names[value]
+    return "function" if callable(value) else type(value).__name__.replace("NoneType", "None")
+
+
+def _names(**more):
+    names = {TOKENS: "N", HIDDEN: "H", TOPK: "K", EXPERTS: "E", RANKS: "R", EXPERTS // RANKS: "L",
+             HIDDEN // 128: "S", MOST: "M", RANKS * MOST: "RM", WORST: "W", 10: "C"}
+    return {**names, **{length: name for name, length in more.items()}}
+
+
+def _returns(group):
+    buffer = deep_ep.Buffer(group, 1 << 20)
+    one = make_inputs(RANKS, TOKENS, hidden=HIDDEN, topk=TOPK, experts=EXPERTS)[group.rank()]
+    arguments = dispatch_arguments(buffer, one)
+    got = buffer.dispatch(**arguments)
+    names = _names(Nr=got[0].shape[0])
+    found = {"get_dispatch_layout": buffer.get_dispatch_layout(one.topk_idx, EXPERTS),
+             "dispatch": got}
+    quantised = (one.x.to(torch.float8_e4m3fn), torch.ones((TOKENS, HIDDEN // 128)))
+    found["dispatch FP8"] = buffer.dispatch(**{**arguments, "x": quantised})
+    found["dispatch num_worst_tokens"] = buffer.dispatch(**arguments, num_worst_tokens=WORST)
+    found["dispatch with a handle"] = buffer.dispatch(one.x, handle=got[4])
+    found["combine"] = buffer.combine(got[0], got[4], got[2])
+    found["combine without weights"] = buffer.combine(got[0], got[4])
+    buffer.destroy()
+    return {name: described(value, names) for name, value in found.items()}
+
+
+def _low_latency_returns(group):
+    hint = deep_ep.Buffer.get_low_latency_rdma_size_hint(MOST, HIDDEN, RANKS, EXPERTS)
+    buffer = deep_ep.Buffer(group, 0, hint, low_latency_mode=True)
+    one = make_inputs(RANKS, TOKENS, hidden=HIDDEN, topk=TOPK, experts=EXPERTS)[group.rank()]
+    found = {}
+    call = (one.x, one.topk_idx, MOST, EXPERTS)
+    found["low_latency_dispatch"] = buffer.low_latency_dispatch(*call)
+    got = buffer.low_latency_dispatch(*call, use_fp8=False, return_recv_hook=True)
+    found["low_latency_dispatch BF16, hook"] = got
+    got[4]()
+    back = (got[0], one.topk_idx, one.topk_weights, got[2])
+    found["low_latency_combine"] = buffer.low_latency_combine(*back)
+    sums = buffer.low_latency_combine(*back, return_recv_hook=True)
+    found["low_latency_combine, hook"] = sums
+    sums[2]()
+    buffer.destroy()
+    return {name: described(value, _names()) for name, value in found.items()}
+
+
+def _layout_over_nodes(group):
+    buffer = deep_ep.Buffer(group, 1 << 20, 1 << 24)
+    one = make_inputs(RANKS, TOKENS, hidden=HIDDEN, topk=TOPK, experts=EXPERTS)[group.rank()]
+    layout = buffer.get_dispatch_layout(one.topk_idx, EXPERTS)
+    buffer.destroy()
+    return {"internode get_dispatch_layout": described(layout, _names(G=2))}
+
+
+def _compare(everyone):
+    for found in everyone:
+        for name, text in found.items():
+            assert text == GOLDEN[name], name
+
+
+def test_returns_are_those_of_deep_ep(cpu_ranks):
+    _compare(cpu_ranks.run(RANKS, _returns))
+
+
+def test_low_latency_returns_are_those_of_deep_ep(cpu_ranks):
+    _compare(cpu_ranks.run(RANKS, _low_latency_returns))
+
+
+def test_layouts_over_nodes_are_those_of_deep_ep(cpu_node_ranks):
+    _compare(cpu_node_ranks.run(RANKS, over_nodes, 2, _layout_over_nodes))
