@@ -145,7 +145,7 @@ def _not_an_array(name, value, expected):
 def _is_foreign(array):
     """Neither torch's nor NumPy's, and speaks DLPack."""
     return (hasattr(array, "__dlpack__") and hasattr(array, "__dlpack_device__")
-            and not any(isinstance(array, library.is_tensor) for library in _libraries.values()))
+            and _known_library(array) is None)
 
 
 def _exchanged(from_dlpack, array, name):
@@ -176,17 +176,25 @@ def library_of_name(name):
     return library
 
 
+def _known_library(array):
+    """torch's or NumPy's, if `array` is an array of theirs, else None."""
+    for known in ("torch", "numpy"):
+        if sys.modules.get(known) is not None:
+            library = library_of_name(known)
+            if isinstance(array, library.is_tensor):
+                return library
+    return None
+
+
 def library_of(array, name):
     """Whose arrays a call takes and returns, told by its first argument. For arrays of others that
     speak DLPack it is torch, if that is imported or they are not of the host, else NumPy."""
     torch = _libraries.get("torch")
     if torch is not None and isinstance(array, torch.is_tensor):
         return torch
-    for known in ("torch", "numpy"):
-        if sys.modules.get(known) is not None:
-            library = library_of_name(known)
-            if isinstance(array, library.is_tensor):
-                return library
+    library = _known_library(array)
+    if library is not None:
+        return library
     if _is_foreign(array):
         of_host = int(array.__dlpack_device__()[0]) == _DLPACK_CPU
         return library_of_name("numpy" if of_host and not sys.modules.get("torch") else "torch")

@@ -4,18 +4,9 @@ import pytest
 import torch
 
 import deep_ep
+from deep_ep import _arrays
+from foreign import Foreign
 from routing import dispatch_arguments, make_inputs
-
-
-class Foreign:
-    def __init__(self, tensor):
-        self.tensor = tensor
-
-    def __dlpack__(self, **options):
-        return self.tensor.__dlpack__(**options)
-
-    def __dlpack_device__(self):
-        return self.tensor.__dlpack_device__()
 
 
 def _foreign(value):
@@ -39,7 +30,7 @@ def _round_trip(group):
     again = buffer.dispatch(**_foreign(arguments))
     assert torch.equal(got[0], again[0]) and torch.equal(got[2], again[2])
     # is_token_in_rank is in the handle as it was given.
-    assert all(torch.equal(one, getattr(other, "tensor", other))
+    assert all(torch.equal(one, getattr(other, "array", other))
                for one, other in zip(got[4], again[4]))
     sums, weights, _ = buffer.combine(got[0], got[4], got[2])
     found = buffer.combine(*_foreign((got[0], got[4], got[2])))
@@ -67,6 +58,10 @@ def _refused(group):
         buffer.dispatch(**{**arguments, "x": Unreadable(one.x)})
     with pytest.raises(TypeError, match="x is builtins.object, must be .* with __dlpack__"):
         buffer.dispatch(**{**arguments, "x": object()})
+    # NumPy's are no foreign ones, whether or not one has been seen before.
+    _arrays._libraries.pop("numpy", None)
+    with pytest.raises(TypeError, match="numpy.ndarray, must be torch.Tensor"):
+        buffer.dispatch(**{**arguments, "topk_weights": one.topk_weights.numpy()})
     buffer.dispatch(**arguments)
     buffer.destroy()
 

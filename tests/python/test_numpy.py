@@ -1,5 +1,6 @@
 """Programs without torch: NumPy arrays, ml_dtypes, and the package's own Group."""
 
+import inspect
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 
 import pytest
 
+import foreign
 from ranks import _free_port
 
 pytest.importorskip("numpy")
@@ -37,19 +39,6 @@ combined, sums, _ = buffer.combine(recv_x, handle, recv_weights)
 expected = x.astype(np.float32) * in_rank.sum(1, keepdims=True)
 assert np.array_equal(combined.astype(np.float32), expected)
 assert np.array_equal(sums, (ids >= 0).astype(np.float32))
-
-
-class Foreign:  # of neither, and speaks DLPack
-    def __init__(self, array):
-        self.array = array
-
-    def __dlpack__(self, **options):
-        return self.array.__dlpack__(**options)
-
-    def __dlpack_device__(self):
-        return self.array.__dlpack_device__()
-
-
 twin = buffer.dispatch(Foreign(x.astype(np.float32)), handle=handle)[0]
 assert type(twin) is np.ndarray and np.array_equal(twin, recv_x.astype(np.float32))
 quantised = (x.astype(ml_dtypes.float8_e4m3fn), np.ones((2, 9), np.float32).T)
@@ -103,7 +92,7 @@ def test_numpy_arrays_go_round(tmp_path, nodes, request):
         request.getfixturevalue("cpu_node_ranks")
     size, port = 2, str(_free_port())
     program = tmp_path / "program.py"
-    program.write_text(PROGRAM)
+    program.write_text(inspect.getsource(foreign) + PROGRAM)
     running = [subprocess.Popen([sys.executable, program, str(rank), str(size), port],
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                 env={**os.environ, "DEEP_EP_RANKS_PER_NODE": str(size // nodes)})

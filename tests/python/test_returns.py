@@ -32,6 +32,7 @@ def described(value, names):
 def _names(**more):
     names = {TOKENS: "N", HIDDEN: "H", TOPK: "K", EXPERTS: "E", RANKS: "R", EXPERTS // RANKS: "L",
              HIDDEN // 128: "S", MOST: "M", RANKS * MOST: "RM", WORST: "W", 10: "C"}
+    assert not names.keys() & set(more.values())
     return {**names, **{length: name for name, length in more.items()}}
 
 
