@@ -180,6 +180,11 @@ void Buffer::Impl::take_counts(AnyDispatchJob& job) {
   }
 }
 
+void Buffer::Impl::await_counts(DispatchJob& job) {
+  stage(job.number, false, [this, &job] { backend_->await_counts(job.notify); })();
+  take_counts(job);
+}
+
 bool Buffer::Impl::place_ahead(DispatchJob& job) {
   const DispatchArgs& args = job.args;
   const std::int64_t room = row_forecast_.room(job.dispatch.call.record.num_tokens);
@@ -223,8 +228,7 @@ bool Buffer::Impl::find_counts(const std::shared_ptr<DispatchJob>& job) {
       submit_now(*job, Backend::Part::kBegin,
                  [this, job] { intranode::dispatch(*backend_, job->dispatch); });
     }
-    stage(job->number, false, [this, job] { backend_->await_counts(job->notify); })();
-    take_counts(*job);
+    await_counts(*job);
     const std::int64_t rows = result.num_recv_tokens;
     row_forecast_.learn(job->dispatch.call.record.num_tokens, rows);
     if (std::exchange(job->dispatch.tentative, false) && rows <= job->dispatch.block_rows) {
@@ -257,8 +261,7 @@ PreparedDispatch Buffer::Impl::intranode_prepare(const DispatchArgs& args) {
   const std::shared_ptr<DispatchJob> job = make_dispatch("prepare_dispatch", args);
   job->notify.call.record.kind = protocol::OpKind::kPrepareDispatch;
   submit_now(*job, Backend::Part::kWhole, [this, job] { notify(*job); });
-  stage(job->number, false, [this, job] { backend_->await_counts(job->notify); })();
-  take_counts(*job);
+  await_counts(*job);
   PreparedDispatch prepared = take_prepared(*job, job->notify.call.record);
   prepared.handle = job->result.handle;
   return prepared;
@@ -272,8 +275,10 @@ DispatchResult Buffer::Impl::intranode_dispatch(const DispatchArgs& args) {
     const bool queued = find_counts(job);
     const bool counts_come_late = !job->dispatch.cached && args.num_worst_tokens > 0;
     const std::int64_t rows = counts_come_late ? args.num_worst_tokens : result.num_recv_tokens;
-    if (!queued) place_results(*job, job->dispatch, rows);
-    if (!queued && !args.handle) place_handle(*job, rows);
+    if (!queued) {
+      place_results(*job, job->dispatch, rows);
+      if (!args.handle) place_handle(*job, rows);
+    }
     if (args.group_rows) {
       const IntranodeHandle& handle = args.handle ? *args.handle : result.handle;
       allocate_groups(*job, job->dispatch, rows, num_received_rows(handle, bootstrap_->rank()));

@@ -173,6 +173,8 @@ class __attribute__((visibility("hidden"))) Buffer::Impl {  // a member of an ex
   void submit_now(const AnyDispatchJob& job, Backend::Part part, std::function<void()> work);
   /// Puts counts that are known by now into the result.
   static void take_counts(AnyDispatchJob& job);
+  /// Waits for those of a notify that has been submitted.
+  void await_counts(DispatchJob& job);
   PreparedDispatch intranode_prepare(const DispatchArgs& args);
   PreparedDispatch internode_prepare(const DispatchArgs& args);
   /// Whose counts have been waited for; without the handle.
