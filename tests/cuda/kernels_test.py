@@ -38,8 +38,8 @@ BUDGETS = {
 }
 BUDGETS_OF_NVSHMEM = {
     "internode/notify": (96, 1024),  # 256 threads; where peers are mapped
-    "internode/dispatch": (128, 512),  # 448 threads
-    "internode/combine": (128, 512),  # 448 threads
+    "internode/dispatch": (232, 512),  # 256 threads
+    "internode/combine": (168, 512),  # 384 threads
     "internode/fill_handle": (64, 512),
     "internode/tell": (64, 512),
     "internode_ll_nodes/dispatch": (168, 512),  # 256 threads

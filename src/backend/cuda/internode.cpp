@@ -177,7 +177,7 @@ NetworkCounts Internode::counts() const {
 
 internode::Rails Internode::rails(const Call& call) const {
   internode::Rails rails;
-  rails.lanes = shape_.lanes_of_call(std::max(1, sms_of(context_, call)) * internode::kRoleWarps);
+  rails.lanes = shape_.lanes_of_call(std::max(1, sms_of(context_, call)));
   rails.timeout_ns = std::chrono::nanoseconds(call.timeout).count();
   rails.shape = shape_;
   rails.node = shape_.topology.node_of(context_.global_rank());

@@ -6,7 +6,7 @@ namespace deep_ep::cuda {
 
 /// What is moved next: a multiple of 16 bytes, at most a stage.
 struct Piece {
-  const std::byte* from;
+  const std::byte* from;  // null: next.fill(stage, piece) writes the bytes, by the whole warp
   std::uint32_t bytes;
 };
 
@@ -50,7 +50,7 @@ class Pump {
   __device__ void start(Next&& next) {
     Piece piece;
 #pragma unroll 1
-    while (here_ < kStages - kOut + 1 && take(next, piece)) load(piece);
+    while (here_ < kStages - kOut + 1 && take(next, piece)) load(next, piece);
   }
 
   struct Nothing {
@@ -78,7 +78,7 @@ class Pump {
       // The stage that is filled next was read by the stores before these.
       bulk_wait_group_read<kOut - 1>();
       __syncwarp();
-      if (more) load(piece);
+      if (more) load(next, piece);
       if constexpr (kLag > 0) {
         bulk_wait_group<kLag>();
         if (++stored_ > kLag) complete(completed);
@@ -87,6 +87,39 @@ class Pump {
     bulk_wait_group<0>();
     __syncwarp();
     if constexpr (kLag > 0) {
+      while (stored_ > 0) complete(completed);
+    }
+  }
+
+  /// The same for a next() that may have nothing for a while: until it has nothing and nothing is
+  /// under way. next() stands in one place, since it is long.
+  template <class Next, class Store, class Completed = Nothing>
+  __device__ void run_while(Next& next, Store&& store, Completed&& completed = {}) {
+#pragma unroll 1
+    while (true) {
+      Piece piece;
+#pragma unroll 1
+      while (here_ < kStages - kOut + 1 && take(next, piece)) {
+        // The stage that is filled next was read by the stores before the last ones.
+        bulk_wait_group_read<kOut - 1>();
+        __syncwarp();
+        load(next, piece);
+      }
+      if (here_ == 0) break;
+      wait_loaded();
+      store(storage_.stages[out_stage_], storage_.notes[out_note_][lane()]);
+      bulk_commit_group();
+      pass();
+      if constexpr (kLag > 0) {
+        bulk_wait_group<kLag>();
+        __syncwarp();
+        if (++stored_ > kLag) complete(completed);
+      }
+    }
+    bulk_wait_group<0>();
+    __syncwarp();
+    if constexpr (kLag > 0) {
+#pragma unroll 1
       while (stored_ > 0) complete(completed);
     }
   }
@@ -124,11 +157,22 @@ class Pump {
     return true;
   }
 
-  __device__ void load(const Piece& piece) {
+  template <class Next>
+  __device__ void load(Next& next, const Piece& piece) {
+    std::byte* stage = storage_.stages[in_stage_];
+    bool copied = true;
+    if constexpr (requires { next.fill(stage, piece); }) {
+      copied = piece.from != nullptr;
+      if (!copied) {
+        next.fill(stage, piece);
+        fence_proxy_async_shared();
+        __syncwarp();
+      }
+    }
     if (lane() == 0) {
       std::uint64_t* barrier = &storage_.barriers[in_stage_];
-      mbarrier_arrive_expect_tx(barrier, piece.bytes);
-      bulk_load(storage_.stages[in_stage_], piece.from, piece.bytes, barrier);
+      mbarrier_arrive_expect_tx(barrier, copied ? piece.bytes : 0);
+      if (copied) bulk_load(stage, piece.from, piece.bytes, barrier);
     }
     advance<kStages>(in_stage_);
     ++here_;

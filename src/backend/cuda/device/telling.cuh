@@ -21,10 +21,14 @@ struct Untold {
   std::uint32_t told;       // of them
   std::uint32_t ended;      // 1: nothing more will come
 
-  /// By one thread of the warp, behind `count` earlier ones.
-  __device__ void put(std::uint32_t count, const Item& item) {
+  /// By one thread of the warp, behind `count` earlier ones, of which `known_told` are known to be
+  /// told.
+  __device__ void put(std::uint32_t count, const Item& item, std::uint32_t& known_told) {
     // acquire: pairs with the release of `told` in tell_all(): the item's place has been read.
-    while (count - Word(told).load(::cuda::std::memory_order_acquire) >= kSize) __nanosleep(100);
+    while (count - known_told >= kSize) {
+      known_told = Word(told).load(::cuda::std::memory_order_acquire);
+      if (count - known_told >= kSize) __nanosleep(100);
+    }
     items[count % kSize] = item;
     // release: pairs with the acquire in tell_all(), for what the item tells of, too.
     Word(completed).store(count + 1, ::cuda::std::memory_order_release);

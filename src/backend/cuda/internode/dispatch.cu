@@ -1,201 +1,275 @@
 #include "backend/cuda/device/launch.cuh"
 #include "backend/cuda/internode/arrival.cuh"
-#include "backend/cuda/internode/turns.cuh"
+#include "backend/cuda/internode/outgoing.cuh"
 #include "backend/cuda/intranode/exchange.cuh"
 
 namespace deep_ep::cuda::internode {
 
 namespace {
 
-// Of both kinds, those that send and those that pass on, each block has some, so that one block is
-// enough. Neither kind waits for the other. One more tells peers what these have done.
-constexpr int kThreads = (kRailWarps + 1) * 32;
+// Warps of a block that move rows: some write to rings, some read from them, some bring this rank's
+// rows to its node. Each block has of all kinds, so that one block is enough, and none waits for
+// another one. One more tells peers what these have done.
+//
+// Each kind has a loop of its own, since what a warp does for a part of a row is a chain: of few
+// instructions, and of registers alone.
+constexpr int kReadWarps = 3;
+constexpr int kOwnWarps = 2;
+constexpr int kPumpWarps = kSendWarps + kReadWarps + kOwnWarps;
+constexpr int kThreads = (kPumpWarps + 1) * 32;
 
 struct Shared {
-  Stage::Storage stages[kRailWarps];
+  RailStage<RowPump> sending[kSendWarps];
+  RailStage<PlacePump> placing[kPumpWarps - kSendWarps];
   Blocks targets;
-  RailShared rails;
+  RailShared<kPumpWarps> rails;
   unsigned own_taken;  // of the block's parts of rows for this node
 };
 static_assert(sizeof(Shared) <= kMaxSharedBytes);
 
-// --- sending -------------------------------------------------------------------------------------
-
-__device__ plan::SourceMeta meta_of(const DispatchArgs& args, std::int64_t token,
-                                    const Positions& positions) {
-  return {args.rails.node, static_cast<std::int32_t>(token), positions.ranks()};
-}
-
-__device__ const std::int32_t* positions_of(const DispatchArgs& args, std::int64_t token,
-                                            int node) {
-  const plan::Topology& topology = args.rails.shape.topology;
-  return args.work.send_head + token * topology.num_ranks + topology.rank_of(node, 0);
-}
-
-__device__ Ids ids_of(const DispatchArgs& args, std::int64_t token) {
-  Ids ids = args.topk_idx;
-  const std::int64_t at = token * args.comm.record.num_topk * (ids.wide ? 8 : 4);
-  if (ids.data != nullptr) ids.data = static_cast<const std::byte*>(ids.data) + at;
-  return ids;
-}
-
-/// By a warp of either role that has nothing better to do: the next part of the block's rows for
-/// ranks of this node. False if there is none.
-__device__ bool place_own(const DispatchArgs& args, Shared& shared, Stage& stage, Teller& teller) {
-  const Rails& rails = args.rails;
-  const Blocks& targets = shared.targets;
-  const auto part = plan::part_of(targets.records, rails.node);
-  const std::int64_t own = (part.end - part.begin) * args.item.pieces;
-  unsigned ticket = 0;
-  if (lane_id() == 0) ticket = atomicAdd(&shared.own_taken, 1U);
-  ticket = __shfl_sync(0xffffffff, ticket, 0);
-  const std::int64_t number = std::int64_t{ticket} * gridDim.x + blockIdx.x;
-  if (number >= own) return false;
-  const auto record = static_cast<std::int32_t>(number / args.item.pieces);
-  const auto piece = static_cast<int>(number % args.item.pieces);
-  const std::int64_t token =
-      args.work.record_tokens[rails.node * args.comm.record.num_tokens + record];
-  teller.tell_now();
-  const Positions positions(positions_of(args, token, rails.node), args.comm.num_ranks);
-  const float* weights = args.topk_weights;
-  place(args, targets,
-        {rails.rank(), meta_of(args, token, positions), record, positions, ids_of(args, token),
-         weights == nullptr ? nullptr : weights + token * args.comm.record.num_topk,
-         args.scales.data == nullptr ? nullptr : args.scales.data + token * args.scales.row_stride,
-         args.scales.column_stride, args.x + token * args.format.x_bytes + args.item.x_begin(piece),
-         piece},
-        stage, [] {});
-  return true;
-}
-
-/// By a warp: all of an item but x.
-__device__ void compose_head(const DispatchArgs& args, std::int64_t token, int node,
-                             std::int32_t record, std::byte* to) {
-  const plan::RecordFormat& format = args.record_format;
-  const Positions positions(positions_of(args, token, node), args.comm.num_ranks);
-  const plan::SourceMeta meta = meta_of(args, token, positions);
-  if (lane_id() == 0) *reinterpret_cast<plan::RecordHead*>(to) = {meta, record, 0};
-  auto* heads = reinterpret_cast<std::int32_t*>(to + sizeof(plan::RecordHead));
-#pragma unroll
-  for (int set = 0; set < kRanksALane; ++set) {
-    const int rank = set * 32 + lane_id();
-    if (rank < args.comm.num_ranks) heads[rank] = positions.at[set];
-  }
-  const auto copy_words = [&](const void* from, std::int64_t bytes, std::byte* out) {
-    const auto* words = static_cast<const std::uint32_t*>(from);
-    for (std::int64_t i = lane_id(); i < bytes / 4; i += 32)
-      reinterpret_cast<std::uint32_t*>(out)[i] = words[i];
-  };
-  copy_words(ids_of(args, token).data, args.format.topk_idx_bytes, to + format.topk_idx);
-  copy_words(args.topk_weights + token * args.comm.record.num_topk, args.format.topk_weights_bytes,
-             to + format.topk_weights);
-  auto* scales = reinterpret_cast<std::uint32_t*>(to + format.scales);
-  for (std::int64_t s = lane_id(); s < args.format.scale_bytes / 4; s += 32)
-    scales[s] = args.scales.data[token * args.scales.row_stride + s * args.scales.column_stride];
-}
-
-/// By a warp: 16 bytes a lane and step, several steps under way at once. Not inlined, as put_out().
-__device__ __noinline__ void copy_part(std::byte* to, const std::byte* from, std::int64_t bytes) {
-  constexpr int kUnroll = 8;
-  std::int64_t at = lane_id() * 16;
-  for (; at + (kUnroll - 1) * 512 < bytes; at += kUnroll * 512) {
-    uint4 words[kUnroll];
-#pragma unroll
-    for (int i = 0; i < kUnroll; ++i)
-      words[i] = *reinterpret_cast<const uint4*>(from + at + i * 512);
-#pragma unroll
-    for (int i = 0; i < kUnroll; ++i) *reinterpret_cast<uint4*>(to + at + i * 512) = words[i];
-  }
-  for (; at < bytes; at += 512)
-    *reinterpret_cast<uint4*>(to + at) = *reinterpret_cast<const uint4*>(from + at);
-}
-
-/// By a warp: the next item of a ring, if there is room.
-__device__ Turn send_item(const DispatchArgs& args, const MappedPeers& peers, Stage& stage,
-                          Teller& teller, RingOut& end) {
-  const Rails& rails = args.rails;
-  const ItemShape& item = args.item;
-  Turn turn;
-  if (!may_put(rails, peers, item, teller, end, turn)) return turn;
-  const std::int64_t token =
-      args.work.record_tokens[end.node(rails) * args.comm.record.num_tokens + end.record];
-  const std::byte* x = args.x + token * args.format.x_bytes + item.x_begin(end.piece);
-  const std::int64_t x_size = item.x_size(end.piece);
-  const OutItem out(rails, peers, item, end);
-  // The stores of the item before are read meanwhile.
-  compose_head(args, token, end.node(rails), end.record, out.to);
-  if (out.direct) {
-    stage.load(x, x_size);
-    stage.load_rest();
-    stage.pass(
-        [&](int share) {
-          if (lane_id() == 0) stage.store(out.to + item.head_bytes, share);
-        },
-        [] {});
-    teller.tell_now<Stage::kShares>();  // of the item before
-  } else {
-    copy_part(out.to + item.head_bytes, x, x_size);
-  }
-  send_out(rails, peers, item, out, teller, end, item.head_bytes + x_size);
-  return turn;
-}
-
 // --- passing on ----------------------------------------------------------------------------------
 
-/// By a warp: the next item of a ring, if it is here.
-__device__ Turn pass_on_item(const DispatchArgs& args, const Shared& shared, Stage& stage,
-                             Teller& teller, RingIn& end) {
-  const Rails& rails = args.rails;
-  const ItemShape& item = args.item;
-  const plan::RecordFormat& format = args.record_format;
-  if (end.left == 0) return Turn::kDone;
-  const std::byte* from =
-      next_item(rails, shared.rails.peers, item, end.ring(rails), end.peer, end.items, end.slot);
-  if (from == nullptr) return Turn::kStuck;
-  if (lane_id() == 0) fence_proxy_async_global();
-  const plan::RecordHead head = *reinterpret_cast<const plan::RecordHead*>(from);
-  place(args, shared.targets,
-        {rails.rank_of_peer(end.peer), head.meta, head.record,
-         Positions(reinterpret_cast<const std::int32_t*>(from + sizeof head), args.comm.num_ranks),
-         Ids{from + format.topk_idx, args.topk_idx.wide},
-         reinterpret_cast<const float*>(from + format.topk_weights),
-         reinterpret_cast<const std::uint32_t*>(from + format.scales), 1, from + item.head_bytes,
-         end.piece},
-        stage, [&] {
-          end.advance(item);
-          release_item(rails, shared.rails.peers, teller, end.lane, end.peer, end.items);
-        });
-  return Turn::kMoved;
+/// By a warp: a row on its way to this node's ranks.
+class Passing {
+ public:
+  __device__ Passing(const DispatchArgs& args, const Blocks& targets)
+      : args_(args), targets_(targets) {}
+
+  __device__ __forceinline__ bool more() const { return parts_.more(); }
+  __device__ __forceinline__ void next(Piece& piece, PlaceNote& note) { parts_.next(piece, note); }
+  /// All but x goes at once.
+  __device__ __forceinline__ void begin(const Arrival& row, std::uint32_t end) {
+    const Slots slots = place(args_, targets_, row);
+    std::byte* to[kRanksALane];
+#pragma unroll
+    for (int i = 0; i < kRanksALane; ++i) to[i] = x_place(args_, targets_, slots, row.piece, i);
+    parts_.begin(row.x, to, args_.item.x_size(row.piece), end);
+  }
+
+ private:
+  const DispatchArgs& args_;
+  const Blocks& targets_;
+  PlaceParts parts_;
+};
+
+/// By a warp that reads from rings: what it takes from there.
+class Incoming {
+ public:
+  __device__ __forceinline__ Incoming(const DispatchArgs& args, const Shared& shared,
+                                      const Role& role, const Team& team, ItemEnd* ends)
+      : turns(args.rails, shared.rails.peers, args.item, args.rails.state.lanes_in, role, team),
+        args_(args),
+        peers_(shared.rails.peers),
+        targets_(shared.targets),
+        row_(args, shared.targets),
+        step_(team.size),
+        ends_(ends) {}
+
+  __device__ __forceinline__ bool operator()(Piece& piece, PlaceNote& note) {
+    if (!row_.more() && !begin_item()) return false;
+    row_.next(piece, note);
+    return true;
+  }
+
+  RingTurns<End::kIn> turns;
+
+ private:
+  __device__ __forceinline__ bool begin_item() {
+    const Rails& rails = args_.rails;
+    if (!turns.find([&](RingIn& end) { return look_in(rails, peers_, args_.item, step_, end); }))
+      return false;
+    const RingIn& end = turns.end;
+    bool begun = false;
+#pragma unroll 1
+    while (true) {
+      if (end.items == ahead_ && end.ring(rails) == ahead_ring_) {
+        row_.begin(next_, ends_.put(end));
+        turns.advance();
+        begun = true;
+      }
+      // The next one's, behind it; the load stands in one place, since it is long.
+      if (!begun || (end.left > 0 && end.known > 0)) load();
+      if (begun) return true;
+    }
+  }
+  /// Puts the head of the next item on its way, which is here.
+  __device__ __forceinline__ void load() {
+    const Rails& rails = args_.rails;
+    const plan::RecordFormat& format = args_.record_format;
+    const RingIn& end = turns.end;
+    const std::byte* from = end.at;
+    // What has been acquired comes before bulk copies, too.
+    if (lane_id() == 0) fence_proxy_async_global();
+    const auto& head = *reinterpret_cast<const plan::RecordHead*>(from);
+    ahead_ = end.items;
+    ahead_ring_ = static_cast<int>(end.ring(rails));
+    next_.source = rails.rank_of_peer(end.peer);
+    next_.meta.node = head.meta.node;
+    next_.meta.token = head.meta.token;
+    next_.record = head.record;
+    next_.at = plan::part_of(targets_.records, end.node(rails)).begin + end.record;
+    next_.positions =
+        Positions(reinterpret_cast<const std::int32_t*>(from + sizeof head), args_.comm.num_ranks);
+    next_.head = {Ids{from + format.topk_idx, args_.topk_idx.wide},
+                  reinterpret_cast<const float*>(from + format.topk_weights),
+                  reinterpret_cast<const std::uint32_t*>(from + format.scales), 1};
+    next_.x = from + args_.item.head_bytes;
+    next_.piece = end.piece;
+    next_.load(args_);
+  }
+
+  const DispatchArgs& args_;
+  const MappedPeers& peers_;
+  const Blocks& targets_;
+  Passing row_;
+  int step_;
+  ItemEnds<PlacePump> ends_;
+  Arrival next_;
+  std::uint64_t ahead_ = ~std::uint64_t{0};  // number of the item that next_ is
+  int ahead_ring_ = -1;                      // in this ring
+};
+
+/// By a warp: this rank's rows for its node, part by part.
+class OwnRows {
+ public:
+  __device__ OwnRows(const DispatchArgs& args, Shared& shared)
+      : args_(args), shared_(shared), row_(args, shared.targets) {}
+
+  __device__ __forceinline__ bool operator()(Piece& piece, PlaceNote& note) {
+    if (!row_.more() && !begin_part()) return false;
+    row_.next(piece, note);
+    return true;
+  }
+
+ private:
+  __device__ __forceinline__ bool begin_part() {
+    bool begun = false;
+#pragma unroll 1
+    while (true) {
+      if (ahead_) row_.begin(next_, kNoEnd);
+      begun = begun || ahead_;
+      take();
+      if (begun || !ahead_) return begun;
+    }
+  }
+  /// Puts the next part of the block on its way, if there is one.
+  __device__ __forceinline__ void take() {
+    ahead_ = false;
+    if (ended_) return;
+    const Rails& rails = args_.rails;
+    const auto part = plan::part_of(shared_.targets.records, rails.node);
+    const std::int64_t own = (part.end - part.begin) * args_.item.pieces;
+    unsigned ticket = 0;
+    if (lane_id() == 0) ticket = atomicAdd(&shared_.own_taken, 1U);
+    ticket = __shfl_sync(0xffffffff, ticket, 0);
+    const Role block = role_of(false, 0, 1);
+    const std::int64_t number = std::int64_t{ticket} * block.count + block.number;
+    ended_ = block.count == 0 || number >= own;
+    if (ended_) return;
+    ahead_ = true;
+    next_.record = static_cast<std::int32_t>(number / args_.item.pieces);
+    next_.piece = static_cast<int>(number % args_.item.pieces);
+    next_.at = part.begin + next_.record;
+    const std::int64_t token =
+        args_.work.record_tokens[rails.node * args_.comm.record.num_tokens + next_.record];
+    next_.source = rails.rank();
+    next_.positions = Positions(positions_of(args_, token, rails.node), args_.comm.num_ranks);
+    const float* weights = args_.topk_weights;
+    next_.head = {ids_of(args_, token),
+                  weights == nullptr ? nullptr : weights + token * args_.comm.record.num_topk,
+                  args_.scales.data == nullptr
+                      ? nullptr
+                      : args_.scales.data + token * args_.scales.row_stride,
+                  args_.scales.column_stride};
+    next_.x = args_.x + token * args_.format.x_bytes + args_.item.x_begin(next_.piece);
+    next_.load(args_);
+    next_.meta.node = rails.node;
+    next_.meta.token = static_cast<std::int32_t>(token);
+  }
+
+  const DispatchArgs& args_;
+  Shared& shared_;
+  Passing row_;
+  Arrival next_;
+  bool ahead_ = false;  // next_ is there
+  bool ended_ = false;
+};
+
+/// Warps that read from one ring together.
+__device__ int team_size(const DispatchArgs& args) {
+  const auto blocks = static_cast<int>(gridDim.x);
+  const int warps = (blocks - send_blocks(blocks)) * kReadWarps;
+  if (args.item.pieces > 1) return 1;
+  return max(1, min(warps / args.rails.shape.num_rings(), args.item.slots / 2));
 }
 
-/// By a warp of either role: its rings, and rows for this node while none of them moves.
-__device__ void move_rows(const DispatchArgs& args, Shared& shared) {
-  const Rails& rails = args.rails;
-  const auto warp = static_cast<int>(threadIdx.x / 32);
-  Stage stage(shared.stages[warp]);
-  Teller teller(shared.rails.untold[warp]);
-  bool own_left = true;
-  const auto rest = [&] { return own_left = own_left && place_own(args, shared, stage, teller); };
-  if (warp < kRoleWarps) {
-    const Role role(warp);
-    begin_rings<&RailState::Ring::out_begin, &RailState::Ring::sent>(rails, role);
-    (void)serve_rings<RingOut>(
-        args.comm, rails, args.item, rails.state.lanes_out, role,
-        [&](RingOut& end) { return send_item(args, shared.rails.peers, stage, teller, end); }, rest,
-        [&](std::int64_t ring) { return missing_room(rails, ring); });
-  } else {
-    const Role role(warp - kRoleWarps);
-    begin_rings<&RailState::Ring::in_begin, &RailState::Ring::consumed>(rails, role);
-    (void)serve_rings<RingIn>(
-        args.comm, rails, args.item, rails.state.lanes_in, role,
-        [&](RingIn& end) { return pass_on_item(args, shared, stage, teller, end); }, rest,
-        [&](std::int64_t ring) {
-          const std::uint64_t consumed = rails.state.rings[ring].consumed;
-          return Awaited{Wait::kRows, consumed + 1, consumed};
-        });
+/// By a warp that reads from rings: which of them, and with whom.
+struct Reader {
+  Role role;
+  Team team;
+
+  __device__ Reader(const DispatchArgs& args, int warp) : role(role_of(false, warp, kReadWarps)) {
+    team.size = team_size(args);
+    if (team.size == 1) return;
+    const int rings = args.rails.shape.num_rings();
+    if (role.count == 0) return;
+    team.member = role.number / rings;
+    // Those left over have none.
+    role = {role.number % rings, team.member < team.size ? rings : 0};
   }
+};
+
+__device__ void send_rows(const DispatchArgs& args, Shared& shared, int warp) {
+  const Rails& rails = args.rails;
+  const MappedPeers& peers = shared.rails.peers;
+  RailStage<RowPump>& stage = shared.sending[warp];
+  RowPump pump(stage.pump);
+  Teller teller(shared.rails.untold[warp]);
+  Outgoing rows(args, peers, role_of(true, warp, kSendWarps), stage.ends);
+  (void)pump_rings(
+      args.comm, rails, pump, rows.turns, rows,
+      [&](const std::byte* from, const SendNote& note) {
+        if (lane_id() == 0) bulk_store(note.to[0], from, note.bytes);
+      },
+      [&](const SendNote& note) {
+        if (note.end != kNoEnd) send_item(rails, args.item, teller, stage.ends[note.end]);
+      },
+      [&](std::int64_t ring) { return missing_room(rails, ring, args.item); });
   teller.end();
-  stage.finish();
+}
+
+__device__ __forceinline__ void store_parts(const std::byte* from, const PlaceNote& note) {
+#pragma unroll
+  for (int i = 0; i < kRanksALane; ++i)
+    if (note.to[i] != nullptr) bulk_store(note.to[i], from, note.bytes);
+}
+
+__device__ void pass_rows_on(const DispatchArgs& args, Shared& shared, int warp) {
+  const Rails& rails = args.rails;
+  RailStage<PlacePump>& stage = shared.placing[warp - kSendWarps];
+  PlacePump pump(stage.pump);
+  Teller teller(shared.rails.untold[warp]);
+  const Reader reader(args, warp - kSendWarps);
+  Incoming rows(args, shared, reader.role, reader.team, stage.ends);
+  (void)pump_rings(
+      args.comm, rails, pump, rows.turns, rows,
+      [&](const std::byte* from, const PlaceNote& note) {
+        store_parts(from, note);
+        if (note.end != kNoEnd && lane_id() == 0) release_item(rails, teller, stage.ends[note.end]);
+      },
+      [](const PlaceNote&) {},
+      [&](std::int64_t ring) {
+        const std::uint64_t consumed = rails.state.rings[ring].consumed;
+        return Awaited{Wait::kRows, consumed + 1, consumed};
+      });
+  teller.end();
+}
+
+__device__ void place_own_rows(const DispatchArgs& args, Shared& shared, int warp) {
+  PlacePump pump(shared.placing[warp - kSendWarps].pump);
+  OwnRows rows(args, shared);
+  pump.run_while(rows, store_parts);
+  Teller(shared.rails.untold[warp]).end();
 }
 
 // --- this rank's results -------------------------------------------------------------------------
@@ -239,10 +313,15 @@ __global__ void __launch_bounds__(kThreads, 1) dispatch(const __grid_constant__ 
   });
   if (good) {
     fill_unused_rows(args, targets.of[comm.rank]);
-    if (threadIdx.x < kRailWarps * 32) {
-      move_rows(args, shared);
+    const auto warp = static_cast<int>(threadIdx.x / 32);
+    if (warp < kSendWarps) {
+      send_rows(args, shared, warp);
+    } else if (warp < kSendWarps + kReadWarps) {
+      pass_rows_on(args, shared, warp);
+    } else if (warp < kPumpWarps) {
+      place_own_rows(args, shared, warp);
     } else {
-      tell_peers(shared.rails);
+      shared.rails.tell();
     }
     if (threadIdx.x % 32 == 0) shared.rails.peers.quiet(args.rails);
   } else {
@@ -251,6 +330,8 @@ __global__ void __launch_bounds__(kThreads, 1) dispatch(const __grid_constant__ 
   if (!is_last_block(comm)) return;
   const bool complete = good && all_landed(comm, epoch);
   if (complete) {
+    if (team_size(args) > 1)
+      count_consumed<kThreads>(args.rails, args.item, args.rails.state.lanes_in);
     if (threadIdx.x == 32) {
       const Crossing rows(args.rails);
       count_rows(args.rails, args.item, rows.out, rows.in);

@@ -14,48 +14,79 @@ struct Sources {
   const float* item_weights[plan::kMaxNodes];
 };
 
-/// A token's record at each node, or -1; lane i % 32 has that of node i.
+/// A token's record at each node, or -1, and how many items came by the lane's ring from there
+/// ahead of it, over all calls; lane i % 32 has those of node i.
 class TokenRecords {
  public:
-  __device__ TokenRecords(const CombineArgs& args, std::int64_t token) {
-    const int nodes = args.rails.shape.topology.num_nodes();
+  __device__ TokenRecords(const CombineArgs& args, std::int64_t token, int lane) {
+    const Rails& rails = args.rails;
+    const int nodes = rails.shape.topology.num_nodes();
 #pragma unroll
     for (int i = 0; i < kNodesALane; ++i) {
       const int node = i * 32 + lane_id();
-      at_[i] = node < nodes ? args.send_rdma_head[token * nodes + node] : -1;
+      at_[i] = -1;
+      if (node >= nodes) continue;
+      at_[i] = args.send_rdma_head[token * nodes + node];
+      if (node == rails.node) continue;
+      const std::int64_t ring = rails.ring(lane, RailShape::peer_index(node, rails.node));
+      const std::int32_t first =
+          rails.state.lanes_out[std::int64_t{node} * (rails.shape.num_lanes + 1) + lane];
+      items_[i] = rails.state.rings[ring].consumed +
+                  static_cast<std::uint64_t>(std::int64_t{at_[i] - first} * args.item.pieces);
     }
   }
-  __device__ std::int32_t of(int node) const {
-    std::int32_t mine = at_[0];
-#pragma unroll
-    for (int i = 1; i < kNodesALane; ++i) mine = node / 32 == i ? at_[i] : mine;
-    return __shfl_sync(0xffffffff, mine, node % 32);
-  }
+  __device__ std::int32_t of(int node) const { return pick(at_, node); }
+  __device__ std::uint64_t items(int node) const { return pick(items_, node); }
 
  private:
   static constexpr int kNodesALane = (plan::kMaxNodes + 31) / 32;
+
+  template <class Value>
+  __device__ static Value pick(const Value (&values)[kNodesALane], int node) {
+    Value mine = values[0];
+#pragma unroll
+    for (int i = 1; i < kNodesALane; ++i) mine = node / 32 == i ? values[i] : mine;
+    return __shfl_sync(0xffffffff, mine, node % 32);
+  }
+
   std::int32_t at_[kNodesALane];
+  std::uint64_t items_[kNodesALane] = {};
 };
 
-/// By a warp: lists the rows of record `number` of send_nvl_head, a token of `source`. Returns how
-/// many there are, or -1, and reported, if the handle is wrong.
-__device__ inline int list_rows(const CombineArgs& args, const Blocks& blocks, std::int64_t number,
-                                int source, Sources& sources) {
+/// Positions of a record's rows at the ranks that a lane looks after, or -1; loaded ahead of their
+/// use.
+struct RecordHeads {
+  std::int64_t number = -1;  // in send_nvl_head
+  std::int32_t at[kRanksALane];
+
+  __device__ void load(const CombineArgs& args, std::int64_t of) {
+    number = of;
+#pragma unroll
+    for (int i = 0; i < kRanksALane; ++i) {
+      const int rank = i * 32 + lane_id();
+      at[i] = rank < args.comm.num_ranks ? args.send_nvl_head[of * args.comm.num_ranks + rank] : -1;
+    }
+  }
+};
+
+/// By a warp: lists the rows of a record, of a token of `source`. Returns how many there are, or
+/// -1, and reported, if the handle is wrong.
+__device__ inline int list_rows(const CombineArgs& args, const Blocks& blocks,
+                                const RecordHeads& heads, int source, Sources& sources) {
   const Comm& comm = args.comm;
-  const std::int32_t* heads = args.send_nvl_head + number * comm.num_ranks;
   __syncwarp();  // the list before has been read
   int found = 0;
   bool good = true;
 #pragma unroll
   for (int i = 0; i < kRanksALane; ++i) {
     const int rank = i * 32 + lane_id();
-    const std::int32_t head = rank < comm.num_ranks ? heads[rank] : -1;
+    const std::int32_t head = heads.at[i];
     const std::uint32_t set = __ballot_sync(0xffffffff, head != -1);
     if (head != -1) {
       const auto rows = blocks.rows(args.rails, rank, source);
       good = head >= 0 && head < rows.end - rows.begin;
       if (!good)
-        raise_invalid(comm, Finding::kBadNvlHead, number, rank, head, rows.end - rows.begin);
+        raise_invalid(comm, Finding::kBadNvlHead, heads.number, rank, head, rows.end - rows.begin);
       const std::int64_t row = rows.begin + head;
       const int at = found + __popc(set & ((1u << lane_id()) - 1));
       const plan::RecvArrays& block = blocks.of[rank];

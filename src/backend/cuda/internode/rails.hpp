@@ -13,13 +13,24 @@
 // each other of a call. Compiled by g++ and nvcc.
 namespace deep_ep::cuda::internode {
 
+// Warps of a block that write to rings, and how many blocks of them fill a link. Where there are
+// four times as many these have nothing else to do: what an SM loads and stores waits behind its
+// stores to a peer.
+constexpr int kSendWarps = 2;
+constexpr int kSendBlocks = 32;
+/// Of a kernel of `blocks` blocks, the first ones that only write to rings; 0: all of them do.
+DEEP_EP_HD constexpr int send_blocks(int blocks) {
+  return blocks < 4 * kSendBlocks ? 0 : kSendBlocks;
+}
+
 /// A lane is a contiguous share of every source's tokens, and has a ring to each rail peer. A warp
-/// serves a ring, so lanes are many and their rings small: four rows of 7168 BF16 values.
+/// writes a ring, and as few as fill a link write at the same time: so lanes are few and their
+/// rings long, since what is under way on a link is several hundred rows.
 struct RailShape {
-  static constexpr int kMostLanes = 448;    // warps of a role on 64 SMs
-  static constexpr int kSharedLanes = 640;  // of all peers, four times the warps on 20 SMs
-  static constexpr int kMostSlots = 16;     // of a ring
-  static constexpr std::int64_t kRingBytes = 64 << 10;
+  static constexpr int kMostLanes = kSendWarps * kSendBlocks;
+  static constexpr int kSharedLanes = 128;  // of all peers
+  static constexpr int kMostSlots = 32;     // of a ring
+  static constexpr std::int64_t kRingBytes = 256 << 10;
 
   plan::Topology topology;
   int num_lanes = 1;
@@ -30,11 +41,13 @@ struct RailShape {
   /// peers share them.
   int fewest_lanes() const {
     const int fair = kSharedLanes / num_peers();
-    return fair > kMostLanes ? kMostLanes : fair < 32 ? 32 : fair;
+    return fair > kMostLanes ? kMostLanes : fair < 8 ? 8 : fair;
   }
-  /// Of a call whose roles have `warps` warps each: one for each, since a warp that takes turns
-  /// among more is slower.
-  int lanes_of_call(int warps) const { return warps < num_lanes ? warps : num_lanes; }
+  /// Of a call on so many SMs: one for each warp that writes to rings.
+  int lanes_of_call(int num_sms) const {
+    const int warps = num_sms * kSendWarps;
+    return warps < num_lanes ? warps : num_lanes;
+  }
   /// Index of another node among all others of `at_node`, and back.
   DEEP_EP_HD static int peer_index(int node, int at_node) {
     return node < at_node ? node : node - 1;
@@ -73,7 +86,8 @@ struct RailBlock {
     std::byte* out_messages;
   } mailbox[2];
   std::uint64_t* filled;   // [rings, kMostSlots] number of the item, from 1, that the slot holds
-  std::uint64_t* credits;  // [rings] items read of the ring that this rank writes
+  std::uint64_t* credits;  // [rings, kMostSlots] of the rings that this rank writes: number of the
+                           // item that has been read from the slot
   std::byte* slots;        // [rings, kRingBytes]
   std::byte* out_slots;
   std::int64_t message_bytes;
@@ -95,7 +109,7 @@ struct RailBlock {
       mailbox.out_messages = carver.take<std::byte>(peers * block.message_bytes);
     }
     block.filled = carver.take<std::uint64_t>(rings * RailShape::kMostSlots);
-    block.credits = carver.take<std::uint64_t>(rings);
+    block.credits = carver.take<std::uint64_t>(rings * RailShape::kMostSlots);
     block.slots = carver.take<std::byte>(rings * RailShape::kRingBytes);
     block.out_slots = carver.take<std::byte>(rings * RailShape::kRingBytes);
     return block;
@@ -123,7 +137,7 @@ struct SentCounts {
 struct RailState {
   struct Ring {
     std::uint64_t sent;      // items put
-    std::uint64_t consumed;  // items read
+    std::uint64_t consumed;  // items read; a combine counts them at its end
     // Where the present kernel began.
     std::uint64_t out_begin;
     std::uint64_t in_begin;
@@ -195,7 +209,7 @@ struct ItemShape {
   std::int64_t slot_bytes = 0;
   int slots = 1;  // of a ring
 
-  static constexpr std::int64_t kMostHead = RailShape::kRingBytes / 4;
+  static constexpr std::int64_t kMostHead = 16 << 10;
 
   /// With parts of at most `most_part` bytes, a multiple of 512. pieces = 0: the head is too long.
   static ItemShape make(std::int64_t head_bytes, std::int64_t x_bytes, std::int64_t most_part) {
@@ -214,6 +228,10 @@ struct ItemShape {
     return shape;
   }
 
+  /// Of the item behind `items` others.
+  DEEP_EP_HD int slot_of(std::uint64_t items) const {
+    return static_cast<int>(items % static_cast<std::uint32_t>(slots));
+  }
   DEEP_EP_HD std::int64_t x_begin(int piece) const { return piece * part_bytes; }
   DEEP_EP_HD std::int64_t x_size(int piece) const {
     const std::int64_t left = x_bytes - x_begin(piece);

@@ -16,11 +16,7 @@
 // They are in libdeep_ep_nvshmem.so. R counts all ranks.
 namespace deep_ep::cuda::internode {
 
-// Warps of a block in each of the two roles that dispatch and combine have: as many as there is
-// shared memory for in a dispatch, registers in a combine.
-constexpr int kRoleWarps = 7;
-constexpr int kRailWarps = 2 * kRoleWarps;
-// Bytes of a row in an item: what a warp has shared memory for, a row of 7168 BF16 values.
+// Bytes of a row in an item, at most: a row of 7168 BF16 values.
 constexpr std::int64_t kMostPart = 14336;
 
 /// What of a handle says where rows go; as deep_ep::internode::Routing.

@@ -144,6 +144,7 @@ __device__ inline void push_rows(const CombineArgs& args, const Other* others, i
     PushQueue queue(args, others, i, warps);
     PushPump pump(storage);
     std::uint32_t count = 0;
+    std::uint32_t told = 0;
     pump.run(
         queue, [](const PushNote& note, bool) { return note; },
         [&](const std::byte* from, const PushNote& note) {
@@ -152,7 +153,7 @@ __device__ inline void push_rows(const CombineArgs& args, const Other* others, i
         [&](const PushNote& note) {
           // The piece's weights are from before a barrier of the warp.
           if (leader && note.chunk >= 0)
-            pushed.put(count++, std::uint32_t{note.source} << 16 | std::uint16_t(note.chunk));
+            pushed.put(count++, std::uint32_t{note.source} << 16 | std::uint16_t(note.chunk), told);
         });
   }
   if (leader) pushed.end();

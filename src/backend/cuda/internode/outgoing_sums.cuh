@@ -1,0 +1,138 @@
+#pragma once
+
+#include "backend/cuda/internode/node_sums.cuh"
+#include "backend/cuda/internode/rail_pump.cuh"
+
+// A node's sums of a combine on their way to the tokens' ranks.
+namespace deep_ep::cuda::internode {
+
+using SumPump = SendPump<3>;
+
+// 16-byte loads of a lane that are under way at once: a row of 7168 BF16 values in four turns.
+constexpr int kSumUnroll = 7;
+
+/// By a warp: the `bytes` bytes from `begin` on of a record's sum over `rows` listed rows, or zeros
+/// if there are none. Not inlined, so that the compiler keeps registers for this loop, not for what
+/// is around it.
+template <class T>
+static __device__ __noinline__ void sum_part(const Sources& sources, int rows, std::int64_t begin,
+                                             int bytes, std::byte* to) {
+  for_each_column<kSumUnroll>(bytes, [&](int at, auto steps) {
+    Sum16<T> sums[steps.kCount];
+#pragma unroll 1
+    for (int row = 0; row < rows; ++row)
+      add_rows<T, steps.kCount, 1>(sums, sources.rows + row, begin + at);
+#pragma unroll
+    for (int i = 0; i < steps.kCount; ++i)
+      *reinterpret_cast<uint4*>(to + at + i * 512) = sums[i].round();
+  });
+}
+
+/// By a warp that writes to rings: the sums that it puts there. A record that is not allowed goes
+/// as zeros: its fault is known. A row alone need not be rounded on the way.
+template <class T>
+class Sums {
+ public:
+  __device__ Sums(const CombineArgs& args, const Blocks& blocks, const MappedPeers& peers,
+                  const Role& role, Sources& sources, ItemEnd* ends)
+      : turns(args.rails, peers, args.item, args.rails.state.lanes_in, role),
+        args_(args),
+        blocks_(blocks),
+        peers_(peers),
+        sources_(sources),
+        ends_(ends) {}
+
+  __device__ __forceinline__ bool operator()(Piece& piece, SendNote& note) {
+    const Rails& rails = args_.rails;
+    const ItemShape& item = args_.item;
+    if (!turns.find([&](RingOut& end) { return look_out(rails, peers_, item, end); })) return false;
+    const RingOut& end = turns.end;
+    begin_ = item.x_begin(end.piece);
+    piece.bytes = static_cast<std::uint32_t>(item.x_size(end.piece));
+    piece.from = args_.comm.num_ranks == 1 ? take_row() : take_sum();
+    note.to[0] = end.at + item.head_bytes;
+    note.bytes = piece.bytes;
+    note.end = ends_.put(end, static_cast<std::uint32_t>(item.head_bytes) + piece.bytes);
+    turns.advance();
+    if (args_.comm.num_ranks == 1 && end.left > 0) load(end);
+    return true;
+  }
+  /// Where there is not one row.
+  __device__ __forceinline__ void fill(std::byte* stage, const Piece& piece) {
+    sum_part<T>(sources_, rows_, begin_, static_cast<int>(piece.bytes), stage);
+  }
+
+  RingTurns<End::kOut> turns;
+
+ private:
+  __device__ __forceinline__ std::int64_t first_record(const RingOut& end) const {
+    return plan::part_of(blocks_.records, end.node(args_.rails)).begin;
+  }
+
+  /// The weights of the ring's next item go to the peer; returns where its part of x is, or null:
+  /// it is to be filled in.
+  __device__ __forceinline__ const std::byte* take_sum() {
+    const RingOut& end = turns.end;
+    heads_.load(args_, first_record(end) + end.record);
+    rows_ = list_rows(args_, blocks_, heads_, args_.rails.rank_of_peer(end.peer), sources_);
+    compose_weights(args_, sources_, rows_, end.at);
+    return rows_ == 1 ? sources_.rows[0] + begin_ : nullptr;
+  }
+
+  /// The same for a rank that has its node for itself: each record is a row, known ahead.
+  __device__ __forceinline__ const std::byte* take_row() {
+    const RingOut& end = turns.end;
+    if (record_ != end.record || node_ != end.node(args_.rails)) load(end);
+    auto* words = reinterpret_cast<float*>(end.at);
+    const auto count = static_cast<int>(args_.format.topk_weights_bytes / 4);
+    if (lane_id() < count) words[lane_id()] = weight_;
+#pragma unroll 1
+    for (int k = 32 + lane_id(); k < count; k += 32) words[k] = weight_of(row_, k);
+    rows_ = 0;
+    return row_ < 0 ? nullptr : blocks_.of[0].x + row_ * args_.format.x_bytes + begin_;
+  }
+  /// Puts the weights of the record on their way.
+  __device__ __forceinline__ void load(const RingOut& end) {
+    const int node = end.node(args_.rails);
+    if (node == node_ && end.record == record_) return;
+    if (node != node_ || end.record - first_ >= 32 || end.record < first_) {
+      first_ = end.record;
+      const auto part = plan::part_of(blocks_.records, node);
+      const std::int64_t mine = part.begin + end.record + lane_id();
+      head_ = mine < part.end ? args_.send_nvl_head[mine] : -1;
+    }
+    node_ = node;
+    record_ = end.record;
+    const std::int32_t head = __shfl_sync(0xffffffff, head_, record_ - first_);
+    const auto rows = blocks_.rows(args_.rails, 0, args_.rails.rank_of_peer(end.peer));
+    const bool good = head >= 0 && head < rows.end - rows.begin;
+    if (!good)
+      raise_invalid(args_.comm, Finding::kBadNvlHead, first_record(end) + record_, 0, head,
+                    rows.end - rows.begin);
+    row_ = good ? rows.begin + head : -1;
+    weight_ = lane_id() < args_.format.topk_weights_bytes / 4 ? weight_of(row_, lane_id()) : 0.0f;
+  }
+  __device__ __forceinline__ float weight_of(std::int64_t row, int k) const {
+    if (row < 0) return 0.0f;
+    return plan::from_float<float>(reinterpret_cast<const float*>(
+        blocks_.of[0].topk_weights)[row * args_.comm.record.num_topk + k]);
+  }
+
+  const CombineArgs& args_;
+  const Blocks& blocks_;
+  const MappedPeers& peers_;
+  Sources& sources_;
+  ItemEnds<SumPump> ends_;
+  std::int64_t begin_ = 0;  // in the row, of the item under way
+  int rows_ = 0;            // listed
+  RecordHeads heads_;
+  // Of a rank that has its node for itself:
+  int node_ = -1;                    // of the row that is known
+  std::int32_t record_ = -1;         // of it
+  std::int32_t first_ = 0x7fffffff;  // lane i has the position of the i-th record from this one on
+  std::int32_t head_ = -1;
+  std::int64_t row_ = -1;
+  float weight_ = 0.0f;
+};
+
+}  // namespace deep_ep::cuda::internode
