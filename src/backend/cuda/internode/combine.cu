@@ -26,25 +26,13 @@ static_assert(sizeof(Shared) <= kMaxSharedBytes);
 /// By a warp that writes to rings.
 template <class T>
 __device__ void send_sums(const CombineArgs& args, Shared& shared) {
-  const Rails& rails = args.rails;
   const auto warp = static_cast<int>(threadIdx.x / 32);
-  Teller teller(shared.rails.untold[warp]);
   RailStage<SumPump>& stage = shared.stages[warp];
-  SumPump pump(stage.pump);
   Sums<T> rows(args, shared.blocks, shared.rails.peers, role_of(true, warp, kSendWarps),
                shared.sources[warp], stage.ends);
   // What has been acquired comes before bulk copies, too.
   if (lane_id() == 0) fence_proxy_async_global();
-  (void)pump_rings(
-      args.comm, rails, pump, rows.turns, rows,
-      [&](const std::byte* from, const SendNote& note) {
-        if (lane_id() == 0) bulk_store(note.to[0], from, note.bytes);
-      },
-      [&](const SendNote& note) {
-        if (note.end != kNoEnd) send_item(rails, args.item, teller, stage.ends[note.end]);
-      },
-      [&](std::int64_t ring) { return missing_room(rails, ring, args.item); });
-  teller.end();
+  send_items(args.comm, args.rails, args.item, stage, shared.rails.untold[warp], rows);
 }
 
 // --- at the token's rank -------------------------------------------------------------------------

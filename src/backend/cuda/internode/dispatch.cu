@@ -220,22 +220,9 @@ struct Reader {
 };
 
 __device__ void send_rows(const DispatchArgs& args, Shared& shared, int warp) {
-  const Rails& rails = args.rails;
-  const MappedPeers& peers = shared.rails.peers;
   RailStage<RowPump>& stage = shared.sending[warp];
-  RowPump pump(stage.pump);
-  Teller teller(shared.rails.untold[warp]);
-  Outgoing rows(args, peers, role_of(true, warp, kSendWarps), stage.ends);
-  (void)pump_rings(
-      args.comm, rails, pump, rows.turns, rows,
-      [&](const std::byte* from, const SendNote& note) {
-        if (lane_id() == 0) bulk_store(note.to[0], from, note.bytes);
-      },
-      [&](const SendNote& note) {
-        if (note.end != kNoEnd) send_item(rails, args.item, teller, stage.ends[note.end]);
-      },
-      [&](std::int64_t ring) { return missing_room(rails, ring, args.item); });
-  teller.end();
+  Outgoing rows(args, shared.rails.peers, role_of(true, warp, kSendWarps), stage.ends);
+  send_items(args.comm, args.rails, args.item, stage, shared.rails.untold[warp], rows);
 }
 
 __device__ __forceinline__ void store_parts(const std::byte* from, const PlaceNote& note) {

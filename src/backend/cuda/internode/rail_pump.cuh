@@ -192,4 +192,23 @@ __device__ __forceinline__ Awaited missing_room(const Rails& rails, std::int64_t
                                item.slot_of(sent))};
 }
 
+/// By a warp that writes to rings: all items that `rows` gives.
+template <class Pump, class Rows>
+__device__ __forceinline__ void send_items(const Comm& comm, const Rails& rails,
+                                           const ItemShape& item, RailStage<Pump>& stage,
+                                           UntoldWords& untold, Rows& rows) {
+  Pump pump(stage.pump);
+  Teller teller(untold);
+  (void)pump_rings(
+      comm, rails, pump, rows.turns, rows,
+      [&](const std::byte* from, const SendNote& note) {
+        if (lane_id() == 0) bulk_store(note.to[0], from, note.bytes);
+      },
+      [&](const SendNote& note) {
+        if (note.end != kNoEnd) send_item(rails, item, teller, stage.ends[note.end]);
+      },
+      [&](std::int64_t ring) { return missing_room(rails, ring, item); });
+  teller.end();
+}
+
 }  // namespace deep_ep::cuda::internode
