@@ -1,7 +1,14 @@
 """dispatch and combine for autograd, and a mixture-of-experts layer made of them. Needs torch."""
 
+from collections.abc import Callable
+
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from .buffer import Buffer
+from .config import Config
+
+Handle = tuple[Tensor, ...]  # of Buffer.dispatch
 
 
 class _Dispatch(torch.autograd.Function):
@@ -46,7 +53,8 @@ class _Combine(torch.autograd.Function):
         return grad_x, None, None, *[None] * len(handle)
 
 
-def dispatch(buffer, x, topk_idx, topk_weights, num_experts, config=None):
+def dispatch(buffer: Buffer, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, num_experts: int,
+             config: Config | None = None) -> tuple[Tensor, Tensor, Tensor, list[int], Handle]:
     """`Buffer.dispatch` of `x` [N, H] with the layout of `topk_idx`; gradients flow to `x` and to
     `topk_weights`. Forward and backward are collective.
 
@@ -57,7 +65,7 @@ def dispatch(buffer, x, topk_idx, topk_weights, num_experts, config=None):
     return recv_x, ids, weights, counts, tuple(handle)
 
 
-def combine(buffer, x, handle, config=None):
+def combine(buffer: Buffer, x: Tensor, handle: Handle, config: Config | None = None) -> Tensor:
     """`Buffer.combine` of `x` [Nr, H], a row for each received one; gradients flow to `x`. Forward
     and backward are collective. Returns [N, H]."""
     return _Combine.apply(x, buffer, config, *handle)
@@ -72,7 +80,8 @@ class MoE(nn.Module):
     module of one, [rows, H] to [rows, H].
     """
 
-    def __init__(self, buffer, hidden, num_experts, topk, make_expert):
+    def __init__(self, buffer: Buffer, hidden: int, num_experts: int, topk: int,
+                 make_expert: Callable[[int], nn.Module]) -> None:
         super().__init__()
         if num_experts % buffer.group_size:
             raise ValueError(f"num_experts is {num_experts}, must be a multiple of the "
@@ -83,7 +92,7 @@ class MoE(nn.Module):
         first = buffer.rank * local
         self.experts = nn.ModuleList(make_expert(first + index) for index in range(local))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         weights, topk_idx = torch.topk(torch.softmax(self.gate(x).float(), dim=-1), self.topk)
         weights = weights / weights.sum(-1, keepdim=True)
         recv_x, recv_idx, recv_weights, _, handle = dispatch(self.buffer, x, topk_idx, weights,

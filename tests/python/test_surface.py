@@ -1,9 +1,11 @@
 """What can be seen without a Buffer: names, signatures, configurations, imports."""
 
 import ast
+import importlib
 import inspect
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
@@ -59,6 +61,19 @@ def test_stubs_say_what_the_classes_have():
         public = {name for name in dir(getattr(deep_ep, owner)) if not name.startswith("_")
                   and callable(getattr(getattr(deep_ep, owner), name))}
         assert public <= stubbed[owner], owner
+
+
+@pytest.mark.parametrize("module", ["nn", "utils.envs", "utils.math", "utils.testing"])
+def test_helpers_say_their_types(module):
+    helpers = importlib.import_module(f"deep_ep.{module}")
+    own = [one for name, one in vars(helpers).items()
+           if not name.startswith("_") and getattr(one, "__module__", "") == helpers.__name__]
+    calls = [call for one in own for call in
+             ([one.__init__, one.forward] if inspect.isclass(one) else [one])]
+    assert calls
+    for call in calls:
+        expected = set(inspect.signature(call).parameters) - {"self"} | {"return"}
+        assert typing.get_type_hints(call).keys() == expected, call.__qualname__
 
 
 def test_names_are_where_callers_look_for_them():

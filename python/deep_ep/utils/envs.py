@@ -6,7 +6,8 @@ import torch
 import torch.distributed as dist
 
 
-def init_dist(local_rank, num_local_ranks, seed=0):
+def init_dist(local_rank: int, num_local_ranks: int,
+              seed: int = 0) -> tuple[int, int, dist.ProcessGroup]:
     """Joins all processes of MASTER_ADDR (127.0.0.1), MASTER_PORT (8361), WORLD_SIZE nodes and RANK
     of this one: over NCCL with a GPU for each, over gloo where torch sees none. New tensors are
     bfloat16 of the device by default. Returns (rank, number of ranks, group of all)."""

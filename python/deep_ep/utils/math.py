@@ -1,18 +1,19 @@
 """Small functions that test programs written for DeepEP use. Needs torch."""
 
 import torch
+from torch import Tensor
 
 _GROUP, _LARGEST = 128, 448.0  # values that share a scale; the largest of float8_e4m3fn
 
 
-def calc_diff(x, y):
+def calc_diff(x: Tensor, y: Tensor) -> float:
     """0 for equal tensors, about the squared relative error: 1 - 2 sum(x'y') / sum(x'^2 + y'^2) in
     double, where x' = x + 1 and y' = y + 1."""
     x, y = x.double() + 1, y.double() + 1
     return (1 - 2 * (x * y).sum() / (x * x + y * y).sum()).item()
 
 
-def inplace_unique(x, num_slots):
+def inplace_unique(x: Tensor, num_slots: int) -> None:
     """Leaves of each row of x [N, K] the distinct values in [0, num_slots), largest first, with -1
     behind them."""
     present = torch.zeros((x.shape[0], num_slots + 1), dtype=torch.bool, device=x.device)
@@ -24,7 +25,7 @@ def inplace_unique(x, num_slots):
     x[:, :kept] = found[:, :kept]
 
 
-def create_grouped_scores(scores, group_idx, num_groups):
+def create_grouped_scores(scores: Tensor, group_idx: Tensor, num_groups: int) -> Tensor:
     """scores [N, E] with 0 outside of the groups of group_idx [N, G]; E splits evenly into
     groups."""
     chosen = torch.zeros((scores.shape[0], num_groups), dtype=torch.bool, device=scores.device)
@@ -33,7 +34,7 @@ def create_grouped_scores(scores, group_idx, num_groups):
     return (grouped * chosen.unsqueeze(-1)).view_as(scores)
 
 
-def per_token_cast_to_fp8(x):
+def per_token_cast_to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [N, H] as float8_e4m3fn with a float32 scale for each 128 values: (values, scales
     [N, ceil(H / 128)])."""
     rows, hidden = x.shape
@@ -43,7 +44,7 @@ def per_token_cast_to_fp8(x):
     return values.view(rows, -1)[:, :hidden].contiguous(), largest / _LARGEST
 
 
-def per_token_cast_back(x, scales):
+def per_token_cast_back(x: Tensor, scales: Tensor) -> Tensor:
     """The inverse, to bfloat16. int32 scales hold four exponents each (UE8M0)."""
     if x.numel() == 0:
         return x.to(torch.bfloat16)
@@ -57,6 +58,6 @@ def per_token_cast_back(x, scales):
     return (x.float() * spread).to(torch.bfloat16)
 
 
-def hash_tensor(tensor):
+def hash_tensor(tensor: Tensor) -> int:
     """A number that does not depend on the order of the tensor's eight-byte words."""
     return tensor.contiguous().view(torch.int64).sum().item()

@@ -1,6 +1,8 @@
 """Timers that test programs written for DeepEP use. Needs torch, and a GPU for bench_kineto."""
 
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -8,7 +10,8 @@ import torch.distributed as dist
 _FLUSH_BYTES = 256 << 20  # more than any L2 holds
 
 
-def bench(fn, num_warmups=50, num_tests=50, post_fn=None):
+def bench(fn: Callable[[], Any], num_warmups: int = 50, num_tests: int = 50,
+          post_fn: Callable[[], Any] | None = None) -> tuple[float, float, float]:
     """Seconds of fn() on the current stream (on the host: of the calling thread), with a cold L2;
     `post_fn` runs behind each call, untimed. Returns (mean, least, most) of all but the first."""
     on_gpu = torch.cuda.is_available()
@@ -55,8 +58,10 @@ def _durations(profiler, name, num_kernels_per_period):
     return means if num_kernels_per_period > 1 else means[0]
 
 
-def bench_kineto(fn, kernel_names, num_tests=30, suppress_kineto_output=False, trace_path=None,
-                 barrier_comm_profiling=False, num_kernels_per_period=1):
+def bench_kineto(fn: Callable[[], Any], kernel_names: str | tuple[str, ...], num_tests: int = 30,
+                 suppress_kineto_output: bool = False, trace_path: str | None = None,
+                 barrier_comm_profiling: bool = False,
+                 num_kernels_per_period: int = 1) -> Any:
     """Seconds of kernels inside fn(), found by a part of their name in torch's profiler: of one
     name a number, of a tuple a tuple; with `num_kernels_per_period` > 1 lists of the phases.
     `barrier_comm_profiling`: all ranks of the default group begin each call together."""
