@@ -13,6 +13,7 @@ namespace {
 constexpr int kAddWarps = 9;
 constexpr int kMoveWarps = kSendWarps + kAddWarps;
 constexpr int kThreads = (kMoveWarps + 1) * 32;
+
 struct Shared {
   RailStage<SumPump> stages[kSendWarps];
   Sources sources[kMoveWarps];
@@ -177,7 +178,7 @@ class LaneTokens {
   }
 
  private:
-  /// plan::channel_begin().
+  /// plan::channel_begin(), its long divisions done once.
   __device__ std::int64_t begin(unsigned lane) const {
     return std::int64_t{each_} * lane + rest_ * lane / lanes_;
   }

@@ -29,28 +29,15 @@ static_assert(sizeof(Shared) <= kMaxSharedBytes);
 
 // --- passing on ----------------------------------------------------------------------------------
 
-/// By a warp: a row on its way to this node's ranks.
-class Passing {
- public:
-  __device__ Passing(const DispatchArgs& args, const Blocks& targets)
-      : args_(args), targets_(targets) {}
-
-  __device__ __forceinline__ bool more() const { return parts_.more(); }
-  __device__ __forceinline__ void next(Piece& piece, PlaceNote& note) { parts_.next(piece, note); }
-  /// All but x goes at once.
-  __device__ __forceinline__ void begin(const Arrival& row, std::uint32_t end) {
-    const Slots slots = place(args_, targets_, row);
-    std::byte* to[kRanksALane];
+/// By a warp: all but x of a row goes to this node's ranks at once, x as `piece` and `note` say.
+__device__ __forceinline__ void pass(const DispatchArgs& args, const Blocks& targets,
+                                     const Arrival& row, Piece& piece, PlaceNote& note) {
+  const Slots slots = place(args, targets, row);
 #pragma unroll
-    for (int i = 0; i < kRanksALane; ++i) to[i] = x_place(args_, targets_, slots, row.piece, i);
-    parts_.begin(row.x, to, args_.item.x_size(row.piece), end);
-  }
-
- private:
-  const DispatchArgs& args_;
-  const Blocks& targets_;
-  PlaceParts parts_;
-};
+  for (int i = 0; i < kRanksALane; ++i) note.to[i] = x_place(args, targets, slots, row.piece, i);
+  piece = {row.x, static_cast<std::uint32_t>(args.item.x_size(row.piece))};
+  note.bytes = piece.bytes;
+}
 
 /// By a warp that reads from rings: what it takes from there.
 class Incoming {
@@ -61,20 +48,10 @@ class Incoming {
         args_(args),
         peers_(shared.rails.peers),
         targets_(shared.targets),
-        row_(args, shared.targets),
         step_(team.size),
         ends_(ends) {}
 
   __device__ __forceinline__ bool operator()(Piece& piece, PlaceNote& note) {
-    if (!row_.more() && !begin_item()) return false;
-    row_.next(piece, note);
-    return true;
-  }
-
-  RingTurns<End::kIn> turns;
-
- private:
-  __device__ __forceinline__ bool begin_item() {
     const Rails& rails = args_.rails;
     if (!turns.find([&](RingIn& end) { return look_in(rails, peers_, args_.item, step_, end); }))
       return false;
@@ -83,7 +60,8 @@ class Incoming {
 #pragma unroll 1
     while (true) {
       if (end.items == ahead_ && end.ring(rails) == ahead_ring_) {
-        row_.begin(next_, ends_.put(end));
+        note.end = ends_.put(end);
+        pass(args_, targets_, next_, piece, note);
         turns.advance();
         begun = true;
       }
@@ -92,6 +70,10 @@ class Incoming {
       if (begun) return true;
     }
   }
+
+  RingTurns<End::kIn> turns;
+
+ private:
   /// Puts the head of the next item on its way, which is here.
   __device__ __forceinline__ void load() {
     const Rails& rails = args_.rails;
@@ -121,7 +103,6 @@ class Incoming {
   const DispatchArgs& args_;
   const MappedPeers& peers_;
   const Blocks& targets_;
-  Passing row_;
   int step_;
   ItemEnds<PlacePump> ends_;
   Arrival next_;
@@ -129,29 +110,36 @@ class Incoming {
   int ahead_ring_ = -1;                      // in this ring
 };
 
+__device__ const std::int32_t* positions_of(const DispatchArgs& args, std::int64_t token,
+                                            int node) {
+  const plan::Topology& topology = args.rails.shape.topology;
+  return args.work.send_head + token * topology.num_ranks + topology.rank_of(node, 0);
+}
+
+__device__ Ids ids_of(const DispatchArgs& args, std::int64_t token) {
+  Ids ids = args.topk_idx;
+  const std::int64_t at = token * args.comm.record.num_topk * (ids.wide ? 8 : 4);
+  if (ids.data != nullptr) ids.data = static_cast<const std::byte*>(ids.data) + at;
+  return ids;
+}
+
 /// By a warp: this rank's rows for its node, part by part.
 class OwnRows {
  public:
-  __device__ OwnRows(const DispatchArgs& args, Shared& shared)
-      : args_(args), shared_(shared), row_(args, shared.targets) {}
+  __device__ OwnRows(const DispatchArgs& args, Shared& shared) : args_(args), shared_(shared) {}
 
   __device__ __forceinline__ bool operator()(Piece& piece, PlaceNote& note) {
-    if (!row_.more() && !begin_part()) return false;
-    row_.next(piece, note);
-    return true;
-  }
-
- private:
-  __device__ __forceinline__ bool begin_part() {
     bool begun = false;
 #pragma unroll 1
     while (true) {
-      if (ahead_) row_.begin(next_, kNoEnd);
+      if (ahead_) pass(args_, shared_.targets, next_, piece, note);
       begun = begun || ahead_;
       take();
       if (begun || !ahead_) return begun;
     }
   }
+
+ private:
   /// Puts the next part of the block on its way, if there is one.
   __device__ __forceinline__ void take() {
     ahead_ = false;
@@ -189,7 +177,6 @@ class OwnRows {
 
   const DispatchArgs& args_;
   Shared& shared_;
-  Passing row_;
   Arrival next_;
   bool ahead_ = false;  // next_ is there
   bool ended_ = false;
@@ -242,7 +229,7 @@ __device__ void pass_rows_on(const DispatchArgs& args, Shared& shared, int warp)
       args.comm, rails, pump, rows.turns, rows,
       [&](const std::byte* from, const PlaceNote& note) {
         store_parts(from, note);
-        if (note.end != kNoEnd && lane_id() == 0) release_item(rails, teller, stage.ends[note.end]);
+        if (lane_id() == 0) release_item(rails, teller, stage.ends[note.end]);
       },
       [](const PlaceNote&) {},
       [&](std::int64_t ring) {

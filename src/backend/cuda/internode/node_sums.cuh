@@ -53,8 +53,8 @@ class TokenRecords {
   std::uint64_t items_[kNodesALane] = {};
 };
 
-/// Positions of a record's rows at the ranks that a lane looks after, or -1; loaded ahead of their
-/// use.
+/// Positions of a record's rows at the ranks that a lane looks after, or -1; an adding warp
+/// loads them ahead of their use.
 struct RecordHeads {
   std::int64_t number = -1;  // in send_nvl_head
   std::int32_t at[kRanksALane];

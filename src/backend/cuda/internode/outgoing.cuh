@@ -1,24 +1,11 @@
 #pragma once
 
-#include "backend/cuda/internode/arrival.cuh"
+#include "backend/cuda/internode/rail_pump.cuh"
 
 // Rows of a dispatch on their way to other nodes.
 namespace deep_ep::cuda::internode {
 
 using RowPump = SendPump<2>;
-
-__device__ inline const std::int32_t* positions_of(const DispatchArgs& args, std::int64_t token,
-                                                   int node) {
-  const plan::Topology& topology = args.rails.shape.topology;
-  return args.work.send_head + token * topology.num_ranks + topology.rank_of(node, 0);
-}
-
-__device__ inline Ids ids_of(const DispatchArgs& args, std::int64_t token) {
-  Ids ids = args.topk_idx;
-  const std::int64_t at = token * args.comm.record.num_topk * (ids.wide ? 8 : 4);
-  if (ids.data != nullptr) ids.data = static_cast<const std::byte*>(ids.data) + at;
-  return ids;
-}
 
 /// All of an item but x, loaded ahead of its use: words that lanes take in turns. Where those of a
 /// lane come from is known for all tokens.

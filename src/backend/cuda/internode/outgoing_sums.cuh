@@ -73,8 +73,9 @@ class Sums {
   /// it is to be filled in.
   __device__ __forceinline__ const std::byte* take_sum() {
     const RingOut& end = turns.end;
-    heads_.load(args_, first_record(end) + end.record);
-    rows_ = list_rows(args_, blocks_, heads_, args_.rails.rank_of_peer(end.peer), sources_);
+    RecordHeads heads;
+    heads.load(args_, first_record(end) + end.record);
+    rows_ = list_rows(args_, blocks_, heads, args_.rails.rank_of_peer(end.peer), sources_);
     compose_weights(args_, sources_, rows_, end.at);
     return rows_ == 1 ? sources_.rows[0] + begin_ : nullptr;
   }
@@ -82,7 +83,7 @@ class Sums {
   /// The same for a rank that has its node for itself: each record is a row, known ahead.
   __device__ __forceinline__ const std::byte* take_row() {
     const RingOut& end = turns.end;
-    if (record_ != end.record || node_ != end.node(args_.rails)) load(end);
+    load(end);
     auto* words = reinterpret_cast<float*>(end.at);
     const auto count = static_cast<int>(args_.format.topk_weights_bytes / 4);
     if (lane_id() < count) words[lane_id()] = weight_;
@@ -91,7 +92,7 @@ class Sums {
     rows_ = 0;
     return row_ < 0 ? nullptr : blocks_.of[0].x + row_ * args_.format.x_bytes + begin_;
   }
-  /// Puts the weights of the record on their way.
+  /// Puts the weights of the record on their way, unless they are known.
   __device__ __forceinline__ void load(const RingOut& end) {
     const int node = end.node(args_.rails);
     if (node == node_ && end.record == record_) return;
@@ -125,7 +126,6 @@ class Sums {
   ItemEnds<SumPump> ends_;
   std::int64_t begin_ = 0;  // in the row, of the item under way
   int rows_ = 0;            // listed
-  RecordHeads heads_;
   // Of a rank that has its node for itself:
   int node_ = -1;                    // of the row that is known
   std::int32_t record_ = -1;         // of it

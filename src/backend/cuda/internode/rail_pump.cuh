@@ -6,16 +6,15 @@
 // How a warp moves rows to and from rings: all its items pass through one pipeline.
 namespace deep_ep::cuda::internode {
 
-constexpr std::uint32_t kNoEnd = 0xffffffff;
-
-/// Part of an item on its way, for a lane: where it stores it in each of kPlaces, or null.
+/// The x of an item on its way, a stage at most, for a lane: where it stores it in each of kPlaces,
+/// or null.
 template <int kPlaces>
 struct alignas(8) RailNote {
   std::byte* to[kPlaces];
   std::uint32_t bytes;
-  std::uint32_t end;  // of the last part of an item: where its ItemEnd is, else kNoEnd
+  std::uint32_t end;  // where its ItemEnd is, of one that comes from a ring or goes to one
 };
-/// To a ring, by lane 0, an item at once. It counts as complete a few items later, so nobody waits
+/// To a ring, by lane 0. It counts as complete a few items later, so nobody waits
 /// for its stores.
 using SendNote = RailNote<1>;
 template <int kStages>
@@ -24,7 +23,7 @@ using SendPump = Pump<kStages, kMostPart, 1, SendNote, 2>;
 using PlaceNote = RailNote<kRanksALane>;
 using PlacePump = Pump<2, kMostPart, 1, PlaceNote>;
 
-/// What a warp has to tell of an item when its last part has passed.
+/// What a warp has to tell of an item when it has passed.
 struct ItemEnd {
   std::uint64_t* word;   // RingEnd::word
   std::uint64_t number;  // from 1
@@ -59,7 +58,7 @@ __device__ __noinline__ inline void put_item(const Rails& rails, const ItemShape
       rails.rank_of_peer(peer));
 }
 
-/// By the warp: an item is where it was composed, head and parts.
+/// By the warp: an item is where it was composed, all of it.
 __device__ __forceinline__ void send_item(const Rails& rails, const ItemShape& item, Teller& teller,
                                           const ItemEnd& end) {
   if (end.word == nullptr) {
@@ -80,40 +79,6 @@ __device__ __forceinline__ void release_item(const Rails& rails, Teller& teller,
                end.number, rails.rank_of_peer(end.peer));
   }
 }
-
-/// An item or a row on its way to the ranks of this node, part by part.
-class PlaceParts {
- public:
-  __device__ __forceinline__ bool more() const { return left_ != 0; }
-  /// `end` as in RailNote.
-  __device__ __forceinline__ void begin(const std::byte* from, std::byte* const (&to)[kRanksALane],
-                                        std::int64_t bytes, std::uint32_t end) {
-    from_ = from;
-#pragma unroll
-    for (int i = 0; i < kRanksALane; ++i) to_[i] = to[i];
-    left_ = static_cast<std::uint32_t>(bytes);
-    end_ = end;
-  }
-  __device__ __forceinline__ void next(Piece& piece, PlaceNote& note) {
-    const std::uint32_t bytes = min(left_, PlacePump::kStageBytes);
-    left_ -= bytes;
-    piece = {from_, bytes};
-    from_ += bytes;
-#pragma unroll
-    for (int i = 0; i < kRanksALane; ++i) {
-      note.to[i] = to_[i];
-      if (to_[i] != nullptr) to_[i] += bytes;
-    }
-    note.bytes = bytes;
-    note.end = left_ == 0 ? end_ : kNoEnd;
-  }
-
- private:
-  const std::byte* from_ = nullptr;
-  std::byte* to_[kRanksALane];
-  std::uint32_t left_ = 0;
-  std::uint32_t end_ = kNoEnd;
-};
 
 /// A warp's ItemEnds, as many as can be under way.
 template <class Pump>
@@ -204,9 +169,7 @@ __device__ __forceinline__ void send_items(const Comm& comm, const Rails& rails,
       [&](const std::byte* from, const SendNote& note) {
         if (lane_id() == 0) bulk_store(note.to[0], from, note.bytes);
       },
-      [&](const SendNote& note) {
-        if (note.end != kNoEnd) send_item(rails, item, teller, stage.ends[note.end]);
-      },
+      [&](const SendNote& note) { send_item(rails, item, teller, stage.ends[note.end]); },
       [&](std::int64_t ring) { return missing_room(rails, ring, item); });
   teller.end();
 }

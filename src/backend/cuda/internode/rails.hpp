@@ -137,7 +137,7 @@ struct SentCounts {
 struct RailState {
   struct Ring {
     std::uint64_t sent;      // items put
-    std::uint64_t consumed;  // items read; a combine counts them at its end
+    std::uint64_t consumed;  // items read; of any warp, or of teams, counted at a kernel's end
     // Where the present kernel began.
     std::uint64_t out_begin;
     std::uint64_t in_begin;

@@ -189,20 +189,18 @@ __device__ __forceinline__ int free_slots(const Rails& rails, const MappedPeers&
   return full == 0 ? 32 : __ffs(static_cast<int>(full)) - 1;
 }
 
-/// By the warp: whether the next item can be put.
+/// By the warp, if none is known to: whether the next item can be put.
 __device__ __forceinline__ Turn look_out(const Rails& rails, const MappedPeers& peers,
                                          const ItemShape& item, RingOut& end) {
-  if (end.left > 0 && end.known > 0) return Turn::kReady;
   end.known = free_slots(rails, peers, item, end);
   if (end.left > 0) return end.known > 0 ? Turn::kReady : Turn::kStuck;
   return end.known == item.slots ? Turn::kDone : Turn::kStuck;
 }
 
-/// By the warp: whether the next item is here.
+/// By the warp, if none is known to be: whether the next item is here.
 __device__ __forceinline__ Turn look_in(const Rails& rails, const MappedPeers& peers,
                                         const ItemShape& item, int step, RingIn& end) {
   if (end.left == 0) return Turn::kDone;
-  if (end.known > 0) return Turn::kReady;
   const int i = lane_id();
   bool here = false;
   if (i * step < item.slots && i < end.left) {
@@ -259,15 +257,15 @@ class RingTurns {
                    : 0),
         end(begin_all(rails, role), peers, item, lanes, count_ > 0 ? role.number : 0, team) {}
 
-  /// True: look(end) says that the next item of the ring is ready. Else stuck() says whether there
-  /// are rings that have not ended.
+  /// True: the next item of the ring is ready, as is known or look(end) says. Else stuck() says
+  /// whether there are rings that have not ended.
   template <class Look>
   __device__ __forceinline__ bool find(Look&& look) {
-    if (end.known > 0 && end.left > 0 && turn_ != kItemsATurn) {
+    if (turn_ == kItemsATurn) (void)next_ring();
+    if (end.known > 0 && end.left > 0) {
       turn_ += count_ > 1;
       return true;
     }
-    if (turn_ == kItemsATurn) (void)next_ring();
     int stuck = -1;
 #pragma unroll 1
     for (int looks = 0; looks < count_; ++looks) {
