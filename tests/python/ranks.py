@@ -82,6 +82,12 @@ def nvshmem_environment():
     return variables
 
 
+def num_gpus(_group):
+    """That a rank sees; whoever starts processes by forking must not ask CUDA itself."""
+    import torch
+    return torch.cuda.device_count()
+
+
 class Ranks:
     """`run(size, function, *arguments)` calls function(group, *arguments) on `size` ranks and
     returns their answers. One that fails or hangs fails the test; then the processes are new."""
@@ -155,6 +161,22 @@ class GpuNodeRanks:
             pool.stop()
 
 
+def run_program(program, ranks=2, **variables):
+    """What each rank of `program`, whose arguments are rank and port, says on stdout and stderr."""
+    port = str(_free_port())
+    running = [subprocess.Popen([sys.executable, program, str(rank), port], text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                env={**os.environ, **variables})
+               for rank in range(ranks)]
+    try:
+        answers = [process.communicate(timeout=_TIMEOUT) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert [process.returncode for process in running] == [0] * ranks, answers
+    return answers
+
+
 def run_without_library(program, file, ranks=2, **variables):
     """What `program`, whose arguments are rank and port, prints on ranks that pose as a node each
     and have a copy of the package without its library `file`. That lies in `lib`, beside them."""
@@ -165,12 +187,6 @@ def run_without_library(program, file, ranks=2, **variables):
         elsewhere.mkdir()
         shutil.move(packages / "deep_ep" / file, elsewhere)
     paths = os.pathsep.join([str(packages), *filter(None, [os.environ.get("PYTHONPATH")])])
-    port = str(_free_port())
-    running = [subprocess.Popen([sys.executable, program, str(rank), port], text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                env={**os.environ, "PYTHONPATH": paths,
-                                     "DEEP_EP_RANKS_PER_NODE": "1", **variables})
-               for rank in range(ranks)]
-    answers = [process.communicate(timeout=60) for process in running]
-    assert [process.returncode for process in running] == [0] * ranks, answers
+    answers = run_program(program, ranks, **{"PYTHONPATH": paths, "DEEP_EP_RANKS_PER_NODE": "1",
+                                             **variables})
     return [out.strip() for out, _ in answers]

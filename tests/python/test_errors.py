@@ -28,7 +28,7 @@ def _wrong_types(group):
     with pytest.raises(TypeError, match="complex64 are not supported"):
         buffer.dispatch(**{**arguments, "x": one.x.to(torch.complex64)})
     with pytest.raises(TypeError, match="numpy.ndarray, must be torch.Tensor"):
-        buffer.dispatch(**{**arguments, "topk_weights": one.topk_weights.numpy()})
+        buffer.dispatch(**{**arguments, "topk_weights": one.topk_weights.cpu().numpy()})
     with pytest.raises(TypeError, match="tuple of 10"):
         buffer.combine(one.x, (one.x,) * 10)
     with pytest.raises(TypeError, match="handle is <class 'list'>"):
@@ -44,8 +44,8 @@ def _wrong_types(group):
     buffer.destroy()
 
 
-def test_wrong_types_are_type_errors_and_touch_nobody(cpu_ranks):
-    cpu_ranks.run(2, _wrong_types)
+def test_wrong_types_are_type_errors_and_touch_nobody(ranks):
+    ranks.run(2, _wrong_types)
 
 
 def _error_of(call):
@@ -90,8 +90,8 @@ def _refused_on_one(group):
     return error.code, error.ranks
 
 
-def test_a_refusal_of_one_rank_is_known_to_all(cpu_ranks):
-    (code, blamed), (own_code, _) = cpu_ranks.run(2, _refused_on_one)
+def test_a_refusal_of_one_rank_is_known_to_all(ranks):
+    (code, blamed), (own_code, _) = ranks.run(2, _refused_on_one)
     assert (code, blamed, own_code) == ("peer failed", [1], "invalid argument")
 
 
@@ -140,8 +140,8 @@ def _too_few_worst_tokens(group):
     return _error_of(lambda: _completed(buffer, arguments)).code
 
 
-def test_too_few_worst_tokens_are_an_error_not_a_write_past_the_end(cpu_ranks):
-    assert "capacity" in cpu_ranks.run(2, _too_few_worst_tokens)
+def test_too_few_worst_tokens_are_an_error_not_a_write_past_the_end(ranks):
+    assert "capacity" in ranks.run(2, _too_few_worst_tokens)
 
 
 def _destroyed(group):
@@ -232,7 +232,8 @@ def test_calls_that_overlap_are_refused(cpu_ranks):
 
 
 def _taking_turns(group):
-    """Two threads use one Buffer under their lock, in the same order on all ranks."""
+    """Two threads use one Buffer under their lock, in the same order on all ranks. A new thread's
+    current GPU is the first one, whichever the Buffer's is."""
     buffer = _buffer(group)
     with ThreadPoolExecutor(1) as first, ThreadPoolExecutor(1) as second:
         for seed in range(6):
@@ -245,13 +246,21 @@ def _taking_turns(group):
     buffer.destroy()
 
 
-def test_threads_may_take_turns(cpu_ranks):
-    cpu_ranks.run(2, _taking_turns)
+def test_threads_may_take_turns(ranks):
+    ranks.run(2, _taking_turns)
+
+
+def _begin_thread(device):
+    """With a stream of its own, where there are any."""
+    if device is not None:
+        torch.cuda.set_device(device)
+        torch.cuda.set_stream(torch.cuda.Stream())
 
 
 def _under_a_lock(group):
     """The same, each thread on its own, with the lock that the interface asks for."""
     buffer = _buffer(group)
+    device = torch.cuda.current_device() if routing.DEVICE == "cuda" else None
     lock, begun = threading.Condition(), [0]
 
     def layer(seed):
@@ -266,13 +275,13 @@ def _under_a_lock(group):
         in_rank = arguments["is_token_in_rank"].sum(1, keepdim=True)
         return torch.equal(combined.float(), one.x.float() * in_rank)
 
-    with ThreadPoolExecutor(3) as threads:
+    with ThreadPoolExecutor(3, initializer=_begin_thread, initargs=(device,)) as threads:
         assert all(threads.map(layer, range(12)))
     buffer.destroy()
 
 
-def test_threads_share_a_buffer_under_their_lock(cpu_ranks):
-    cpu_ranks.run(2, _under_a_lock)
+def test_threads_share_a_buffer_under_their_lock(ranks):
+    ranks.run(2, _under_a_lock)
 
 
 def _async_failure(group):

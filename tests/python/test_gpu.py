@@ -308,31 +308,6 @@ def test_calls_are_of_the_current_stream(gpu_ranks):
     gpu_ranks.run(2, _current_stream)
 
 
-def _memory_stays(group):
-    buffer = _buffer(group)
-    one = _inputs(group, tokens=8)
-    arguments = dispatch_arguments(buffer, one)
-
-    def step():
-        got = buffer.dispatch(**arguments)
-        buffer.dispatch(one.x, handle=got[4])
-        buffer.combine(got[0], got[4], got[2])
-
-    for _ in range(50):
-        step()
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_reserved(), buffer.runtime.mapped_bytes()
-    for _ in range(700):
-        step()
-    torch.cuda.synchronize()
-    assert (torch.cuda.memory_reserved(), buffer.runtime.mapped_bytes()) == before
-    buffer.destroy()
-
-
-def test_memory_does_not_grow(gpu_ranks):
-    gpu_ranks.run(2, _memory_stays)
-
-
 def _profiled(group):
     """One row of the profiler's table for each kind of kernel, as DeepEP's tests look for them."""
     from torch.profiler import ProfilerActivity, profile

@@ -9,12 +9,13 @@ import torch
 import deep_ep
 import test_gpu
 import test_gpu_low_latency
+import test_gpu_streams
 import test_internode
 import test_intranode
 import test_low_latency
 import test_rows
-from ranks import Ranks, run_without_library
-from routing import over_nodes
+from ranks import Ranks, num_gpus, run_without_library
+from routing import dispatch_arguments, over_nodes
 
 pytestmark = pytest.mark.gpu
 
@@ -29,9 +30,35 @@ def test_calls_are_captured_and_replayed(gpu_node_ranks, size, ranks_per_node, c
 @pytest.mark.parametrize("case", [
     test_gpu._results_are_torchs, test_gpu._side_stream_reads, test_gpu._late_compute,
     test_gpu._dropped_in_flight, test_gpu._live_after_destroy, test_gpu._current_stream,
-    test_gpu._memory_stays, test_gpu_low_latency._low_latency_on_a_side_stream])
+    test_gpu_low_latency._low_latency_on_a_side_stream, test_gpu_streams._behind_an_event,
+    test_gpu_streams._low_latency_between_streams])
 def test_streams_and_memory_are_as_on_one_node(gpu_node_ranks, case):
     gpu_node_ranks.run(2, over_nodes, 1, case)
+
+
+def _memory_stays(group):
+    buffer = test_gpu._buffer(group)
+    one = test_gpu._inputs(group, tokens=8)
+    arguments = dispatch_arguments(buffer, one)
+
+    def step():
+        got = buffer.dispatch(**arguments)
+        buffer.dispatch(one.x, handle=got[4])
+        buffer.combine(got[0], got[4], got[2])
+
+    for _ in range(50):
+        step()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_reserved(), buffer.runtime.mapped_bytes()
+    for _ in range(700):
+        step()
+    torch.cuda.synchronize()
+    assert (torch.cuda.memory_reserved(), buffer.runtime.mapped_bytes()) == before
+    buffer.destroy()
+
+
+def test_memory_does_not_grow(gpu_node_ranks):
+    gpu_node_ranks.run(2, over_nodes, 1, _memory_stays)
 
 
 def _puts_only(group, ranks_per_node, function, *arguments):
@@ -67,10 +94,6 @@ def test_a_process_is_of_one_world(gpu_node_ranks):
     four.run(4, over_nodes, 2, test_internode._paths_by_name)
 
 
-def _num_gpus(_group):
-    return torch.cuda.device_count()
-
-
 def _unevenly(group):
     torch.cuda.set_device(min(group.rank(), 1))
     with pytest.raises(deep_ep.Error, match="needs as many on each") as caught:
@@ -79,7 +102,7 @@ def _unevenly(group):
 
 
 def test_ranks_that_share_gpus_unevenly_are_refused(gpu_node_ranks):
-    if gpu_node_ranks.of(2).run(1, _num_gpus)[0] < 2:
+    if gpu_node_ranks.of(2).run(1, num_gpus)[0] < 2:
         pytest.skip("needs two GPUs")
     three = Ranks("cuda", 3)
     try:

@@ -253,34 +253,6 @@ def test_two_results_may_live_and_a_third_is_refused(ranks):
     ranks.run(2, _two_live)
 
 
-def _refusals(group):
-    buffer = buffer_of(group, timeout=5)
-    one = inputs_of(group)[group.rank()]
-    with pytest.raises(TypeError, match="use_nvfp4"):
-        buffer.low_latency_dispatch(one.x, one.topk_idx, MAX_TOKENS, one.experts, use_nvfp4=True)
-    with pytest.raises(TypeError, match="x_global_scale"):
-        buffer.low_latency_dispatch(one.x, one.topk_idx, MAX_TOKENS, one.experts,
-                                    x_global_scale=None)
-    for fork in ("overlap", "packed_recv_count", "src_signals"):  # SGLang's, where that is on
-        with pytest.raises(TypeError, match=fork):
-            buffer.low_latency_combine(one.x, one.topk_idx, one.topk_weights, None, **{fork: None})
-    with pytest.raises(TypeError, match="tuple of 6"):
-        buffer.low_latency_combine(one.x, one.topk_idx, one.topk_weights, (one.x,) * 6)
-    with pytest.raises(TypeError, match="x is builtins.list"):
-        buffer.low_latency_dispatch([1], one.topk_idx, MAX_TOKENS, one.experts)
-    with pytest.raises(deep_ep.Error, match="enable_shrink"):
-        buffer.low_latency_query_mask_buffer(torch.zeros(group.size(), dtype=torch.int32))
-    with pytest.raises(deep_ep.Error, match="num_rdma_bytes"):
-        buffer.clean_low_latency_buffer(1 << 20, HIDDEN, one.experts)
-    got = buffer.low_latency_dispatch(one.x, one.topk_idx, MAX_TOKENS, one.experts)
-    assert got[4] is None
-    buffer.destroy()
-
-
-def test_what_is_not_allowed_is_refused(cpu_ranks):
-    cpu_ranks.run(2, _refusals)
-
-
 def _masks(group):
     rank, size = group.rank(), group.size()
     buffer = buffer_of(group, enable_shrink=True)
