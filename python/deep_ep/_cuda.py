@@ -62,11 +62,15 @@ class CudaMemory:
         self.current_stream = partial(native._cuda_getCurrentRawStream, device)
         self.comm_stream = None
         library_of_name("torch")  # so that the native module knows it
-        pool = None
+        self._pool_calls = None
         if self._begin is not None:
-            pool = (native._cuda_isCurrentStreamCapturing, self._begin, *self._ends,
-                    (device, self._pool_id))
-        self.allocator = _C.Allocator(self.allocate, device, pool, self.current_stream)
+            self._pool_calls = (native._cuda_isCurrentStreamCapturing, self._begin, *self._ends,
+                                (device, self._pool_id))
+
+    def allocator(self):
+        """For the native module, which holds it. Not kept here: it holds this object, and no
+        garbage collection would find that cycle, nor free the pool of a dropped Buffer."""
+        return _C.Allocator(self.allocate, self.device, self._pool_calls, self.current_stream)
 
     def set_comm_stream(self, native):
         self.comm_stream = self.torch.cuda.ExternalStream(native, device=self.device)

@@ -104,7 +104,7 @@ class Buffer(LowLatency, Rows):
             "timeout_ms": 0 if timeout is None else max(1, round(timeout * 1000)),
             "num_threads": num_threads,
         }
-        allocator = None if self._memory is None else self._memory.allocator
+        allocator = None if self._memory is None else self._memory.allocator()
         self.runtime = _C.Buffer(bootstrap_of(group_or_comm), options, allocator)
         self._num_nodes = self.runtime.get_num_rdma_ranks()
         if self._memory is not None:
