@@ -251,6 +251,8 @@ void Internode::notify_cached(const Call& call, const KnownRouting& known) {
   args.routing = arrays_of(known.routing);
   args.handle_rows = known.rows;
   args.wait_stats = known.wait_stats;
+  args.go = ++go_;
+  args.go_at_once = call.record.kind == protocol::OpKind::kCombine;
   launch_notify(args, call);
 }
 
@@ -263,6 +265,7 @@ void Internode::dispatch(const deep_ep::internode::DispatchParams& params) {
     // The ids of a prepared dispatch come with it, those of a handle's rows do not.
     const Ids ids = params.fill_handle ? ids_of(params.source.topk_idx) : Ids{};
     notify_cached(params.call, {params.routing, params.block_rows, ids, params.wait_stats});
+    args.go = go_;
   }
   args.comm = comm(params.call);
   args.rails = rails(params.call);
@@ -365,6 +368,10 @@ void Internode::combine(const deep_ep::internode::CombineParams& params,
                         internode::kMostPart);
   args.send_rdma_head = params.routing.send_rdma_head;
   args.send_nvl_head = params.routing.send_nvl_head;
+  args.go = begins_early() ? go_ : 0;
+  args.record_sums = params.routing.recv_rdma_rank_prefix_sum;
+  args.row_sums = params.routing.recv_gbl_rank_prefix_sum;
+  args.num_records = params.routing.nvl_head_rows;
   offer_rows(params, block, args);
   args.combined_x = params.combined_x;
   args.combined_topk_weights = params.combined_topk_weights;

@@ -62,8 +62,11 @@ class Internode {
     Ids topk_idx;       // checked, if they are there
     std::int64_t* wait_stats;
   };
-  /// What the ranks tell each other ahead of a call with a handle, or a prepared one.
+  /// What the ranks tell each other ahead of a call with a handle, or a prepared one. Its kernel
+  /// may wait for go_.
   void notify_cached(const Call& call, const KnownRouting& known);
+  /// Whether a combine begins by what its handle says, ahead of notify's end.
+  bool begins_early() const { return shape_.topology.ranks_per_node == 1; }
   static plan::RowFormat combine_format(const deep_ep::internode::CombineParams& params);
   static std::int64_t combine_rows(const deep_ep::internode::CombineParams& params);
   /// The rows to sum, where the ranks of the node can read them.
@@ -77,6 +80,7 @@ class Internode {
   nvshmem::NvshmemParts* parts_ = nullptr;
   internode::RailShape shape_;
   std::int64_t low_latency_bytes_ = 0;
+  std::uint64_t go_ = 0;  // NotifyArgs::go of the last call
   std::unique_ptr<nvshmem::Heap> heap_;
   internode_ll::NodesLayout low_latency_;  // behind the rings, of a Buffer that has it
   std::vector<std::byte*> mapped_;  // by rank: heap_ there as mapped here, null if it is put to

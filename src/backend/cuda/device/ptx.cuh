@@ -17,21 +17,24 @@ __device__ __forceinline__ std::uint32_t shared_address(const void* pointer) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-/// A barrier of all threads of the block, true in each if `value` is in all. Unlike
-/// __syncthreads_and() it may stand at different places for different warps.
-__device__ __forceinline__ bool barrier_and(bool value) {
+/// Barrier `number` of `threads` threads of the block, or of all of them; true in each if `value`
+/// is in all. Unlike __syncthreads_and() it may stand at different places for different warps.
+__device__ __forceinline__ bool barrier_and(bool value, int number, int threads) {
   std::uint32_t all;
   asm volatile(
       "{\n"
       ".reg .pred p, q;\n"
       "setp.ne.u32 p, %1, 0;\n"
-      "barrier.cta.red.and.pred q, 0, p;\n"
+      "barrier.cta.red.and.pred q, %2, %3, p;\n"
       "selp.u32 %0, 1, 0, q;\n"
       "}"
       : "=r"(all)
-      : "r"(static_cast<std::uint32_t>(value))
+      : "r"(static_cast<std::uint32_t>(value)), "r"(number), "r"(threads)
       : "memory");
   return all != 0;
+}
+__device__ __forceinline__ bool barrier_and(bool value) {
+  return barrier_and(value, 0, static_cast<int>(blockDim.x));
 }
 
 // 16 bytes in one access, never torn; relaxed: they order nothing but themselves.

@@ -7,6 +7,15 @@
 // Where the ranks of this node have the rows of a call, and who of them takes part in a record.
 namespace deep_ep::cuda::internode {
 
+/// The threads of a block from one on, whose own barrier is another one than that of all.
+struct Threads {
+  int first;
+  int count;
+
+  __device__ int index() const { return static_cast<int>(threadIdx.x) - first; }
+  __device__ bool all(bool value) const { return barrier_and(value, first == 0 ? 0 : 1, count); }
+};
+
 /// What every row asks for, in shared memory: fences make a block forget what it has cached.
 struct Blocks {
   static constexpr int kMostPrefix = 1024;
@@ -16,6 +25,7 @@ struct Blocks {
   const std::int32_t* prefix;  // RailState::prefix: `prefix_here`, if it fits
   std::int32_t prefix_here[kMostPrefix];
   std::int32_t records[plan::kMaxNodes];  // RailState::records
+  std::int32_t lanes[plan::kMaxNodes];    // RailState::lanes
 
   /// Rows of `source` at `rank` of the node.
   __device__ plan::RowRange rows(const Rails& rails, int rank, int source) const {
@@ -30,16 +40,18 @@ struct Blocks {
     Carver carver(base);
     of[rank] = plan::RecvArrays::carve(carver, args.format, place.rows, x);
   }
-  /// By all threads of a block, ahead of a barrier.
-  __device__ void keep(const Rails& rails) {
+  /// By the threads, ahead of a barrier.
+  __device__ void keep(const Rails& rails, const Threads& threads) {
     const plan::Topology& topology = rails.shape.topology;
     const int length = topology.ranks_per_node * topology.num_ranks;
     const bool fits = length <= kMostPrefix;
-    if (threadIdx.x == 0) prefix = fits ? prefix_here : rails.state.prefix;
-    for (int i = threadIdx.x; fits && i < length; i += blockDim.x)
+    if (threads.index() == 0) prefix = fits ? prefix_here : rails.state.prefix;
+    for (int i = threads.index(); fits && i < length; i += threads.count)
       prefix_here[i] = rails.state.prefix[i];
-    for (int i = threadIdx.x; i < topology.num_nodes(); i += blockDim.x)
+    for (int i = threads.index(); i < topology.num_nodes(); i += threads.count) {
       records[i] = rails.state.records[i];
+      lanes[i] = rails.state.lanes[i];
+    }
   }
 };
 
@@ -63,11 +75,12 @@ __device__ __noinline__ inline std::byte* wait_block(const Comm& comm, std::uint
   return may_start(comm) ? wait_place(comm, epoch, comm.record, rank, place) : nullptr;
 }
 
-/// By all threads of a block, true in each: every other rank of the node has told where its block
-/// is, and each, this one's too, has room for the rows that come there. fits(rank, rows, room) says
-/// so, or reports.
+/// By the threads, true in each: every other rank of the node has told where its block is, and
+/// each, this one's too, has room for the rows that come there. fits(rank, rows, room) says so, or
+/// reports.
 template <class Args, class Fits>
-__device__ bool find_blocks(const Args& args, std::uint64_t epoch, Blocks& blocks, Fits&& fits) {
+__device__ bool find_blocks(const Args& args, std::uint64_t epoch, Blocks& blocks,
+                            const Threads& threads, Fits&& fits) {
   const Comm& comm = args.comm;
   const int all = args.rails.shape.topology.num_ranks;
   if (blockIdx.x == 0 && comm.num_ranks > 1) {
@@ -76,11 +89,12 @@ __device__ bool find_blocks(const Args& args, std::uint64_t epoch, Blocks& block
                    .offset = args.block_offset,
                    .rows = args.block_rows,
                    .x_segment = args.x_segment,
-                   .x_offset = args.x_offset});
+                   .x_offset = args.x_offset},
+                  threads.index(), threads.count);
   }
-  blocks.keep(args.rails);
+  blocks.keep(args.rails, threads);
   bool good = true;
-  for (int i = threadIdx.x; good && i < comm.num_ranks; i += blockDim.x) {
+  for (int i = threads.index(); good && i < comm.num_ranks; i += threads.count) {
     Place place;
     place.rows = args.block_rows;
     if (i == comm.rank) {
@@ -92,7 +106,7 @@ __device__ bool find_blocks(const Args& args, std::uint64_t epoch, Blocks& block
     }
     good = good && fits(i, args.rails.state.prefix[(std::int64_t{i} + 1) * all - 1], place.rows);
   }
-  return __syncthreads_and(good) != 0;
+  return threads.all(good);
 }
 
 /// By all threads of the last block, true in each: what this rank's warps wrote is there, what the

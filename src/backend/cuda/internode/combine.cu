@@ -17,6 +17,7 @@ constexpr int kThreads = (kMoveWarps + 1) * 32;
 struct Shared {
   RailStage<SumPump> stages[kSendWarps];
   Sources sources[kMoveWarps];
+  HandleRows handle_rows[kSendWarps];
   Blocks blocks;
   RailShared<kMoveWarps> rails;
 };
@@ -29,8 +30,8 @@ template <class T>
 __device__ void send_sums(const CombineArgs& args, Shared& shared) {
   const auto warp = static_cast<int>(threadIdx.x / 32);
   RailStage<SumPump>& stage = shared.stages[warp];
-  Sums<T> rows(args, shared.blocks, shared.rails.peers, role_of(true, warp, kSendWarps),
-               shared.sources[warp], stage.ends);
+  Sums<T> rows(args, shared.blocks, shared.handle_rows[warp], shared.rails.peers,
+               role_of(true, warp, kSendWarps), shared.sources[warp], stage.ends);
   // What has been acquired comes before bulk copies, too.
   if (lane_id() == 0) fence_proxy_async_global();
   send_items(args.comm, args.rails, args.item, stage, shared.rails.untold[warp], rows);
@@ -38,48 +39,52 @@ __device__ void send_sums(const CombineArgs& args, Shared& shared) {
 
 // --- at the token's rank -------------------------------------------------------------------------
 
+/// Where the sum of a token, or its part, comes by: the ring of a lane to a peer, of another node.
+struct Sum {
+  int node;
+  int peer;
+  int lane;
+  int slot;
+  std::uint64_t items;  // ahead of it, over all calls
+};
+
 /// By a warp that has nothing else to do: waits for an item. Null, and reported, if it does not
 /// come.
-__device__ const std::byte* wait_item(const CombineArgs& args, const MappedPeers& peers, int lane,
-                                      int peer, std::uint64_t items, int slot) {
+__device__ const std::byte* wait_item(const CombineArgs& args, const MappedPeers& peers,
+                                      const Sum& sum) {
   const Rails& rails = args.rails;
-  const std::int64_t ring = rails.ring(lane, peer);
-  std::uint64_t* word = rails.block.filled + ring * RailShape::kMostSlots + slot;
+  const std::int64_t ring = rails.ring(sum.lane, sum.peer);
+  std::uint64_t* word = rails.block.filled + ring * RailShape::kMostSlots + sum.slot;
   bool here = false;
   if (lane_id() == 0)
-    here = peers.reached_from(peer, word, items + 1) ||
-           wait_for_rail(args.comm, rails, peers, peer, Wait::kRows, word, items + 1);
+    here = peers.reached_from(sum.peer, word, sum.items + 1) ||
+           wait_for_rail(args.comm, rails, peers, sum.peer, Wait::kRows, word, sum.items + 1);
   here = __shfl_sync(0xffffffff, here, 0);
   __syncwarp();  // what lane 0 acquired is visible to all
-  return here ? rails.block.slots + ring * RailShape::kRingBytes + slot * args.item.slot_bytes
+  return here ? rails.block.slots + ring * RailShape::kRingBytes + sum.slot * args.item.slot_bytes
               : nullptr;
 }
 
-/// A token of this rank, and the share of them that it is of.
-struct LaneToken {
-  std::int64_t token;
-  int lane;
-};
-
-/// By a warp: calls body(peer, node, items, slot) for each other node that has a record of the
-/// token, in ascending order, for its `piece`; stops, and returns false, if that is false.
+/// By a warp: calls body(sum) for each other node that has a record of the token, in ascending
+/// order, for its `piece`; stops, and returns false, if that is false.
 template <class Body>
-__device__ bool for_each_item(const CombineArgs& args, const TokenRecords& records, int piece,
-                              Body&& body) {
+__device__ bool for_each_sum(const CombineArgs& args, const TokenRecords& records, int piece,
+                             Body&& body) {
   const Rails& rails = args.rails;
   const int nodes = rails.shape.topology.num_nodes();
 #pragma unroll 1
   for (int node = 0; node < nodes; ++node) {
     if (node == rails.node || records.of(node) < 0) continue;
     const std::uint64_t items = records.items(node) + piece;
-    if (!body(RailShape::peer_index(node, rails.node), node, items, args.item.slot_of(items)))
+    if (!body(Sum{node, RailShape::peer_index(node, rails.node), records.lane(node),
+                  args.item.slot_of(items), items}))
       return false;
   }
   return true;
 }
 
 /// By a warp: waits for the items of a piece and lists what is added; false if it left for a fault.
-__device__ bool list_addends(const CombineArgs& args, const MappedPeers& peers, const LaneToken& at,
+__device__ bool list_addends(const CombineArgs& args, const MappedPeers& peers, std::int64_t token,
                              const TokenRecords& records, int piece, Sources& sources,
                              Addends& addends) {
   const Rails& rails = args.rails;
@@ -87,18 +92,17 @@ __device__ bool list_addends(const CombineArgs& args, const MappedPeers& peers, 
   addends.items = 0;
   addends.own_at = -1;
   const bool own = records.of(rails.node) >= 0;
-  const bool good =
-      for_each_item(args, records, piece, [&](int peer, int node, std::uint64_t items, int slot) {
-        if (own && addends.own_at < 0 && node > rails.node) addends.own_at = addends.items;
-        const std::byte* item = wait_item(args, peers, at.lane, peer, items, slot);
-        if (item == nullptr) return false;
-        if (lane_id() == 0) {
-          sources.item_weights[addends.items] = reinterpret_cast<const float*>(item);
-          sources.addends[addends.items] = item + args.item.head_bytes;
-        }
-        ++addends.items;
-        return true;
-      });
+  const bool good = for_each_sum(args, records, piece, [&](const Sum& sum) {
+    if (own && addends.own_at < 0 && sum.node > rails.node) addends.own_at = addends.items;
+    const std::byte* item = wait_item(args, peers, sum);
+    if (item == nullptr) return false;
+    if (lane_id() == 0) {
+      sources.item_weights[addends.items] = reinterpret_cast<const float*>(item);
+      sources.addends[addends.items] = item + args.item.head_bytes;
+    }
+    ++addends.items;
+    return true;
+  });
   if (!good) return false;
   if (own && addends.own_at < 0) addends.own_at = addends.items;
   addends.addends = addends.items;
@@ -106,7 +110,7 @@ __device__ bool list_addends(const CombineArgs& args, const MappedPeers& peers, 
     if (bias == nullptr) continue;
     if (lane_id() == 0)
       sources.addends[addends.addends] =
-          bias + at.token * args.format.x_bytes + args.item.x_begin(piece);
+          bias + token * args.format.x_bytes + args.item.x_begin(piece);
     ++addends.addends;
   }
   __syncwarp();
@@ -117,8 +121,8 @@ __device__ bool list_addends(const CombineArgs& args, const MappedPeers& peers, 
 /// known.
 template <class T, class Ahead>
 __device__ bool add_token(const CombineArgs& args, Shared& shared, Teller& teller,
-                          const LaneToken& at, const TokenRecords& records,
-                          const RecordHeads& heads, Ahead&& ahead) {
+                          std::int64_t token, const TokenRecords& records, const RecordHeads& heads,
+                          Ahead&& ahead) {
   const Rails& rails = args.rails;
   const MappedPeers& peers = shared.rails.peers;
   Sources& sources = shared.sources[threadIdx.x / 32];
@@ -128,15 +132,18 @@ __device__ bool add_token(const CombineArgs& args, Shared& shared, Teller& telle
     if (addends.rows < 0) return false;
   }
   for (int piece = 0; piece < args.item.pieces; ++piece) {
-    if (!list_addends(args, peers, at, records, piece, sources, addends)) return false;
+    if (!list_addends(args, peers, token, records, piece, sources, addends)) return false;
     if (piece == 0) ahead();
-    add_piece<T>(args, sources, addends, at.token, piece);
+    add_piece<T>(args, sources, addends, token, piece);
     __syncwarp();
-    (void)for_each_item(args, records, piece, [&](int peer, int, std::uint64_t items, int slot) {
+    (void)for_each_sum(args, records, piece, [&](const Sum& sum) {
       if (lane_id() != 0) return true;
-      std::uint64_t* word =
-          rails.block.credits + ring_at_peer(rails, at.lane, peer) * RailShape::kMostSlots + slot;
-      release_item(rails, teller, {peers.in_piece(peer, word), items + 1, at.lane, peer, slot, 0});
+      std::uint64_t* word = rails.block.credits +
+                            ring_at_peer(rails, sum.lane, sum.peer) * RailShape::kMostSlots +
+                            sum.slot;
+      release_item(
+          rails, teller,
+          {peers.in_piece(sum.peer, word), sum.items + 1, sum.lane, sum.peer, sum.slot, 0});
       return true;
     });
   }
@@ -153,72 +160,50 @@ __device__ void void_token(const CombineArgs& args, std::int64_t token) {
     reinterpret_cast<std::uint32_t*>(args.combined_topk_weights)[token * topk + k] = 0xffffffff;
 }
 
-/// The tokens of this rank, all lanes side by side: so what comes first by each ring is added
-/// first, and whoever waits for a token has added all that its rings need room for.
-class LaneTokens {
- public:
-  /// Those of a warp.
-  __device__ LaneTokens(const CombineArgs& args, const Role& role)
-      : lanes_(static_cast<unsigned>(args.rails.lanes)),
-        each_(static_cast<unsigned>(args.comm.record.num_tokens / lanes_)),
-        rest_(static_cast<unsigned>(args.comm.record.num_tokens % lanes_)),
-        at_(static_cast<unsigned>(role.number)),
-        stride_(static_cast<unsigned>(role.count)) {}
-
-  /// The next one; token = -1: there is none.
-  __device__ LaneToken next() {
-    while (true) {
-      const unsigned row = at_ / lanes_;
-      const unsigned lane = at_ % lanes_;
-      if (row > each_ || stride_ == 0) return {-1, 0};
-      at_ += stride_;
-      const std::int64_t token = begin(lane) + row;
-      if (token < begin(lane + 1)) return {token, static_cast<int>(lane)};
-    }
-  }
-
- private:
-  /// plan::channel_begin(), its long divisions done once.
-  __device__ std::int64_t begin(unsigned lane) const {
-    return std::int64_t{each_} * lane + rest_ * lane / lanes_;
-  }
-
-  unsigned lanes_;
-  unsigned each_;
-  unsigned rest_;
-  unsigned at_;
-  unsigned stride_;
-};
-
-/// By an adding warp; `good` as long as nothing has failed.
+/// By an adding warp; `good` as long as nothing has failed. Warps take tokens in turns, in the
+/// order in which each ring brings their sums: so whoever waits for the first token that is not yet
+/// added finds room made in all rings that it comes by.
 template <class T>
 __device__ void add_tokens(const CombineArgs& args, Shared& shared, bool good) {
   const int warp = static_cast<int>(threadIdx.x / 32) - kSendWarps;
   const Role role = role_of(false, warp, kAddWarps);
-  LaneTokens tokens(args, role);
   Teller teller(shared.rails.untold[threadIdx.x / 32]);
   const std::int64_t own = plan::part_of(shared.blocks.records, args.rails.node).begin;
-  LaneToken next = tokens.next();
-  if (next.token >= 0) {
-    TokenRecords next_records(args, next.token, next.lane);
+  const std::int64_t tokens = role.count > 0 ? args.comm.record.num_tokens : 0;
+  std::int64_t next = role.number;
+  if (next < tokens) {
+    TokenRecords next_records(args, shared.blocks, next);
     RecordHeads next_heads;
     const auto load_heads = [&] {
       const std::int32_t record = next_records.of(args.rails.node);
       if (record >= 0) next_heads.load(args, own + record);
     };
     load_heads();
-    while (next.token >= 0) {
-      const LaneToken at = next;
+    while (next < tokens) {
+      const std::int64_t token = next;
       const TokenRecords records = next_records;
       const RecordHeads heads = next_heads;
-      next = tokens.next();
+      next += role.count;
       // On their way while this token is summed.
-      if (next.token >= 0) next_records = TokenRecords(args, next.token, next.lane);
-      good = good && add_token<T>(args, shared, teller, at, records, heads, load_heads);
-      if (!good) void_token(args, at.token);
+      if (next < tokens) next_records = TokenRecords(args, shared.blocks, next);
+      good = good && add_token<T>(args, shared, teller, token, records, heads, load_heads);
+      if (!good) void_token(args, token);
     }
   }
   teller.end();
+}
+
+/// By the threads of a block from `first` on, true in each: notify has ended well, and all ranks of
+/// the node have their rows.
+__device__ bool find_rows(const CombineArgs& args, Blocks& blocks, int first) {
+  const Comm& comm = args.comm;
+  wait_for_kernel_before();
+  const auto fits = [&](int rank, auto rows, auto room) {
+    if (rank != comm.rank) return check_rows_fit(comm, comm.global_rank(rank), 0, rows, room);
+    if (rows > room) raise_invalid(comm, Finding::kHandleRoom, 2, room, rows);
+    return rows <= room;
+  };
+  return find_blocks(args, comm.local->epoch + 1, blocks, {first, kThreads - first}, fits);
 }
 
 }  // namespace
@@ -229,22 +214,23 @@ __global__ void __launch_bounds__(kThreads, 1) combine(const __grid_constant__ C
   extern __shared__ __align__(128) std::byte memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   const Comm& comm = args.comm;
-  if (threadIdx.x == 0) find_own(args, shared.blocks);
-  shared.rails.begin(args.rails);
-  wait_for_kernel_before();
-  const std::uint64_t epoch = comm.local->epoch + 1;
-  const bool good = find_blocks(args, epoch, shared.blocks, [&](int rank, auto rows, auto room) {
-    if (rank != comm.rank) return check_rows_fit(comm, comm.global_rank(rank), 0, rows, room);
-    if (rows > room) raise_invalid(comm, Finding::kHandleRoom, 2, room, rows);
-    return rows <= room;
-  });
-  if (threadIdx.x == 0 && args.x != nullptr) {
-    shared.blocks.of[comm.rank].x = const_cast<std::byte*>(args.x);
-    shared.blocks.of[comm.rank].topk_weights =
-        reinterpret_cast<std::byte*>(const_cast<float*>(args.topk_weights));
+  if (threadIdx.x == 0) {
+    find_own(args, shared.blocks);
+    if (args.x != nullptr) {
+      shared.blocks.of[comm.rank].x = const_cast<std::byte*>(args.x);
+      shared.blocks.of[comm.rank].topk_weights =
+          reinterpret_cast<std::byte*>(const_cast<float*>(args.topk_weights));
+    }
   }
+  shared.rails.begin(args.rails);
   __syncthreads();
   const auto warp = static_cast<int>(threadIdx.x / 32);
+  bool good = true;
+  if (args.go != 0 && warp < kSendWarps) {
+    good = wait_go(comm, args.rails, args.go) && shared.handle_rows[warp].load(args);
+  } else {
+    good = find_rows(args, shared.blocks, args.go != 0 ? kSendWarps * 32 : 0);
+  }
   if (warp == kMoveWarps) {
     shared.rails.tell();
   } else if (warp >= kSendWarps) {
@@ -255,11 +241,12 @@ __global__ void __launch_bounds__(kThreads, 1) combine(const __grid_constant__ C
     Teller(shared.rails.untold[warp]).end();
   }
   if (threadIdx.x % 32 == 0) shared.rails.peers.quiet(args.rails);
-  if (!is_last_block(comm)) return;
+  if (!is_last_block(comm, good)) return;
   // "Landed" says here that all of the other's rows have been read.
-  const bool complete = good && all_landed(comm, epoch);
+  const bool complete = good && all_landed(comm, comm.local->epoch + 1);
   if (complete) {
-    count_consumed<kThreads>(args.rails, args.item, args.rails.state.lanes_out);
+    const std::int32_t* sent = args.rails.state.totals + args.rails.shape.topology.num_ranks;
+    count_consumed<kThreads>(args.rails, args.item, {sent, false, shared.blocks.lanes});
     if (threadIdx.x == 32) {
       const Crossing rows(args.rails);
       count_rows(args.rails, args.item, rows.in, rows.out);
@@ -268,6 +255,7 @@ __global__ void __launch_bounds__(kThreads, 1) combine(const __grid_constant__ C
   } else {
     tell_fault(comm, args.rails);
   }
+  if (threadIdx.x == 0) *args.rails.state.go = 0;
   end_kernel(comm, complete);
 }
 

@@ -41,7 +41,7 @@ class Told {
   __device__ std::int32_t records(int node) const {
     const RailShape& shape = rails_.shape;
     return node == rails_.node ? rails_.state.totals[shape.topology.num_ranks + node]
-                               : message_of(rails_, number_, node).lane_records[shape.num_lanes];
+                               : message_of(rails_, number_, node).records;
   }
 
  private:
@@ -124,15 +124,10 @@ __device__ inline void read_records(const NotifyArgs& args, const Told& told) {
 __device__ inline void read_counts(const NotifyArgs& args, const Told& told, std::uint64_t number) {
   const Rails& rails = args.rails;
   const plan::Topology& topology = rails.shape.topology;
-  const int lanes = rails.shape.num_lanes;
   const auto warp = static_cast<int>(threadIdx.x / 32);
   const auto warps = static_cast<int>(blockDim.x / 32);
-  for (int peer = 0; peer < rails.shape.num_peers(); ++peer) {
-    const int node = RailShape::node_of_peer(peer, rails.node);
-    const std::int32_t* records = message_of(rails, number, node).lane_records;
-    std::int32_t* to = rails.state.lanes_in + std::int64_t{node} * (lanes + 1);
-    for (int i = threadIdx.x; i <= lanes; i += blockDim.x) to[i] = records[i];
-  }
+  for (int node = threadIdx.x; node < topology.num_nodes(); node += blockDim.x)
+    if (node != rails.node) rails.state.lanes[node] = message_of(rails, number, node).lanes;
   for (int to = warp; to < args.comm.num_ranks; to += warps) read_rows(args, told, to);
   if (warp == warps - 1) read_records(args, told);
   __syncthreads();

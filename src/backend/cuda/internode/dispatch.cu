@@ -39,12 +39,16 @@ __device__ __forceinline__ void pass(const DispatchArgs& args, const Blocks& tar
   note.bytes = piece.bytes;
 }
 
+__device__ __forceinline__ Flow flow_in(const Blocks& targets) {
+  return {targets.records, true, targets.lanes};
+}
+
 /// By a warp that reads from rings: what it takes from there.
 class Incoming {
  public:
   __device__ __forceinline__ Incoming(const DispatchArgs& args, const Shared& shared,
                                       const Role& role, const Team& team, ItemEnd* ends)
-      : turns(args.rails, shared.rails.peers, args.item, args.rails.state.lanes_in, role, team),
+      : turns(args.rails, shared.rails.peers, args.item, flow_in(shared.targets), role, team),
         args_(args),
         peers_(shared.rails.peers),
         targets_(shared.targets),
@@ -249,12 +253,13 @@ __device__ void place_own_rows(const DispatchArgs& args, Shared& shared, int war
 // --- this rank's results -------------------------------------------------------------------------
 
 /// Rows behind the received ones, which no peer writes.
-__device__ void fill_unused_rows(const DispatchArgs& args, const plan::RecvArrays& own) {
+__device__ void fill_unused_rows(const DispatchArgs& args, const plan::RecvArrays& own,
+                                 const Threads& threads) {
   const int all = args.rails.shape.topology.num_ranks;
   const std::int64_t received =
       args.rails.state.prefix[(std::int64_t{args.comm.rank} + 1) * all - 1];
-  const std::int64_t step = std::int64_t{gridDim.x} * kThreads;
-  const std::int64_t begin = blockIdx.x * std::int64_t{kThreads} + threadIdx.x;
+  const std::int64_t step = std::int64_t{gridDim.x} * threads.count;
+  const std::int64_t begin = std::int64_t{blockIdx.x} * threads.count + threads.index();
   const auto fill = [&](void* array, std::int64_t row_bytes, std::uint32_t value) {
     const std::int64_t words = row_bytes / 4;
     auto* to = static_cast<std::uint32_t*>(array);
@@ -265,6 +270,20 @@ __device__ void fill_unused_rows(const DispatchArgs& args, const plan::RecvArray
   fill(own.topk_weights, args.format.topk_weights_bytes, 0);
   fill(own.src_idx, 4, 0xffffffff);
   fill(own.src_meta, args.format.src_meta_bytes, 0xffffffff);
+}
+
+/// By the threads of a block from `first` on, true in each: notify has ended well, and all ranks of
+/// the node have their blocks.
+__device__ bool find_targets(const DispatchArgs& args, Blocks& targets, int first) {
+  const Comm& comm = args.comm;
+  wait_for_kernel_before();
+  const auto fits = [&](int rank, auto rows, auto room) {
+    return check_rows_fit(comm, comm.global_rank(rank), 0, rows, room);
+  };
+  const Threads threads{first, kThreads - first};
+  if (!find_blocks(args, comm.local->epoch + 1, targets, threads, fits)) return false;
+  fill_unused_rows(args, targets.of[comm.rank], threads);
+  return true;
 }
 
 }  // namespace
@@ -280,41 +299,40 @@ __global__ void __launch_bounds__(kThreads, 1) dispatch(const __grid_constant__ 
     find_own(args, targets);
   }
   shared.rails.begin(args.rails);
-  wait_for_kernel_before();
-  const std::uint64_t epoch = comm.local->epoch + 1;
-  const bool good = find_blocks(args, epoch, targets, [&](int rank, auto rows, auto room) {
-    return check_rows_fit(comm, comm.global_rank(rank), 0, rows, room);
-  });
-  if (good) {
-    fill_unused_rows(args, targets.of[comm.rank]);
-    const auto warp = static_cast<int>(threadIdx.x / 32);
-    if (warp < kSendWarps) {
-      send_rows(args, shared, warp);
-    } else if (warp < kSendWarps + kReadWarps) {
-      pass_rows_on(args, shared, warp);
-    } else if (warp < kPumpWarps) {
-      place_own_rows(args, shared, warp);
-    } else {
-      shared.rails.tell();
-    }
-    if (threadIdx.x % 32 == 0) shared.rails.peers.quiet(args.rails);
+  __syncthreads();
+  const auto warp = static_cast<int>(threadIdx.x / 32);
+  bool good = true;
+  if (args.go != 0 && warp < kSendWarps) {
+    good = wait_go(comm, args.rails, args.go);
   } else {
-    void_block(comm, args, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
+    good = find_targets(args, targets, args.go != 0 ? kSendWarps * 32 : 0);
   }
-  if (!is_last_block(comm)) return;
-  const bool complete = good && all_landed(comm, epoch);
+  if (warp == kPumpWarps) {
+    shared.rails.tell();
+  } else if (!good) {
+    Teller(shared.rails.untold[warp]).end();
+  } else if (warp < kSendWarps) {
+    send_rows(args, shared, warp);
+  } else if (warp < kSendWarps + kReadWarps) {
+    pass_rows_on(args, shared, warp);
+  } else {
+    place_own_rows(args, shared, warp);
+  }
+  if (threadIdx.x % 32 == 0) shared.rails.peers.quiet(args.rails);
+  if (!is_last_block(comm, good)) return;
+  const bool complete = good && all_landed(comm, comm.local->epoch + 1);
   if (complete) {
-    if (team_size(args) > 1)
-      count_consumed<kThreads>(args.rails, args.item, args.rails.state.lanes_in);
+    if (team_size(args) > 1) count_consumed<kThreads>(args.rails, args.item, flow_in(targets));
     if (threadIdx.x == 32) {
       const Crossing rows(args.rails);
       count_rows(args.rails, args.item, rows.out, rows.in);
     }
     flush_waits(comm, args.wait_stats == nullptr ? nullptr : args.wait_stats + comm.first_rank);
   } else {
-    void_block(comm, args, 0, 1);  // what other blocks wrote, too
+    void_block(comm, args, 0, 1);
     tell_fault(comm, args.rails);
   }
+  if (threadIdx.x == 0) *args.rails.state.go = 0;
   end_kernel(comm, complete);
 }
 

@@ -14,11 +14,11 @@ struct Sources {
   const float* item_weights[plan::kMaxNodes];
 };
 
-/// A token's record at each node, or -1, and how many items came by the lane's ring from there
-/// ahead of it, over all calls; lane i % 32 has those of node i.
+/// A token's record at each node, or -1, the lane by which its sum comes from there, and how many
+/// items that lane brought ahead of it, over all calls; lane i % 32 has those of node i.
 class TokenRecords {
  public:
-  __device__ TokenRecords(const CombineArgs& args, std::int64_t token, int lane) {
+  __device__ TokenRecords(const CombineArgs& args, const Blocks& blocks, std::int64_t token) {
     const Rails& rails = args.rails;
     const int nodes = rails.shape.topology.num_nodes();
 #pragma unroll
@@ -27,15 +27,18 @@ class TokenRecords {
       at_[i] = -1;
       if (node >= nodes) continue;
       at_[i] = args.send_rdma_head[token * nodes + node];
-      if (node == rails.node) continue;
-      const std::int64_t ring = rails.ring(lane, RailShape::peer_index(node, rails.node));
-      const std::int32_t first =
-          rails.state.lanes_out[std::int64_t{node} * (rails.shape.num_lanes + 1) + lane];
+      if (node == rails.node || at_[i] < 0) continue;
+      const auto record = static_cast<std::uint32_t>(at_[i]);
+      const auto lanes = static_cast<std::uint32_t>(blocks.lanes[node]);
+      const std::uint32_t before = record / lanes;
+      lane_[i] = static_cast<int>(record - before * lanes);
+      const std::int64_t ring = rails.ring(lane_[i], RailShape::peer_index(node, rails.node));
       items_[i] = rails.state.rings[ring].consumed +
-                  static_cast<std::uint64_t>(std::int64_t{at_[i] - first} * args.item.pieces);
+                  std::uint64_t{before} * static_cast<std::uint32_t>(args.item.pieces);
     }
   }
   __device__ std::int32_t of(int node) const { return pick(at_, node); }
+  __device__ int lane(int node) const { return pick(lane_, node); }
   __device__ std::uint64_t items(int node) const { return pick(items_, node); }
 
  private:
@@ -50,6 +53,7 @@ class TokenRecords {
   }
 
   std::int32_t at_[kNodesALane];
+  int lane_[kNodesALane] = {};
   std::uint64_t items_[kNodesALane] = {};
 };
 

@@ -71,15 +71,8 @@ __device__ void place_records(const NotifyArgs& args, const PartTable& table, st
     write_prefix(part, table.tokens, routing.num_channels,
                  routing.rdma_channel_prefix_matrix + std::int64_t{node} * routing.num_channels);
   }
-  const int lanes = args.rails.shape.num_lanes;
-  std::int32_t* lane_records = args.rails.state.lanes_out + std::int64_t{node} * (lanes + 1);
-  write_prefix(part, table.tokens, args.rails.lanes, lane_records + 1);
-  if (number == 0 && lane_id() == 0) lane_records[0] = 0;
-  if (part.end != table.tokens) return;
-  const std::int32_t records = part.rows_until(part.end);
-  if (lane_id() == 0) args.rails.state.totals[topology.num_ranks + node] = records;
-  for (int lane = args.rails.lanes + lane_id(); lane < lanes; lane += 32)
-    lane_records[lane + 1] = records;
+  if (part.end == table.tokens && lane_id() == 0)
+    args.rails.state.totals[topology.num_ranks + node] = part.rows_until(part.end);
 }
 
 /// By all warps of the grid, in turn: part by part, so that no warp waits for a later turn.
@@ -118,7 +111,6 @@ __device__ void post_rails(const NotifyArgs& args, const MappedPeers& peers, std
   const Rails& rails = args.rails;
   const plan::Topology& topology = rails.shape.topology;
   const RailBlock::Mailbox& mailbox = rails.block.mailbox[number % 2];
-  const int lanes = rails.shape.num_lanes;
   const int experts = announced_experts(args);
   for (int peer = 0; peer < rails.shape.num_peers(); ++peer) {
     const int node = RailShape::node_of_peer(peer, rails.node);
@@ -130,11 +122,11 @@ __device__ void post_rails(const NotifyArgs& args, const MappedPeers& peers, std
     if (threadIdx.x == 0) {
       message.record = args.comm.record;
       message.num_experts = experts;
+      message.lanes = rails.lanes;
+      message.records = rails.state.totals[topology.num_ranks + node];
     }
     for (int i = threadIdx.x; i < topology.ranks_per_node; i += kThreads)
       message.rows[i] = rails.state.totals[topology.rank_of(node, i)];
-    for (int i = threadIdx.x; i <= lanes; i += kThreads)
-      message.lane_records[i] = rails.state.lanes_out[std::int64_t{node} * (lanes + 1) + i];
     auto* counts = reinterpret_cast<std::int32_t*>(out + sizeof message);
     for (int i = threadIdx.x; i < experts; i += kThreads)
       counts[i] = args.num_tokens_per_expert[std::int64_t{node} * experts + i];
@@ -290,10 +282,13 @@ __device__ void void_counts(const NotifyArgs& args) {
 // in them.
 __global__ void __launch_bounds__(kThreads) notify(const __grid_constant__ NotifyArgs args) {
   __shared__ MappedPeers peers;
-  allow_kernel_behind();
   wait_for_kernel_before();
+  // Behind the wait: the kernel behind may read what those before have written.
+  allow_kernel_behind();
   const Comm& comm = args.comm;
   const std::uint64_t epoch = comm.local->epoch + 1;
+  if (args.go_at_once && blockIdx.x == 0 && threadIdx.x == 0 && may_start(comm))
+    let_go(args.rails, args.go);
   peers.find(args.rails);
   // Tokens are placed whatever has failed: warps of several blocks wait for each other's counts,
   // and each block would see a fault at another time.
@@ -301,7 +296,9 @@ __global__ void __launch_bounds__(kThreads) notify(const __grid_constant__ Notif
   check_ids(comm, args.topk_idx, args.routing.is_token_in_rank, args.rails.shape.topology.num_ranks,
             static_cast<int>(gridDim.x));
   if (!is_last_block(comm)) return;
-  const bool good = __syncthreads_and(may_start(comm)) != 0 && exchange_counts(args, peers, epoch);
+  bool good = __syncthreads_and(may_start(comm)) != 0;
+  if (good && !args.go_at_once && threadIdx.x == 0) let_go(args.rails, args.go);
+  good = good && exchange_counts(args, peers, epoch);
   if (!good) {
     void_counts(args);
     tell_fault(comm, args.rails);

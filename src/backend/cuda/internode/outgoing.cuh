@@ -90,12 +90,16 @@ class Head {
   std::uint32_t value_[kWordsALane];
 };
 
+__device__ __forceinline__ Flow flow_out(const Rails& rails) {
+  return {rails.state.totals + rails.shape.topology.num_ranks, false, nullptr};
+}
+
 /// By a warp that writes to rings: what it puts there.
 class Outgoing {
  public:
   __device__ __forceinline__ Outgoing(const DispatchArgs& args, const MappedPeers& peers,
                                       const Role& role, ItemEnd* ends)
-      : turns(args.rails, peers, args.item, args.rails.state.lanes_out, role),
+      : turns(args.rails, peers, args.item, flow_out(args.rails), role),
         args_(args),
         peers_(peers),
         ends_(ends),
@@ -132,15 +136,17 @@ class Outgoing {
   /// Puts the head of a record on its way.
   __device__ __forceinline__ void load(int node, std::int32_t record) {
     if (node != node_) head_ = Head(args_, node);
-    if (node != node_ || record - first_ >= 32 || record < first_) {
-      first_ = record;
+    const int stride = turns.end.stride;
+    known_ = node == node_ && record == record_ + stride ? known_ + 1 : 32;
+    if (known_ >= 32) {
+      known_ = 0;
       const std::int64_t tokens = args_.comm.record.num_tokens;
-      const std::int64_t mine = std::int64_t{record} + lane_id();
+      const std::int64_t mine = record + std::int64_t{lane_id()} * stride;
       token_ = mine < tokens ? args_.work.record_tokens[node * tokens + mine] : 0;
     }
     node_ = node;
     record_ = record;
-    head_.load(__shfl_sync(0xffffffff, token_, record - first_));
+    head_.load(__shfl_sync(0xffffffff, token_, known_));
   }
 
   const DispatchArgs& args_;
@@ -148,9 +154,9 @@ class Outgoing {
   ItemEnds<RowPump> ends_;
   int node_;  // of the head
   Head head_;
-  std::int32_t record_ = -1;         // of it
-  std::int32_t first_ = 0x7fffffff;  // lane i has the token of the i-th record from this one on
-  std::int32_t token_ = 0;
+  std::int32_t record_ = -1;  // of it
+  std::int32_t token_ = 0;    // lane i has that of the i-th of the 32 records known at once
+  int known_ = 32;            // which of these record_ is
 };
 
 }  // namespace deep_ep::cuda::internode

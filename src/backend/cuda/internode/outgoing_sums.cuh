@@ -28,16 +28,42 @@ static __device__ __noinline__ void sum_part(const Sources& sources, int rows, s
   });
 }
 
+/// Of a rank that has its node for itself, in shared memory: the records of its handle, each of
+/// which is a row. So it sends ahead of notify's end, and hears no objections of that yet.
+struct HandleRows {
+  std::int32_t records[plan::kMaxNodes];  // up to each node
+  std::int32_t rows[plan::kMaxNodes];     // up to each source
+
+  /// By a warp: true if they are such; else notify finds a fault.
+  __device__ bool load(const CombineArgs& args) {
+    const int nodes = args.rails.shape.topology.num_nodes();
+    const auto take = [&](const std::int32_t* sums, std::int64_t most, std::int32_t* to) {
+      bool good = true;
+      for (int i = lane_id(); i < nodes; i += 32) {
+        to[i] = sums[i];
+        good = good && to[i] >= (i == 0 ? 0 : sums[i - 1]) && to[i] <= most;
+      }
+      return good;
+    };
+    const bool good = take(args.record_sums, args.num_records, records) &&
+                      take(args.row_sums, args.block_rows, rows);
+    __syncwarp();  // all lanes read what each of them wrote
+    return __all_sync(0xffffffff, good) != 0;
+  }
+};
+
 /// By a warp that writes to rings: the sums that it puts there. A record that is not allowed goes
 /// as zeros: its fault is known. A row alone need not be rounded on the way.
 template <class T>
 class Sums {
  public:
-  __device__ Sums(const CombineArgs& args, const Blocks& blocks, const MappedPeers& peers,
-                  const Role& role, Sources& sources, ItemEnd* ends)
-      : turns(args.rails, peers, args.item, args.rails.state.lanes_in, role),
+  __device__ Sums(const CombineArgs& args, const Blocks& blocks, const HandleRows& known,
+                  const MappedPeers& peers, const Role& role, Sources& sources, ItemEnd* ends)
+      : turns(args.rails, peers, args.item,
+              {args.comm.num_ranks == 1 ? known.records : blocks.records, true, nullptr}, role),
         args_(args),
         blocks_(blocks),
+        known_rows_(known),
         peers_(peers),
         sources_(sources),
         ends_(ends) {}
@@ -65,16 +91,13 @@ class Sums {
   RingTurns<End::kOut> turns;
 
  private:
-  __device__ __forceinline__ std::int64_t first_record(const RingOut& end) const {
-    return plan::part_of(blocks_.records, end.node(args_.rails)).begin;
-  }
-
   /// The weights of the ring's next item go to the peer; returns where its part of x is, or null:
   /// it is to be filled in.
   __device__ __forceinline__ const std::byte* take_sum() {
     const RingOut& end = turns.end;
     RecordHeads heads;
-    heads.load(args_, first_record(end) + end.record);
+    const std::int64_t first = plan::part_of(blocks_.records, end.node(args_.rails)).begin;
+    heads.load(args_, first + end.record);
     rows_ = list_rows(args_, blocks_, heads, args_.rails.rank_of_peer(end.peer), sources_);
     compose_weights(args_, sources_, rows_, end.at);
     return rows_ == 1 ? sources_.rows[0] + begin_ : nullptr;
@@ -96,19 +119,21 @@ class Sums {
   __device__ __forceinline__ void load(const RingOut& end) {
     const int node = end.node(args_.rails);
     if (node == node_ && end.record == record_) return;
-    if (node != node_ || end.record - first_ >= 32 || end.record < first_) {
-      first_ = end.record;
-      const auto part = plan::part_of(blocks_.records, node);
-      const std::int64_t mine = part.begin + end.record + lane_id();
+    known_ = node == node_ && end.record == record_ + end.stride ? known_ + 1 : 32;
+    if (known_ >= 32) {
+      known_ = 0;
+      const auto part = plan::part_of(known_rows_.records, node);
+      const std::int64_t mine = part.begin + end.record + std::int64_t{lane_id()} * end.stride;
       head_ = mine < part.end ? args_.send_nvl_head[mine] : -1;
     }
     node_ = node;
     record_ = end.record;
-    const std::int32_t head = __shfl_sync(0xffffffff, head_, record_ - first_);
-    const auto rows = blocks_.rows(args_.rails, 0, args_.rails.rank_of_peer(end.peer));
+    const std::int32_t head = __shfl_sync(0xffffffff, head_, known_);
+    const auto rows = plan::part_of(known_rows_.rows, node);  // a node is a source
     const bool good = head >= 0 && head < rows.end - rows.begin;
     if (!good)
-      raise_invalid(args_.comm, Finding::kBadNvlHead, first_record(end) + record_, 0, head,
+      raise_invalid(args_.comm, Finding::kBadNvlHead,
+                    plan::part_of(known_rows_.records, node).begin + record_, 0, head,
                     rows.end - rows.begin);
     row_ = good ? rows.begin + head : -1;
     weight_ = lane_id() < args_.format.topk_weights_bytes / 4 ? weight_of(row_, lane_id()) : 0.0f;
@@ -121,16 +146,17 @@ class Sums {
 
   const CombineArgs& args_;
   const Blocks& blocks_;
+  const HandleRows& known_rows_;
   const MappedPeers& peers_;
   Sources& sources_;
   ItemEnds<SumPump> ends_;
   std::int64_t begin_ = 0;  // in the row, of the item under way
   int rows_ = 0;            // listed
   // Of a rank that has its node for itself:
-  int node_ = -1;                    // of the row that is known
-  std::int32_t record_ = -1;         // of it
-  std::int32_t first_ = 0x7fffffff;  // lane i has the position of the i-th record from this one on
-  std::int32_t head_ = -1;
+  int node_ = -1;             // of the row that is known
+  std::int32_t record_ = -1;  // of it
+  std::int32_t head_ = -1;    // lane i has the position of the i-th of 32 records known at once
+  int known_ = 32;            // which of these record_ is
   std::int64_t row_ = -1;
   float weight_ = 0.0f;
 };

@@ -100,6 +100,7 @@ struct RailWaiter {
   const Comm& comm;
   const Rails& rails;
   int awaited;
+  std::int64_t more_ns = 0;  // than other waits have
   std::int64_t started = 0;
   bool gone = false;
 
@@ -107,7 +108,7 @@ struct RailWaiter {
   __device__ bool faulted() const { return internode::faulted(comm, rails); }
   __device__ bool expired() {
     gone = reached(rails.block.left + awaited, 1);
-    return gone || globaltimer() - started > rails.timeout_ns;
+    return gone || globaltimer() - started > rails.timeout_ns + more_ns;
   }
   /// Looks several times: what else there is to look at is several words, one after the other.
   template <class Ready>
@@ -138,6 +139,27 @@ __device__ __noinline__ inline bool wait_for_rail(const Comm& comm, const Rails&
   return false;
 }
 
+/// By a thread of notify, behind what the kernel behind it is to see.
+__device__ inline void let_go(const Rails& rails, std::uint64_t number) {
+  // release: pairs with the acquire in wait_go().
+  if (number != 0) protocol::store_release(rails.state.go, number);
+}
+
+/// By a warp of the kernel behind notify: that has let_go(). False: there is a fault, without which
+/// it does, or ends with one.
+__device__ inline bool wait_go(const Comm& comm, const Rails& rails, std::uint64_t number) {
+  bool gone = false;
+  if (lane_id() == 0) {
+    // acquire: pairs with the release in let_go(), for what the kernels before notify wrote, too.
+    while (!(gone = protocol::load_acquire(rails.state.go) == number) && may_start(comm))
+      __nanosleep(20);
+    fence_proxy_async_global();  // bulk copies come behind it as well
+  }
+  gone = __shfl_sync(0xffffffff, gone, 0);
+  __syncwarp();
+  return gone;
+}
+
 /// What a ring waits for.
 struct Awaited {
   Wait what;
@@ -148,7 +170,8 @@ struct Awaited {
 /// Of a warp that looks after several rings, none of which it waits for (I20); by one lane.
 class Patience {
  public:
-  __device__ Patience(const Comm& comm, const Rails& rails) : waiter_{comm, rails, 0} {}
+  __device__ Patience(const Comm& comm, const Rails& rails, std::int64_t more_ns)
+      : waiter_{comm, rails, 0, more_ns} {}
   __device__ void moved() {
     waiter_.started = 0;
     last_look_ = false;

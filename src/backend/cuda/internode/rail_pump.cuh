@@ -111,13 +111,13 @@ class ItemEnds {
 };
 
 /// By a warp: moves all that next() gives, over and over, until its rings have ended. store(from,
-/// note) and sent(note) as in Pump; missing(ring) gives what one that has not moved waits for.
-/// False if it left for a fault.
+/// note) and sent(note) as in Pump; missing(ring) gives what one that has not moved waits for,
+/// `more_ns` longer than other waits. False if it left for a fault.
 template <class Pump, class Next, class Turns, class Store, class Sent, class Missing>
 __device__ __forceinline__ bool pump_rings(const Comm& comm, const Rails& rails, Pump& pump,
                                            Turns& turns, Next& next, Store&& store, Sent&& sent,
-                                           Missing&& missing) {
-  Patience patience(comm, rails);
+                                           Missing&& missing, std::int64_t more_ns = 0) {
+  Patience patience(comm, rails, more_ns);
   unsigned idle = 0;  // turns
   while (true) {
     bool moved = false;
@@ -170,7 +170,9 @@ __device__ __forceinline__ void send_items(const Comm& comm, const Rails& rails,
         if (lane_id() == 0) bulk_store(note.to[0], from, note.bytes);
       },
       [&](const SendNote& note) { send_item(rails, item, teller, stage.ends[note.end]); },
-      [&](std::int64_t ring) { return missing_room(rails, ring, item); });
+      [&](std::int64_t ring) { return missing_room(rails, ring, item); },
+      // Of a peer that does not call notify tells, which begins to wait a little later.
+      rails.timeout_ns / 16);
   teller.end();
 }
 

@@ -23,7 +23,7 @@ DEEP_EP_HD constexpr int send_blocks(int blocks) {
   return blocks < 4 * kSendBlocks ? 0 : kSendBlocks;
 }
 
-/// A lane is a contiguous share of every source's tokens, and has a ring to each rail peer. A warp
+/// The records for a node are dealt to lanes in turns, each with a ring to each rail peer. A warp
 /// writes a ring, and as few as fill a link write at the same time: so lanes are few and their
 /// rings long, since what is under way on a link is several hundred rows.
 struct RailShape {
@@ -43,7 +43,7 @@ struct RailShape {
     const int fair = kSharedLanes / num_peers();
     return fair > kMostLanes ? kMostLanes : fair < 8 ? 8 : fair;
   }
-  /// Of a call on so many SMs: one for each warp that writes to rings.
+  /// Of a rank's call on so many SMs: one for each warp that writes to rings.
   int lanes_of_call(int num_sms) const {
     const int warps = num_sms * kSendWarps;
     return warps < num_lanes ? warps : num_lanes;
@@ -61,9 +61,10 @@ struct RailShape {
 /// each expert of the peer's node, int32 [num_experts].
 struct Announcement {
   protocol::CallRecord record;
-  std::int32_t num_experts;                              // 0 without counts
-  std::int32_t rows[plan::kMaxRanksPerNode];             // for each rank of the peer's node
-  std::int32_t lane_records[RailShape::kMostLanes + 1];  // number of each lane's first record
+  std::int32_t num_experts;                   // 0 without counts
+  std::int32_t lanes;                         // that it deals what it sends to
+  std::int32_t records;                       // for the peer's node, of which a combine brings sums
+  std::int32_t rows[plan::kMaxRanksPerNode];  // for each rank of the peer's node
 
   DEEP_EP_HD static std::int64_t bytes(int ranks_per_node) {
     return static_cast<std::int64_t>(sizeof(Announcement)) +
@@ -147,12 +148,12 @@ struct RailState {
   SentCounts* sent_counts;    // [1] of the calls that have ended
   Ring* rings;                // [rings]
   std::byte** mapped;         // [peers] RailBlock of each as mapped here; null: it is put to
+  std::uint64_t* go;          // [1] NotifyArgs::go, from there on until the kernel behind ends
   std::int32_t* totals;       // [R + nodes] rows for each rank, records for each node
   std::int32_t* prefix;       // [ranks of the node, R] rows from the sources up to each one
   std::int32_t* num_tokens;   // [R] of each source
   std::int32_t* records;      // [nodes] that come, or stay, up to each node
-  std::int32_t* lanes_out;    // [nodes, lanes + 1] number of each lane's first record for a node
-  std::int32_t* lanes_in;     // [nodes, lanes + 1] from a node
+  std::int32_t* lanes;        // [nodes] that a node deals to what it sends here
 
   DEEP_EP_HD static RailState carve(Carver& carver, const RailShape& shape) {
     const std::int64_t ranks = shape.topology.num_ranks;
@@ -163,12 +164,12 @@ struct RailState {
     state.sent_counts = carver.take<SentCounts>(1);
     state.rings = carver.take<Ring>(shape.num_rings());
     state.mapped = carver.take<std::byte*>(shape.num_peers());
+    state.go = carver.take<std::uint64_t>(1);
     state.totals = carver.take<std::int32_t>(ranks + nodes);
     state.prefix = carver.take<std::int32_t>(shape.topology.ranks_per_node * ranks);
     state.num_tokens = carver.take<std::int32_t>(ranks);
     state.records = carver.take<std::int32_t>(nodes);
-    state.lanes_out = carver.take<std::int32_t>(nodes * (shape.num_lanes + 1));
-    state.lanes_in = carver.take<std::int32_t>(nodes * (shape.num_lanes + 1));
+    state.lanes = carver.take<std::int32_t>(nodes);
     return state;
   }
 
@@ -185,7 +186,7 @@ struct Rails {
   int node = 0;                 // of this rank
   int index = 0;                // in it
   std::int64_t timeout_ns = 0;  // of a wait for a rail peer
-  int lanes = 1;                // that this rank's tokens of the call are dealt to, of shape's
+  int lanes = 1;                // that what this rank sends in the call is dealt to, of shape's
   RailBlock block;
   RailState state;
 

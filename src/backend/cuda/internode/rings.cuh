@@ -87,6 +87,26 @@ __device__ __forceinline__ std::int64_t ring_at_peer(const Rails& rails, int lan
                     RailShape::peer_index(rails.node, RailShape::node_of_peer(peer, rails.node)));
 }
 
+/// The records that go one way between this node and others. A combine's come back as sums.
+struct Flow {
+  const std::int32_t* records;  // [nodes] of each, or, if `sums`, up to each one
+  bool sums;
+  const std::int32_t* lanes;  // [nodes] that the records of a node are dealt to; null: Rails::lanes
+
+  __device__ __forceinline__ std::int32_t of(int node) const {
+    return records[node] - (sums && node > 0 ? records[node - 1] : 0);
+  }
+  __device__ __forceinline__ std::int32_t lanes_of(const Rails& rails, int node) const {
+    return lanes == nullptr ? rails.lanes : lanes[node];
+  }
+  /// Each lanes_of()-th, from the lane's number on.
+  __device__ __forceinline__ std::int32_t of_lane(const Rails& rails, int node, int lane) const {
+    const std::int32_t all = of(node);
+    const std::int32_t step = lanes_of(rails, node);
+    return lane < step && lane < all ? (all - lane - 1) / step + 1 : 0;
+  }
+};
+
 enum class End { kOut, kIn };
 
 /// One end of a ring while a warp serves it. What outlives that is in RailState::Ring.
@@ -98,6 +118,7 @@ struct RingEnd {
   std::uint64_t items;  // over all calls: that have been put, or read
   std::int32_t left;    // items of this call
   std::int32_t record;  // of the next item, among those of the node
+  std::int32_t stride;  // to the record behind it
   int piece;            // of it
   int slot;             // its
   int known = 0;        // slots that are known to be free, or items to be here
@@ -106,19 +127,19 @@ struct RingEnd {
 
   /// `number` of the ring; the warp takes the items that its team leaves it.
   __device__ __forceinline__ RingEnd(const Rails& rails, const MappedPeers& peers,
-                                     const ItemShape& item, const std::int32_t* lanes, int number,
+                                     const ItemShape& item, const Flow& flow, int number,
                                      const Team& team)
       : lane(number / rails.shape.num_peers()), peer(number % rails.shape.num_peers()) {
-    const std::int32_t* first =
-        lanes + std::int64_t{node(rails)} * (rails.shape.num_lanes + 1) + lane;
     const RailState::Ring& state = rails.state.rings[number];
-    const std::int32_t all = (first[1] - first[0]) * item.pieces;
+    const std::int32_t all = flow.of_lane(rails, node(rails), lane) * item.pieces;
+    const std::int32_t lanes = flow.lanes_of(rails, node(rails));
     begin = kEnd == End::kOut ? state.out_begin : state.in_begin;
     items = kEnd == End::kOut ? state.sent : state.consumed;
     if (team.size > 1) items = begin + team.member;
     const auto done = static_cast<std::int32_t>(items - begin);
     left = all > done ? (all - done + team.size - 1) / team.size : 0;
-    record = first[0] + (item.pieces == 1 ? done : done / item.pieces);
+    record = lane + (item.pieces == 1 ? done : done / item.pieces) * lanes;
+    stride = lanes * team.size;
     piece = item.pieces == 1 ? 0 : done % item.pieces;
     slot = item.slot_of(items);
     const std::int64_t at_peer = ring_at_peer(rails, lane, peer);
@@ -147,10 +168,10 @@ struct RingEnd {
     --left;
     --known;
     if (item.pieces == 1) {
-      record += step;
+      record += stride;
     } else if (++piece == item.pieces) {
       piece = 0;
-      ++record;
+      record += stride;
     }
     std::int64_t slots = step;
     slot += step;
@@ -217,17 +238,15 @@ __device__ __forceinline__ Turn look_in(const Rails& rails, const MappedPeers& p
   return end.known > 0 ? Turn::kReady : Turn::kStuck;
 }
 
-/// By the last block of a kernel of which nobody has kept what it has read: all items of the call.
-/// `lanes` as in RailState, of those that came.
+/// By the last block of a kernel of which nobody has kept what it has read: all items of the call,
+/// of the records that came.
 template <int kThreads>
-__device__ void count_consumed(const Rails& rails, const ItemShape& item,
-                               const std::int32_t* lanes) {
+__device__ void count_consumed(const Rails& rails, const ItemShape& item, const Flow& flow) {
   for (int ring = threadIdx.x; ring < rails.shape.num_rings(); ring += kThreads) {
     const int lane = ring / rails.shape.num_peers();
     const int node = RailShape::node_of_peer(ring % rails.shape.num_peers(), rails.node);
-    const std::int32_t* first = lanes + std::int64_t{node} * (rails.shape.num_lanes + 1) + lane;
     rails.state.rings[ring].consumed +=
-        static_cast<std::uint64_t>(std::int64_t{first[1] - first[0]} * item.pieces);
+        static_cast<std::uint64_t>(std::int64_t{flow.of_lane(rails, node, lane)} * item.pieces);
   }
 }
 
@@ -242,20 +261,20 @@ __device__ __noinline__ inline void put_credit(std::uint64_t* word, std::uint64_
 template <End kEnd>
 class RingTurns {
  public:
-  /// `lanes` as in RailState, of the direction. With a team it serves one ring.
+  /// Of the records that go that way. With a team it serves one ring.
   __device__ __forceinline__ RingTurns(const Rails& rails, const MappedPeers& peers,
-                                       const ItemShape& item, const std::int32_t* lanes,
-                                       const Role& role, const Team& team = {})
+                                       const ItemShape& item, const Flow& flow, const Role& role,
+                                       const Team& team = {})
       : rails_(rails),
         peers_(peers),
         item_(item),
-        lanes_(lanes),
+        flow_(flow),
         role_(role),
         team_(team),
         count_(role.count > 0 && role.number < rails.shape.num_rings()
                    ? (rails.shape.num_rings() - role.number + role.count - 1) / role.count
                    : 0),
-        end(begin_all(rails, role), peers, item, lanes, count_ > 0 ? role.number : 0, team) {}
+        end(begin_all(rails, role), peers, item, flow, count_ > 0 ? role.number : 0, team) {}
 
   /// True: the next item of the ring is ready, as is known or look(end) says. Else stuck() says
   /// whether there are rings that have not ended.
@@ -320,14 +339,14 @@ class RingTurns {
     if (next == at_) return false;
     end.keep(rails_);
     at_ = next;
-    end = RingEnd<kEnd>(rails_, peers_, item_, lanes_, number(at_), team_);
+    end = RingEnd<kEnd>(rails_, peers_, item_, flow_, number(at_), team_);
     return true;
   }
 
   const Rails& rails_;
   const MappedPeers& peers_;
   const ItemShape& item_;
-  const std::int32_t* lanes_;
+  Flow flow_;
   Role role_;
   Team team_;
   int count_;

@@ -65,10 +65,14 @@ struct NotifyArgs {
   Ids topk_idx;                                         // checked, if there
   RoutingArrays routing;
   Workspace work;
-  std::uint64_t* counts = nullptr;     // [ceil(N / kTokensPerCount), R + nodes], as in intranode
-  std::int64_t max_rows = 0;           // received or passed on by this rank; 0: any number
-  std::int64_t handle_rows = 0;        // cached: received rows that the handle has room for
-  std::uint64_t ticket = 0;            // for the host, which waits for it; 0: it does not
+  std::uint64_t* counts = nullptr;  // [ceil(N / kTokensPerCount), R + nodes], as in intranode
+  std::int64_t max_rows = 0;        // received or passed on by this rank; 0: any number
+  std::int64_t handle_rows = 0;     // cached: received rows that the handle has room for
+  std::uint64_t ticket = 0;         // for the host, which waits for it; 0: it does not
+  // Number of RailState::go that lets the kernel behind begin to write to rings: when tokens are
+  // placed or, `go_at_once`, when the kernels before have ended. 0: that waits for all of notify.
+  std::uint64_t go = 0;
+  bool go_at_once = false;
   std::int64_t* wait_stats = nullptr;  // += [R] or null: who comes late to a call is awaited here
 };
 
@@ -80,6 +84,7 @@ struct DispatchArgs : DispatchStepArgs {
   ItemShape item;
   RoutingArrays routing;
   Workspace work;
+  std::uint64_t go = 0;  // as in NotifyArgs
 };
 
 /// Every rank reads the rows of its node's ranks where these have them, in blocks that they map: a
@@ -101,9 +106,14 @@ struct CombineArgs {
   // are in place of the block.
   const std::byte* x = nullptr;
   const float* topk_weights = nullptr;
-  std::byte* combined_x = nullptr;         // out [N, x_bytes]
-  float* combined_topk_weights = nullptr;  // out [N, K] or null
-  std::int64_t* wait_stats = nullptr;      // += [R] or null
+  // Such a rank begins to send ahead of notify's end, by what its handle says.
+  std::uint64_t go = 0;                       // as in NotifyArgs
+  const std::int32_t* record_sums = nullptr;  // recv_rdma_rank_prefix_sum
+  const std::int32_t* row_sums = nullptr;     // recv_gbl_rank_prefix_sum
+  std::int64_t num_records = 0;               // M
+  std::byte* combined_x = nullptr;            // out [N, x_bytes]
+  float* combined_topk_weights = nullptr;     // out [N, K] or null
+  std::int64_t* wait_stats = nullptr;         // += [R] or null
 };
 
 /// What of a handle is counted when all rows are here.
