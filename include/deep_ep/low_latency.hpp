@@ -50,9 +50,9 @@ struct LowLatencyOutputs {
 };
 
 struct LowLatencyDispatchArgs {
-  /// [N, H]. bfloat16: sent as it is, or quantised (use_fp8). Any other dtype: sent as it is. N is
-  /// at most M; H * size_of(dtype) is a multiple of 16 bytes, with use_fp8 H one of 128. On GPUs
-  /// from a multiple of 16 bytes on.
+  /// [N, H], N at most M. bfloat16: sent as it is, or quantised (use_fp8). float8_e4m3 and uint8,
+  /// and, without use_fp8, float16 and float32: sent as they are. H * size_of(dtype) is a multiple
+  /// of 16 bytes, with use_fp8 H one of 128. On GPUs from a multiple of 16 bytes on.
   TensorView x{};
   /// Optional [N, S], float32 or int32 (packed), any strides: scales of an x that is quantised
   /// already.

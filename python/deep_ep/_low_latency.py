@@ -35,11 +35,12 @@ class LowLatency:
         """Sends every token's row to the ranks of its experts and packs what arrives by expert.
         Collective.
 
-        `x`: [N, H] bfloat16, N at most M; `topk_idx`: [N, K] int64 or int32, -1 for none. With
-        `use_fp8` rows are quantised, 128 values with one scale; `round_scale` makes scales powers
-        of two, `use_ue8m0` packs these, four to an int32. `cumulative_local_expert_recv_stats`
-        int32 [L]: += rows of each local expert; `dispatch_wait_recv_cost_stats` int64 [R]: += the
-        longest wait for each source, in ns (host) or SM cycles.
+        `x`: [N, H] bfloat16, or float16 or float32 without `use_fp8`, N at most M; `topk_idx`:
+        [N, K] int64 or int32, -1 for none. With `use_fp8` rows are quantised, 128 values with one
+        scale; `round_scale` makes scales powers of two, `use_ue8m0` packs these, four to an int32.
+        `cumulative_local_expert_recv_stats` int32 [L]: += rows of each local expert;
+        `dispatch_wait_recv_cost_stats` int64 [R]: += the longest wait for each source, in ns (host)
+        or SM cycles.
 
         Returns (recv_x [L, R * M, H] or (recv_x, scales [L, R * M, H / 128], column by column),
         rows of each local expert int32 [L], handle, event, hook or None).

@@ -66,6 +66,9 @@ void choose_quantization(const LowLatencyDispatchArgs& args, LowLatencyDispatchS
     shape.scale_dtype = args.x_scales.dtype;
     shape.num_scales = static_cast<int>(args.x_scales.shape[1]);
   }
+  require(!args.use_fp8 || (args.x.dtype != DType::kFloat16 && args.x.dtype != DType::kFloat32),
+          "x is {}: use_fp8 quantises bfloat16 alone, without it other rows go as they are",
+          args.x);
   if (args.x.dtype != DType::kBfloat16 || !args.use_fp8) return;
   const std::int64_t hidden = args.x.shape[1];
   require(hidden % plan::kFp8Group == 0, "x is {}: with use_fp8 hidden must be a multiple of {}",

@@ -256,6 +256,11 @@ TEST_P(LowLatencyUsage, ArgumentsAreCheckedBeforeAnythingIsSent) {
   EXPECT_THAT(refused([](LowLatencyDispatchArgs& args) { args.use_fp8 = args.use_ue8m0 = true; }),
               HasSubstr("needs round_scale"));
   EXPECT_THAT(refused([](LowLatencyDispatchArgs& args) {
+                args.use_fp8 = true;
+                args.x.dtype = DType::kFloat16;
+              }),
+              HasSubstr("use_fp8 quantises bfloat16 alone"));
+  EXPECT_THAT(refused([](LowLatencyDispatchArgs& args) {
                 args.return_recv_hook = args.options.async_finish = true;
               }),
               HasSubstr("excludes async_finish"));

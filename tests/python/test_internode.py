@@ -209,6 +209,44 @@ def test_handles_of_one_node_are_type_errors(node_ranks):
     node_ranks.run(2, over_nodes, 1, _wrong_handles)
 
 
+def _changed_handle(group, name, value):
+    """What rank 0 is told of a combine whose handle has `value` first in one of its arrays."""
+    buffer = buffer_of(group)
+    one = make_inputs(group.size(), experts=2 * group.size())[group.rank()]
+    recv_x, _, weights, _, handle, _ = buffer.dispatch(**dispatch_arguments(buffer, one))
+    buffer.combine(recv_x, handle, weights)
+    changed = [part.clone() for part in handle]
+    if group.rank() == 0:
+        changed[HANDLE.index(name)].view(-1)[0] = value
+    torch.distributed.barrier(group)  # nobody is still in the call before
+
+    def combine():
+        buffer.combine(recv_x, tuple(changed), weights)
+        if routing.DEVICE == "cuda":
+            torch.cuda.synchronize()
+            buffer.check()
+
+    error = test_errors._error_of(combine)
+    buffer.destroy()
+    return error.code, str(error)
+
+
+HANDLE = ("is_token_in_rank", "rdma_channel_prefix_matrix", "gbl_channel_prefix_matrix",
+          "recv_rdma_channel_prefix_matrix", "recv_rdma_rank_prefix_sum",
+          "recv_gbl_channel_prefix_matrix", "recv_gbl_rank_prefix_sum", "recv_src_meta",
+          "send_rdma_head", "send_nvl_head")
+
+
+@pytest.mark.parametrize("name, value", [
+    ("recv_rdma_rank_prefix_sum", 1), ("recv_rdma_rank_prefix_sum", -1),
+    ("recv_rdma_rank_prefix_sum", 1 << 30), ("recv_gbl_rank_prefix_sum", 1),
+    ("recv_gbl_rank_prefix_sum", 1 << 30), ("send_rdma_head", 5), ("send_nvl_head", 1 << 30)])
+def test_a_handle_that_was_changed_is_refused_and_says_where(node_ranks, name, value):
+    """GPUs send by it before they have compared it with what other ranks say."""
+    (_, told), (code, _) = node_ranks.run(2, over_nodes, 1, _changed_handle, name, value)
+    assert name in told and code in ("peer failed", "disagreement")
+
+
 def test_a_rank_that_does_not_come_is_named_on_other_nodes(node_ranks):
     assert node_ranks.run(2, over_nodes, 1, test_errors._late)[0] == ("timeout", [1])
 
