@@ -52,8 +52,8 @@ struct HandleRows {
   }
 };
 
-/// By a warp that writes to rings: the sums that it puts there. A record that is not allowed goes
-/// as zeros: its fault is known. A row alone need not be rounded on the way.
+/// By a warp that writes to rings: the sums that it puts there, up to a record that is not allowed:
+/// whoever waits for that one hears of the fault. A row alone need not be rounded on the way.
 template <class T>
 class Sums {
  public:
@@ -76,6 +76,7 @@ class Sums {
     begin_ = item.x_begin(end.piece);
     piece.bytes = static_cast<std::uint32_t>(item.x_size(end.piece));
     piece.from = args_.comm.num_ranks == 1 ? take_row() : take_sum();
+    if (rows_ < 0) return false;
     note.to[0] = end.at + item.head_bytes;
     note.bytes = piece.bytes;
     note.end = ends_.put(end, static_cast<std::uint32_t>(item.head_bytes) + piece.bytes);
@@ -112,8 +113,8 @@ class Sums {
     if (lane_id() < count) words[lane_id()] = weight_;
 #pragma unroll 1
     for (int k = 32 + lane_id(); k < count; k += 32) words[k] = weight_of(row_, k);
-    rows_ = 0;
-    return row_ < 0 ? nullptr : blocks_.of[0].x + row_ * args_.format.x_bytes + begin_;
+    rows_ = row_ < 0 ? -1 : 1;
+    return blocks_.of[0].x + row_ * args_.format.x_bytes + begin_;
   }
   /// Puts the weights of the record on their way, unless they are known.
   __device__ __forceinline__ void load(const RingOut& end) {
@@ -151,7 +152,7 @@ class Sums {
   Sources& sources_;
   ItemEnds<SumPump> ends_;
   std::int64_t begin_ = 0;  // in the row, of the item under way
-  int rows_ = 0;            // listed
+  int rows_ = 0;            // listed, or -1: the record is not allowed
   // Of a rank that has its node for itself:
   int node_ = -1;             // of the row that is known
   std::int32_t record_ = -1;  // of it
