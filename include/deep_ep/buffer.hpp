@@ -244,7 +244,8 @@ class DEEP_EP_API Buffer {
   LowLatencyDispatchResult low_latency_dispatch(const LowLatencyDispatchArgs& args);
   LowLatencyCombineResult low_latency_combine(const LowLatencyCombineArgs& args);
   /// Checks that calls of this shape fit into num_rdma_bytes. Nothing needs to be cleaned: buffers
-  /// are kept usable between calls of any shape and mode.
+  /// are kept usable between calls of any shape and mode. With enable_shrink it is collective: who
+  /// does not come is masked.
   void clean_low_latency_buffer(int num_max_dispatch_tokens_per_rank, std::int64_t hidden,
                                 int num_experts);
   /// [L, R * M, H] bfloat16 (rank-major [R, M, H]), for the outputs of the experts: pass it to the

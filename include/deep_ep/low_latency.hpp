@@ -107,7 +107,8 @@ struct LowLatencyCombineArgs {
   TensorView topk_idx{};      ///< [N, K], as given to dispatch
   TensorView topk_weights{};  ///< [N, K] float32; rank-major: not used, may be undefined
   LowLatencyHandle handle{};
-  /// x is the view of get_next_low_latency_combine_buffer.
+  /// The rows are those in the view that get_next_low_latency_combine_buffer gave for this call; x
+  /// is it, or says no more than their shape.
   bool zero_copy = false;
   /// Rows come home in a 10-bit logarithmic format, in 64 % of their bytes, or as FP8 with scales,
   /// in 52 %: docs/numerics.md, "Rows on their way home", has the errors. One of them at most, the

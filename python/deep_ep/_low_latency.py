@@ -64,8 +64,9 @@ class LowLatency:
         Collective.
 
         `x`: [L, R * M, H] bfloat16, rows as dispatch packed them; `topk_idx` and `topk_weights`
-        (float32 [N, K]) as given to dispatch, with its `handle`. `zero_copy`: `x` is what
-        `get_next_low_latency_combine_buffer` returned. `use_logfmt`: rows come home in 10 bits a
+        (float32 [N, K]) as given to dispatch, with its `handle`. `zero_copy`: the rows
+        are in what `get_next_low_latency_combine_buffer` returned for this call; `x` is that, or
+        says no more than their shape. `use_logfmt`: rows come home in 10 bits a
         value, off by 0.6 % where bfloat16 is by 0.4 %; `use_fp8`: as FP8 with a scale for each 128
         values, off by 6 %. One of them at most, the same on all ranks, H a multiple of 128. `out`:
         [N, H] bfloat16 for the result.
@@ -90,7 +91,8 @@ class LowLatency:
         return self.runtime.get_next_low_latency_combine_buffer(library.native, handle)
 
     def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank, hidden, num_experts):
-        """Checks that calls of this shape fit; nothing needs to be cleaned between calls."""
+        """Checks that calls of this shape fit; nothing needs to be cleaned between calls. With
+        `enable_shrink` it is collective, and ranks that do not come are masked."""
         self.runtime.clean_low_latency_buffer(num_max_dispatch_tokens_per_rank, hidden,
                                               num_experts)
 

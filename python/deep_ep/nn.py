@@ -5,8 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .buffer import Buffer
-from .config import Config
+from . import Buffer, Config
 
 Handle = tuple[Tensor, ...]  # of Buffer.dispatch
 

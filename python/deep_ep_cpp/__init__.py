@@ -1,8 +1,12 @@
 """Where callers of DeepEP V1 find what was its native module."""
 
-from deep_ep import Config, EventHandle
+from deep_ep import Buffer, Config, EventHandle
 
-__all__ = ["Config", "EventHandle", "topk_idx_t"]
+__all__ = ["Config", "EventHandle", "get_low_latency_rdma_size_hint", "is_sm90_compiled",
+           "topk_idx_t"]
+
+get_low_latency_rdma_size_hint = Buffer.get_low_latency_rdma_size_hint
+is_sm90_compiled = Buffer.is_sm90_compiled
 
 
 def __getattr__(name):

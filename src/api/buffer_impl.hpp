@@ -40,6 +40,7 @@ class __attribute__((visibility("hidden"))) Buffer::Impl {  // a member of an ex
   LowLatencyDispatchResult low_latency_dispatch(const LowLatencyDispatchArgs& args);
   LowLatencyCombineResult low_latency_combine(const LowLatencyCombineArgs& args);
   Tensor get_next_low_latency_combine_buffer(const LowLatencyHandle& handle);
+  const Tensor& zero_copy_rows(const TensorView& x, std::uint64_t number) const;
   /// Between nodes it takes memory that only those get who ask for it.
   bool has_low_latency() const { return topology_.num_nodes() == 1 || options_.low_latency_mode; }
   /// Throws Error(kUnsupported) for a call that touches no peer then.
@@ -207,7 +208,8 @@ class __attribute__((visibility("hidden"))) Buffer::Impl {  // a member of an ex
   RowForecast row_forecast_;
   LowLatencyCalls low_latency_dispatches_;
   LowLatencyCalls low_latency_combines_;
-  Tensor zero_copy_[2];  // by parity of the combine that reads it
+  Tensor zero_copy_[2];              // by parity of the combine that reads it
+  std::uint64_t zero_copy_for_ = 0;  // the combine for which one was asked for last
   std::shared_ptr<Impl*> self_ = std::make_shared<Impl*>(this);  // null in hooks once destroyed
   std::atomic<bool> in_call_{false};
   std::atomic<bool> dumped_{false};

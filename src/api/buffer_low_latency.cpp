@@ -194,12 +194,7 @@ LowLatencyCombineResult Buffer::Impl::low_latency_combine(const LowLatencyCombin
     const LowLatencyCombineShape shape =
         validate_combine(args, bootstrap_->size(), options_.device);
     require_fit(shape.shape, plan::LowLatencyKind::kCombine, options_.num_rdma_bytes);
-    const Tensor& own = zero_copy_[calls.sent % 2];
-    require(!args.zero_copy || (own.defined() && args.x.data == own.data),
-            "zero_copy is true, but x begins at {}, not where "
-            "get_next_low_latency_combine_buffer says, {}",
-            args.x.data, own.data);
-    if (args.zero_copy) job->zero_copy = own;
+    if (args.zero_copy) job->zero_copy = zero_copy_rows(args.x, calls.sent);
     internode_ll::CombineParams& params = job->params;
     params.call = low_latency_call(kOperation, calls, shape.record);
     job->number = log_.begin(kOperation, calls.sent, shape.record);
@@ -222,7 +217,7 @@ LowLatencyCombineResult Buffer::Impl::low_latency_combine(const LowLatencyCombin
     params.topk_idx = args.topk_idx;
     params.ticket = job->ticket.as<std::uint64_t>();
     params.wait_stats = args.combine_wait_recv_cost_stats.as<std::int64_t>();
-    params.x = args.x.as<const std::byte>();
+    params.x = args.zero_copy ? job->zero_copy.as<const std::byte>() : args.x.as<const std::byte>();
     params.wire = shape.wire;
     params.hidden = args.handle.hidden;
     params.topk_weights = params.rank_major ? nullptr : args.topk_weights.as<const float>();
@@ -237,13 +232,25 @@ LowLatencyCombineResult Buffer::Impl::low_latency_combine(const LowLatencyCombin
   });
 }
 
+/// Where combine `number` finds its rows: in the view that was asked for, be it x or not.
+const Tensor& Buffer::Impl::zero_copy_rows(const TensorView& x, std::uint64_t number) const {
+  const Tensor& own = zero_copy_[number % 2];
+  const bool is_view = own.defined() && x.data == own.data;
+  require(is_view || (zero_copy_for_ == number && x.nbytes() <= own.nbytes()),
+          "zero_copy is true, but get_next_low_latency_combine_buffer was not called for this "
+          "combine, and x begins at {}, not where its view does, {}",
+          x.data, own.data);
+  return own;
+}
+
 Tensor Buffer::Impl::get_next_low_latency_combine_buffer(const LowLatencyHandle& handle) {
   const Usage usage(*this, "get_next_low_latency_combine_buffer");
   require(handle.src_info.defined() && handle.src_info.ndim == 2 && handle.hidden > 0,
           "handle is not of a low_latency_dispatch");
   const std::int64_t groups = handle.src_info.shape[0];
   const std::int64_t rows = handle.src_info.shape[1];
-  Tensor& buffer = zero_copy_[(low_latency_combines_.sent + 1) % 2];
+  zero_copy_for_ = low_latency_combines_.sent + 1;
+  Tensor& buffer = zero_copy_[zero_copy_for_ % 2];
   const TensorView view(buffer.data, DType::kBfloat16, {groups, rows, handle.hidden},
                         options_.device);
   if (!buffer.defined() || buffer.nbytes() < view.nbytes()) {
@@ -292,6 +299,15 @@ void Buffer::clean_low_latency_buffer(int num_max_dispatch_tokens_per_rank, std:
                                  kTopk),
       low_latency_combine_shape(num_max_dispatch_tokens_per_rank, hidden, ranks, num_experts,
                                 kTopk));
+  if (!impl_->options_.enable_shrink) return;
+  // A call without tokens: who does not come is masked.
+  LowLatencyDispatchArgs args;
+  args.x = {nullptr, DType::kUint8, {0, 16}, device()};
+  args.topk_idx = {nullptr, DType::kInt64, {0, kTopk}, device()};
+  args.num_max_dispatch_tokens_per_rank = 1;
+  args.num_experts = ranks;
+  args.use_fp8 = false;
+  impl_->low_latency_dispatch(args);
 }
 
 void Buffer::low_latency_update_mask_buffer(int rank, bool masked) {

@@ -172,7 +172,7 @@ def _other_groups(group):
                     {"group": _Attributes(group)}):
         buffer = deep_ep.Buffer(num_nvl_bytes=1 << 20, **options)
         assert (buffer.rank, buffer.group_size) == (group.rank(), group.size())
-        assert buffer.group is options["group"]
+        assert buffer.group is (options["group"] or options["comm"])
         found = buffer.get_dispatch_layout(one.topk_idx, one.experts)
         assert same(found[3], layout_of(one, group.size())[2])
         buffer.destroy()  # and again, larger, as TensorRT-LLM grows

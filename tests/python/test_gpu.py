@@ -165,7 +165,7 @@ def test_asynchronous_calls_keep_what_they_use(gpu_ranks):
     gpu_ranks.run(2, _dropped_in_flight)
 
 
-def _graph(group):
+def _graph(group, form="plain"):
     """dispatch with num_worst_tokens and combine in a graph, replayed over changing inputs, while
     eager calls go on."""
     size = group.size()
@@ -174,13 +174,22 @@ def _graph(group):
     static = {"x": one.x.clone(), "topk_idx": one.topk_idx.clone(),
               "topk_weights": one.topk_weights.clone()}
 
+    def call(function, *arguments, **more):
+        when = {} if form == "plain" else {"async_finish": True}
+        if form == "behind events":
+            when |= {"previous_event": buffer.capture(), "allocate_on_comm_stream": True}
+        got = function(*arguments, **more, **when)
+        if when:
+            got[-1].current_stream_wait()
+        return got
+
     def step():
         layout = buffer.get_dispatch_layout(static["topk_idx"], one.experts)
-        got = buffer.dispatch(static["x"], num_tokens_per_rank=layout[0],
-                              is_token_in_rank=layout[3], num_tokens_per_expert=layout[2],
-                              topk_idx=static["topk_idx"], topk_weights=static["topk_weights"],
-                              num_worst_tokens=64 * size)
-        return got[1], buffer.combine(got[0], got[4], got[2])
+        got = call(buffer.dispatch, static["x"], num_tokens_per_rank=layout[0],
+                   is_token_in_rank=layout[3], num_tokens_per_expert=layout[2],
+                   topk_idx=static["topk_idx"], topk_weights=static["topk_weights"],
+                   num_worst_tokens=64 * size)
+        return got[1], call(buffer.combine, got[0], got[4], got[2])
 
     graph, (ids, (combined, weights, _)) = captured(group, step)
     gc.collect()
@@ -203,9 +212,10 @@ def _graph(group):
     buffer.destroy()
 
 
-@pytest.mark.parametrize("size", [1, 2])
-def test_calls_are_captured_and_replayed(gpu_ranks, size):
-    gpu_ranks.run(size, _graph)
+@pytest.mark.parametrize("size, form", [(1, "plain"), (2, "plain"), (2, "asynchronous"),
+                                        (2, "behind events")])
+def test_calls_are_captured_and_replayed(gpu_ranks, size, form):
+    gpu_ranks.run(size, _graph, form)
 
 
 def _grouped_graph(group):

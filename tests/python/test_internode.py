@@ -241,7 +241,7 @@ HANDLE = ("is_token_in_rank", "rdma_channel_prefix_matrix", "gbl_channel_prefix_
 @pytest.mark.parametrize("name, at, value", [
     ("recv_rdma_rank_prefix_sum", 0, 1), ("recv_rdma_rank_prefix_sum", 0, -1),
     ("recv_rdma_rank_prefix_sum", 0, 1 << 30), ("recv_gbl_rank_prefix_sum", 0, 1),
-    ("recv_gbl_rank_prefix_sum", 0, 1 << 30), ("send_rdma_head", 0, 5),
+    ("recv_gbl_rank_prefix_sum", 0, 1 << 30), ("send_rdma_head", 0, 1 << 30),
     ("send_nvl_head", -1, 1 << 30)])  # of a token of another node, whose rank would miss the row
 def test_a_handle_that_was_changed_is_refused_and_says_where(node_ranks, size, ranks_per_node,
                                                              name, at, value):

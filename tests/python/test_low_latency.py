@@ -114,6 +114,8 @@ def _check_combine(buffer, one, rank, rows, handle, hook, exact):
             x = buffer.get_next_low_latency_combine_buffer(handle)
             assert x.shape == rows.shape and x.dtype == torch.bfloat16
             x.copy_(rows)
+            if given is not None:  # DeepEP's tests pass what they wrote to it
+                x = torch.full_like(rows, 99)
         combined, event, receive = buffer.low_latency_combine(
             x, one.topk_idx, one.topk_weights, handle, zero_copy=zero_copy,
             async_finish=not hook, return_recv_hook=hook, out=given, **wire)
@@ -274,6 +276,37 @@ def test_ranks_can_be_left_out(ranks):
     ranks.run(2, _masks)
 
 
+def _one_leaves(group, at):
+    """A rank that does not come to a call is left out from then on, and shows in the mask."""
+    rank, size = group.rank(), group.size()
+    buffer = buffer_of(group, enable_shrink=True, timeout=2)
+    one = inputs_of(group, tokens=[9] * size)[rank]
+    for phase in ("dispatch", "combine", "clean"):
+        if rank == 1 and phase == at:
+            break
+        if phase == "dispatch":
+            recv_x, _, handle, _, _ = buffer.low_latency_dispatch(
+                one.x, one.topk_idx, MAX_TOKENS, one.experts, use_fp8=False)
+        elif phase == "combine":
+            combined = buffer.low_latency_combine(recv_x, one.topk_idx, one.topk_weights, handle)[0]
+        else:
+            buffer.clean_low_latency_buffer(MAX_TOKENS, HIDDEN, one.experts)
+    if rank != 1:
+        status = torch.full((size,), -1, dtype=torch.int32, device=routing.DEVICE)
+        buffer.low_latency_query_mask_buffer(status)
+        assert status.tolist() == [0, 1, 0]
+        here = (one.topk_idx >= 0) & ((at == "clean") | (one.topk_idx // LOCAL != 1))
+        kept = torch.where(here, one.topk_weights, 0.0).sum(1, keepdim=True)
+        assert calc_diff(combined, one.x.float() * kept) < 1e-5
+    torch.distributed.barrier(group)
+    buffer.destroy()
+
+
+@pytest.mark.parametrize("at", ["dispatch", "combine", "clean"])
+def test_who_does_not_come_is_left_out(ranks, at):
+    ranks.run(3, _one_leaves, at)
+
+
 def test_the_size_hint_never_raises():
     for values in ((0, 0, 0, 0), (128, 7168, 8, 256), (128, 7168, 3, 7), (1 << 30, 1 << 30, 1, 1)):
         assert deep_ep.Buffer.get_low_latency_rdma_size_hint(*values) > 0
@@ -307,20 +340,21 @@ def test_a_hook_keeps_what_its_call_uses(ranks):
     ranks.run(2, _dropped)
 
 
-def _graph(group):
+def _graph(group, hook=True):
     rank = group.rank()
     buffer = buffer_of(group)
     one = inputs_of(group, 0, tokens=[16] * group.size())[rank]
     static = {name: getattr(one, name).clone() for name in ("x", "topk_idx", "topk_weights")}
 
+    when = {"async_finish": not hook, "return_recv_hook": hook}
+
     def step():
-        recv_x, count, handle, _, hook = buffer.low_latency_dispatch(
-            static["x"], static["topk_idx"], MAX_TOKENS, one.experts, use_fp8=False,
-            return_recv_hook=True)
-        hook()
-        combined, _, hook = buffer.low_latency_combine(
-            recv_x, static["topk_idx"], static["topk_weights"], handle, return_recv_hook=True)
-        hook()
+        recv_x, count, handle, event, receive = buffer.low_latency_dispatch(
+            static["x"], static["topk_idx"], MAX_TOKENS, one.experts, use_fp8=False, **when)
+        receive() if hook else event.current_stream_wait()
+        combined, event, receive = buffer.low_latency_combine(
+            recv_x, static["topk_idx"], static["topk_weights"], handle, **when)
+        receive() if hook else event.current_stream_wait()
         return combined
 
     graph, combined = routing.captured(group, step)
@@ -359,6 +393,6 @@ def test_waits_for_late_ranks_are_added_up(ranks):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("size", [1, 2])
-def test_calls_and_hooks_are_captured_and_replayed(gpu_ranks, size):
-    gpu_ranks.run(size, _graph)
+@pytest.mark.parametrize("size, hook", [(1, True), (2, True), (2, False)])
+def test_calls_and_hooks_are_captured_and_replayed(gpu_ranks, size, hook):
+    gpu_ranks.run(size, _graph, hook)

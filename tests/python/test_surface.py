@@ -81,9 +81,12 @@ def test_names_are_where_callers_look_for_them():
     from deep_ep.utils import EventHandle as handle, EventOverlap as overlap
     from deep_ep.utils.event import EventOverlap as third
     from deep_ep_cpp import Config as config, EventHandle as fourth
+    import deep_ep_cpp
     assert (handle, overlap, third, config, fourth) == (EventHandle, EventOverlap, EventOverlap,
                                                         Config, EventHandle)
-    assert topk_idx_t is torch.int64
+    assert topk_idx_t is torch.int64 and deep_ep_cpp.topk_idx_t is torch.int64
+    assert deep_ep_cpp.is_sm90_compiled() == Buffer.is_sm90_compiled()
+    assert deep_ep_cpp.get_low_latency_rdma_size_hint(128, 7168, 8, 256) > 0
     assert isinstance(Buffer, type) and type(Buffer) is type
     assert not hasattr(deep_ep, "ElasticBuffer")  # vLLM would take a path that needs NCCL's
 

@@ -1,5 +1,5 @@
 """Names that callers of DeepEP look for here."""
 
-from ..event import EventHandle, EventOverlap
+from .. import EventHandle, EventOverlap
 
 __all__ = ["EventHandle", "EventOverlap"]

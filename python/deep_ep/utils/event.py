@@ -1,5 +1,5 @@
 """Another place where callers of DeepEP look for events."""
 
-from ..event import EventHandle, EventOverlap
+from .. import EventHandle, EventOverlap
 
 __all__ = ["EventHandle", "EventOverlap"]

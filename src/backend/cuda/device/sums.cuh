@@ -113,14 +113,45 @@ struct Steps {
 };
 
 /// By a lane: body(at, Steps<n>) for n times 16 bytes, 512 apart, from `at` on, which the lane has
-/// of a row of `bytes` bytes; n is kMost while so many are left, then 1.
-template <int kMost, class Index, class Body>
+/// of a row of `bytes` bytes; n is the first of kMost while so many are left, then the next, then
+/// 1.
+template <int... kMost, class Index, class Body>
 __device__ void for_each_column(Index bytes, Body&& body) {
   Index at = threadIdx.x % 32 * 16;
+  const auto go_on = [&](auto steps) {
 #pragma unroll 1
-  for (; at + (kMost - 1) * 512 < bytes; at += kMost * 512) body(at, Steps<kMost>{});
-#pragma unroll 1
-  for (; at < bytes; at += 512) body(at, Steps<1>{});
+    for (; at + (steps.kCount - 1) * 512 < bytes; at += steps.kCount * 512) body(at, steps);
+  };
+  (go_on(Steps<kMost>{}), ...);
+  go_on(Steps<1>{});
+}
+
+// 16-byte loads of a lane that are under way at once, of each of two rows: a row of 7168 BF16
+// values in four turns; and of what is left, or of a share of a row.
+constexpr int kPairUnroll = 7;
+constexpr int kPairRest = 4;
+
+/// By a warp: the sum of one row or two, which are under way together; null: there is none. Needs
+/// no registers for sums, so more for loads. Not inlined, so that these are this loop's; static,
+/// so that the compiler knows how many its kernel leaves it.
+template <class T>
+static __device__ __noinline__ void sum_pair(const std::byte* first, const std::byte* second,
+                                             int bytes, std::byte* out) {
+  for_each_column<kPairUnroll, kPairRest>(bytes, [&](int at, auto steps) {
+    uint4 parts[2][steps.kCount] = {};
+#pragma unroll
+    for (int i = 0; i < steps.kCount; ++i) {
+      if (first != nullptr) parts[0][i] = *reinterpret_cast<const uint4*>(first + at + i * 512);
+      if (second != nullptr) parts[1][i] = *reinterpret_cast<const uint4*>(second + at + i * 512);
+    }
+#pragma unroll
+    for (int i = 0; i < steps.kCount; ++i) {
+      Sum16<T> sum;
+      sum.add(parts[0][i]);
+      sum.add(parts[1][i]);
+      *reinterpret_cast<uint4*>(out + at + i * 512) = sum.round();
+    }
+  });
 }
 
 }  // namespace deep_ep::cuda

@@ -8,9 +8,7 @@ namespace deep_ep::cuda::internode {
 // Functions that are not inlined are static: so the compiler knows how many registers their kernel
 // leaves them.
 
-// 16-byte loads of a lane that are under way at once, of an item and of this node's rows: a row of
-// 7168 BF16 values in four turns, or in seven.
-constexpr int kPairUnroll = 7;
+// 16-byte loads of a lane that are under way at once: a row of 7168 BF16 values in seven turns.
 constexpr int kAddUnroll = 4;
 
 /// What a part of a token's sum is of: `addends` listed ones, items and then biases, and in place
@@ -59,34 +57,12 @@ __device__ void add_columns(const Sources& sources, const Addends& parts, std::i
   for (int i = 0; i < kSteps; ++i) *reinterpret_cast<uint4*>(out + at + i * 512) = sums[i].round();
 }
 
-/// By a warp: a part that is of one row of this node, one item or both, which are under way
-/// together. A row alone need not be rounded on the way.
-template <class T>
-static __device__ __noinline__ void add_pair(const std::byte* row, const std::byte* item, int bytes,
-                                             std::byte* out) {
-  for_each_column<kPairUnroll>(bytes, [&](int at, auto steps) {
-    uint4 parts[2][steps.kCount] = {};
-#pragma unroll
-    for (int i = 0; i < steps.kCount; ++i) {
-      if (row != nullptr) parts[0][i] = *reinterpret_cast<const uint4*>(row + at + i * 512);
-      if (item != nullptr) parts[1][i] = *reinterpret_cast<const uint4*>(item + at + i * 512);
-    }
-#pragma unroll
-    for (int i = 0; i < steps.kCount; ++i) {
-      Sum16<T> sum;
-      sum.add(parts[0][i]);
-      sum.add(parts[1][i]);
-      *reinterpret_cast<uint4*>(out + at + i * 512) = sum.round();
-    }
-  });
-}
-
 /// By a warp: the `bytes` bytes of a part. Not inlined, as sum_part().
 template <class T>
 static __device__ __noinline__ void add_part(const Sources& sources, Addends parts,
                                              std::int64_t begin, int bytes, std::byte* out) {
   if (parts.rows <= 1 && parts.addends <= 1) {
-    add_pair<T>(parts.rows == 1 ? sources.rows[0] + begin : nullptr,
+    sum_pair<T>(parts.rows == 1 ? sources.rows[0] + begin : nullptr,
                 parts.addends == 1 ? sources.addends[0] : nullptr, bytes, out);
     return;
   }

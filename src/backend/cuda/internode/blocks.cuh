@@ -7,7 +7,7 @@
 // Where the ranks of this node have the rows of a call, and who of them takes part in a record.
 namespace deep_ep::cuda::internode {
 
-/// The threads of a block from one on, whose own barrier is another one than that of all.
+/// Some threads of a block, in a row, whose own barrier is another one than that of all.
 struct Threads {
   int first;
   int count;

@@ -160,17 +160,29 @@ __device__ void void_token(const CombineArgs& args, std::int64_t token) {
     reinterpret_cast<std::uint32_t*>(args.combined_topk_weights)[token * topk + k] = 0xffffffff;
 }
 
-/// By an adding warp; `good` as long as nothing has failed. Warps take tokens in turns, in the
-/// order in which each ring brings their sums: so whoever waits for the first token that is not yet
-/// added finds room made in all rings that it comes by.
+/// By an adding warp, unless `good`: nothing of the handle is looked at, which may be what is
+/// wrong.
+__device__ void void_tokens(const CombineArgs& args, Shared& shared) {
+  const int warp = static_cast<int>(threadIdx.x / 32);
+  const Role role = role_of(false, warp - kSendWarps, kAddWarps);
+  const std::int64_t tokens = role.count > 0 ? args.comm.record.num_tokens : 0;
+  for (std::int64_t token = role.number; token < tokens; token += role.count)
+    void_token(args, token);
+  Teller(shared.rails.untold[warp]).end();
+}
+
+/// By an adding warp. Warps take tokens in turns, in the order in which each ring brings their
+/// sums: so whoever waits for the first token that is not yet added finds room made in all rings
+/// that it comes by.
 template <class T>
-__device__ void add_tokens(const CombineArgs& args, Shared& shared, bool good) {
+__device__ void add_tokens(const CombineArgs& args, Shared& shared) {
   const int warp = static_cast<int>(threadIdx.x / 32) - kSendWarps;
   const Role role = role_of(false, warp, kAddWarps);
   Teller teller(shared.rails.untold[threadIdx.x / 32]);
   const std::int64_t own = plan::part_of(shared.blocks.records, args.rails.node).begin;
   const std::int64_t tokens = role.count > 0 ? args.comm.record.num_tokens : 0;
   std::int64_t next = role.number;
+  bool good = true;
   if (next < tokens) {
     TokenRecords next_records(args, shared.blocks, next);
     RecordHeads next_heads;
@@ -193,9 +205,8 @@ __device__ void add_tokens(const CombineArgs& args, Shared& shared, bool good) {
   teller.end();
 }
 
-/// By the threads of a block from `first` on, true in each: notify has ended well, and all ranks of
-/// the node have their rows.
-__device__ bool find_rows(const CombineArgs& args, Blocks& blocks, int first) {
+/// By the threads, true in each: notify has ended well, and all ranks of the node have their rows.
+__device__ bool find_rows(const CombineArgs& args, Blocks& blocks, const Threads& threads) {
   const Comm& comm = args.comm;
   wait_for_kernel_before();
   const auto fits = [&](int rank, auto rows, auto room) {
@@ -203,7 +214,7 @@ __device__ bool find_rows(const CombineArgs& args, Blocks& blocks, int first) {
     if (rows > room) raise_invalid(comm, Finding::kHandleRoom, 2, room, rows);
     return rows <= room;
   };
-  return find_blocks(args, comm.local->epoch + 1, blocks, {first, kThreads - first}, fits);
+  return find_blocks(args, comm.local->epoch + 1, blocks, threads, fits);
 }
 
 }  // namespace
@@ -226,21 +237,27 @@ __global__ void __launch_bounds__(kThreads, 1) combine(const __grid_constant__ C
   __syncthreads();
   const auto warp = static_cast<int>(threadIdx.x / 32);
   bool good = true;
-  if (args.go != 0 && warp < kSendWarps) {
+  if (args.go == 0) {
+    good = find_rows(args, shared.blocks, {0, kThreads});
+  } else if (warp < kSendWarps) {
     good = wait_go(comm, args.rails, args.go) && shared.handle_rows[warp].load(args);
-  } else {
-    good = find_rows(args, shared.blocks, args.go != 0 ? kSendWarps * 32 : 0);
+  } else if (warp < kMoveWarps) {
+    good = find_rows(args, shared.blocks, {kSendWarps * 32, kAddWarps * 32});
   }
   if (warp == kMoveWarps) {
     shared.rails.tell();
   } else if (warp >= kSendWarps) {
-    add_tokens<T>(args, shared, good);
+    if (good) {
+      add_tokens<T>(args, shared);
+    } else {
+      void_tokens(args, shared);
+    }
   } else if (good) {
     send_sums<T>(args, shared);
   } else {
     Teller(shared.rails.untold[warp]).end();
   }
-  if (threadIdx.x % 32 == 0) shared.rails.peers.quiet(args.rails);
+  shared.rails.end(args, good);
   if (!is_last_block(comm, good)) return;
   // "Landed" says here that all of the other's rows have been read.
   const bool complete = good && all_landed(comm, comm.local->epoch + 1);

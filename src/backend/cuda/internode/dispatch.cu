@@ -272,15 +272,14 @@ __device__ void fill_unused_rows(const DispatchArgs& args, const plan::RecvArray
   fill(own.src_meta, args.format.src_meta_bytes, 0xffffffff);
 }
 
-/// By the threads of a block from `first` on, true in each: notify has ended well, and all ranks of
-/// the node have their blocks.
-__device__ bool find_targets(const DispatchArgs& args, Blocks& targets, int first) {
+/// By the threads, true in each: notify has ended well, and all ranks of the node have their
+/// blocks.
+__device__ bool find_targets(const DispatchArgs& args, Blocks& targets, const Threads& threads) {
   const Comm& comm = args.comm;
   wait_for_kernel_before();
   const auto fits = [&](int rank, auto rows, auto room) {
     return check_rows_fit(comm, comm.global_rank(rank), 0, rows, room);
   };
-  const Threads threads{first, kThreads - first};
   if (!find_blocks(args, comm.local->epoch + 1, targets, threads, fits)) return false;
   fill_unused_rows(args, targets.of[comm.rank], threads);
   return true;
@@ -302,10 +301,12 @@ __global__ void __launch_bounds__(kThreads, 1) dispatch(const __grid_constant__ 
   __syncthreads();
   const auto warp = static_cast<int>(threadIdx.x / 32);
   bool good = true;
-  if (args.go != 0 && warp < kSendWarps) {
+  if (args.go == 0) {
+    good = find_targets(args, targets, {0, kThreads});
+  } else if (warp < kSendWarps) {
     good = wait_go(comm, args.rails, args.go);
-  } else {
-    good = find_targets(args, targets, args.go != 0 ? kSendWarps * 32 : 0);
+  } else if (warp < kPumpWarps) {
+    good = find_targets(args, targets, {kSendWarps * 32, (kReadWarps + kOwnWarps) * 32});
   }
   if (warp == kPumpWarps) {
     shared.rails.tell();
@@ -318,7 +319,7 @@ __global__ void __launch_bounds__(kThreads, 1) dispatch(const __grid_constant__ 
   } else {
     place_own_rows(args, shared, warp);
   }
-  if (threadIdx.x % 32 == 0) shared.rails.peers.quiet(args.rails);
+  shared.rails.end(args, good);
   if (!is_last_block(comm, good)) return;
   const bool complete = good && all_landed(comm, comm.local->epoch + 1);
   if (complete) {

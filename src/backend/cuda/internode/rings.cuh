@@ -51,6 +51,12 @@ struct RailShared {
     tell_all<false>(untold,
                     [](const PeerWord& out) { protocol::store_relaxed(out.word, out.value); });
   }
+  /// By a warp, when it has done its part, well or not. After a fault nothing that was put is
+  /// written again, and who has died over a network would be waited for.
+  template <class Args>
+  __device__ __forceinline__ void end(const Args& args, bool good) const {
+    if (good && threadIdx.x % 32 == 0 && may_start(args.comm)) peers.quiet(args.rails);
+  }
 };
 
 /// By a warp that moves rows: what it has done for peers.

@@ -195,9 +195,15 @@ __device__ void sum_token(const CombineArgs& args, const Shared& shared, int war
   const bool last = part + 1 == parts;
   const std::int64_t begin = std::int64_t{steps * part / parts} * kStep;
   const std::int64_t end = last ? bytes : std::int64_t{steps * (part + 1) / parts} * kStep;
-  for_each_column<kUnroll>(end - begin, [&](std::int64_t at, auto columns) {
-    sum_columns<T, columns.kCount>(args, shared.x[warp], count, token, begin + at);
-  });
+  if (count <= 2 && args.bias[0] == nullptr && args.bias[1] == nullptr) {
+    const auto row = [&](int i) { return i < count ? shared.x[warp][i] + begin : nullptr; };
+    sum_pair<T>(row(0), row(1), static_cast<int>(end - begin),
+                args.combined_x + token * bytes + begin);
+  } else {
+    for_each_column<kUnroll>(end - begin, [&](std::int64_t at, auto columns) {
+      sum_columns<T, columns.kCount>(args, shared.x[warp], count, token, begin + at);
+    });
+  }
   if (!last) return;
   if (args.combined_topk_weights == nullptr) return;
   const int topk = args.comm.record.num_topk;

@@ -11,8 +11,9 @@ namespace deep_ep::cuda::intranode {
 
 constexpr int kPushWarps = 2;
 // So many warps fill the link. With more of them sums wait longer for memory: see
-// docs/performance.md.
+// docs/performance.md. But so few bytes are pushed before sums can begin, by all warps soonest.
 constexpr int kPushLinkWarps = 20;
+constexpr std::int64_t kFewBytes = 6 << 20;
 
 /// log2 of the rows of a piece: as few as kMaxChunks pieces allow, since sums begin piece by piece.
 __device__ inline int chunk_shift(std::int64_t count) {
@@ -133,12 +134,21 @@ class PushQueue {
   std::int64_t left_ = 0;
 };
 
+/// Warps of the grid that push.
+__device__ inline int push_warps(const CombineArgs& args, const Other* others) {
+  const int all = kPushWarps * static_cast<int>(gridDim.x);
+  std::int64_t rows = 0;
+  for (int rank = 0; rank < args.comm.num_ranks; ++rank)
+    if (rank != args.comm.rank) rows += others[rank].push_rows;
+  return rows * args.format.x_bytes <= kFewBytes ? all : min(kPushLinkWarps, all);
+}
+
 /// By the warp-th push warp of a block: its pieces.
 __device__ inline void push_rows(const CombineArgs& args, const Other* others, int warp,
                                  PushPump::Storage& storage, PushedPieces& pushed) {
   const auto blocks = static_cast<int>(gridDim.x);
   const int i = warp * blocks + static_cast<int>(blockIdx.x);
-  const int warps = min(kPushLinkWarps, kPushWarps * blocks);
+  const int warps = push_warps(args, others);
   const bool leader = threadIdx.x % 32 == 0;
   if (i < warps && args.comm.num_ranks > 1) {
     PushQueue queue(args, others, i, warps);
