@@ -305,8 +305,9 @@ __global__ void __launch_bounds__(kThreads, 1) dispatch(const __grid_constant__ 
     good = find_targets(args, targets, {0, kThreads});
   } else if (warp < kSendWarps) {
     good = wait_go(comm, args.rails, args.go);
-  } else if (warp < kPumpWarps) {
-    good = find_targets(args, targets, {kSendWarps * 32, (kReadWarps + kOwnWarps) * 32});
+  } else {
+    // The warp that tells, too: see combine.cu.
+    good = find_targets(args, targets, {kSendWarps * 32, kThreads - kSendWarps * 32});
   }
   if (warp == kPumpWarps) {
     shared.rails.tell();

@@ -132,10 +132,13 @@ class Sums {
     const std::int32_t head = __shfl_sync(0xffffffff, head_, known_);
     const auto rows = plan::part_of(known_rows_.rows, node);  // a node is a source
     const bool good = head >= 0 && head < rows.end - rows.begin;
-    if (!good)
+    if (!good) {
+      // Notify may yet find that the handle is another one, which says more, and comes first.
+      wait_for_kernel_before();
       raise_invalid(args_.comm, Finding::kBadNvlHead,
                     plan::part_of(known_rows_.records, node).begin + record_, 0, head,
                     rows.end - rows.begin);
+    }
     row_ = good ? rows.begin + head : -1;
     weight_ = lane_id() < args_.format.topk_weights_bytes / 4 ? weight_of(row_, lane_id()) : 0.0f;
   }

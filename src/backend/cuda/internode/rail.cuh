@@ -34,11 +34,14 @@ class MappedPeers {
       pieces_[i] = rails.state.mapped[i];
   }
   __device__ bool maps(int peer) const { return pieces_[peer] != nullptr; }
-  /// By a thread: what it has put may be written again, if there are peers to put to.
-  __device__ void quiet(const Rails& rails) const {
+  __device__ bool maps_all(const Rails& rails) const {
     bool all = true;
     for (int i = 0; i < rails.shape.num_peers(); ++i) all = all && maps(i);
-    if (!all) nvshmem_quiet();
+    return all;
+  }
+  /// By a thread: what it has put may be written again, if there are peers to put to.
+  __device__ void quiet(const Rails& rails) const {
+    if (!maps_all(rails)) nvshmem_quiet();
   }
   /// `address` of this rank's piece in that of a peer, or null.
   template <class T>

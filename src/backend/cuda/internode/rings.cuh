@@ -55,7 +55,8 @@ struct RailShared {
   /// written again, and who has died over a network would be waited for.
   template <class Args>
   __device__ __forceinline__ void end(const Args& args, bool good) const {
-    if (good && threadIdx.x % 32 == 0 && may_start(args.comm)) peers.quiet(args.rails);
+    if (!good || threadIdx.x % 32 != 0 || peers.maps_all(args.rails)) return;
+    if (may_start(args.comm)) nvshmem_quiet();
   }
 };
 
