@@ -16,9 +16,11 @@ struct DEEP_EP_API Config {
   int num_max_nvl_chunked_recv_tokens =
       256;  ///< combine: rows in flight from one rank to another at most
   int num_max_rdma_chunked_send_tokens =
-      6;  ///< between nodes, dispatch and combine: rows put before the receiver is told
+      6;  ///< between nodes of hosts, dispatch and combine: rows put before the receiver is told;
+          ///< on GPUs each row is told of
   int num_max_rdma_chunked_recv_tokens =
-      256;  ///< between nodes: rows in flight from one rank to another at most
+      256;  ///< between nodes of hosts: rows in flight from one rank to another at most; on GPUs
+            ///< rings are as long as docs/memory.md says
 
   /// Throws Error(kInvalidArgument) naming the first field that is out of range: all at least 1,
   /// send <= recv.

@@ -26,13 +26,13 @@ struct UniqueId {
 };
 UniqueId get_unique_id();
 
-/// Joins the other nodes; nothing while all ranks are of one node.
+/// Of every Buffer, before alloc(), which joins the other nodes.
 void init(Backend& backend);
 /// Collective: makes the symmetric heap of at least `bytes` bytes a rank.
 void alloc(Backend& backend, Bootstrap& bootstrap, std::int64_t bytes);
 /// The others find this rank's heap gone. Local.
 void free(Backend& backend);
-/// Drops this Buffer's part in the network; nothing while all ranks are of one node.
+/// Of every Buffer, behind free(). NVSHMEM is never left, UCX with the heap.
 void finalize(Backend& backend);
 
 /// Bytes of plan::SourceMeta, which says where a received row comes from.

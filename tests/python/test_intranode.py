@@ -22,6 +22,7 @@ def _layout(group):
     for ids in (one.topk_idx, one.topk_idx.int()):
         found = buffer.get_dispatch_layout(ids, one.experts)
         assert found[1] is None and isinstance(found[4], deep_ep.EventOverlap)
+        assert found[4].event is None
         assert same(found[0], per_rank) and found[0].dtype == torch.int32
         assert same(found[2], per_expert) and found[2].dtype == torch.int32
         assert same(found[3], in_rank) and found[3].dtype == torch.bool

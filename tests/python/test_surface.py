@@ -135,7 +135,8 @@ def test_size_hints_never_raise():
         for hidden in (0, 32, 7168 * 2, 10**12):
             assert deep_ep.Config().get_nvl_buffer_size_hint(hidden, ranks) > 0
             assert deep_ep.Config().get_rdma_buffer_size_hint(hidden, ranks) >= 0
-    assert deep_ep.Config().get_rdma_buffer_size_hint(7168 * 2, 8) == 0
+    hints = [deep_ep.Config().get_rdma_buffer_size_hint(7168 * 2, ranks) for ranks in range(1, 17)]
+    assert hints[:8] == [0] * 8 and min(hints[8:]) > 0
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5, 8, 20, 160, 1000])
@@ -144,6 +145,20 @@ def test_there_is_a_config_for_any_number_of_ranks(ranks):
                    deep_ep.Buffer.get_combine_config(ranks)):
         assert isinstance(config, deep_ep.Config)
         assert config.num_sms == deep_ep.Buffer.num_sms
+
+
+def test_configs_are_those_that_users_know():
+    def values(config):
+        return (config.num_max_nvl_chunked_send_tokens, config.num_max_nvl_chunked_recv_tokens,
+                config.num_max_rdma_chunked_send_tokens, config.num_max_rdma_chunked_recv_tokens)
+
+    for ranks, dispatch, combine in ((2, (24, 256, 6, 128), (10, 256, 6, 128)),
+                                     (8, (6, 256, 6, 128), (4, 256, 6, 128)),
+                                     (16, (36, 288, 20, 128), (4, 288, 12, 128)),
+                                     (64, (32, 288, 8, 128), (1, 288, 8, 128)),
+                                     (160, (28, 720, 12, 128), (2, 720, 8, 128))):
+        assert values(deep_ep.Buffer.get_dispatch_config(ranks)) == dispatch
+        assert values(deep_ep.Buffer.get_combine_config(ranks)) == combine
 
 
 def test_num_sms_is_of_the_class_and_set_before_anything_else():
@@ -170,7 +185,9 @@ def test_events_without_a_gpu_have_happened():
     overlap.current_stream_wait()
     with overlap as entered:
         assert entered is overlap
-    overlap.event = None  # xtuner assigns it
+    overlap.event = deep_ep.EventHandle()  # xtuner assigns it
+    overlap.current_stream_wait()
+    overlap.event = None
     with overlap:
         pass
     with pytest.raises(RuntimeError, match="there is no event"):
