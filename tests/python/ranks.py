@@ -14,14 +14,14 @@ from pathlib import Path
 from unittest import mock
 
 MOST_RANKS = 4
-_TIMEOUT = 120
+TIMEOUT = 120
 
 
 class RankError(AssertionError):
     """What went wrong on ranks, with their tracebacks."""
 
 
-def _free_port():
+def free_port():
     # Below those that the kernel gives to connections, which others may open meanwhile.
     return 20000 + secrets.randbelow(12000)
 
@@ -102,7 +102,7 @@ class Ranks:
         # CUDA does not survive a fork; without it that saves the time to import torch.
         context = multiprocessing.get_context("fork" if self.device == "cpu" else "spawn")
         variables = nvshmem_environment() if self.device == "cuda" else {}
-        port = _free_port()
+        port = free_port()
         for rank in range(self.most_ranks):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, daemon=True,
@@ -125,7 +125,7 @@ class Ranks:
             pipe.send((function, size, arguments))
         answers, wrong = [], []
         for rank, pipe in enumerate(self._pipes[:size]):
-            if not pipe.poll(_TIMEOUT if not wrong else 5):
+            if not pipe.poll(TIMEOUT if not wrong else 5):
                 wrong.append(f"rank {rank} does not answer")
                 continue
             try:
@@ -163,13 +163,13 @@ class GpuNodeRanks:
 
 def run_program(program, ranks=2, **variables):
     """What each rank of `program`, whose arguments are rank and port, says on stdout and stderr."""
-    port = str(_free_port())
+    port = str(free_port())
     running = [subprocess.Popen([sys.executable, program, str(rank), port], text=True,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                 env={**os.environ, **variables})
                for rank in range(ranks)]
     try:
-        answers = [process.communicate(timeout=_TIMEOUT) for process in running]
+        answers = [process.communicate(timeout=TIMEOUT) for process in running]
     finally:
         for process in running:
             process.kill()

@@ -48,6 +48,16 @@ def layout_of(one, size):
     return in_rank.sum(0).int().to(DEVICE), per_expert.to(DEVICE), in_rank.to(DEVICE)
 
 
+def kept_weights(one):
+    """[N, K] weights of the entries that name an expert, 0 for the others."""
+    return torch.where(one.topk_idx >= 0, one.topk_weights, 0.0)
+
+
+def weighted(one):
+    """[N, H] float32: what comes home of x by low latency if experts give back what they get."""
+    return one.x.float() * kept_weights(one).sum(1, keepdim=True)
+
+
 def over_nodes(group, ranks_per_node, function, *arguments):
     """function(group, *arguments), with Buffers whose ranks pose as nodes of so many."""
     os.environ["DEEP_EP_RANKS_PER_NODE"] = str(ranks_per_node)

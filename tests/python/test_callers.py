@@ -1,7 +1,9 @@
 """The calling forms of frameworks, each as its own code calls."""
 
+import sys
 import threading
 import time
+import types
 
 import pytest
 import torch
@@ -166,10 +168,27 @@ class _Attributes:
         torch.distributed.all_gather_object(everyone, value, group=self._group)
 
 
+class _Paddle:
+    """A group whose framework gathers, as Paddle does: behind what is in the list."""
+
+    __module__ = "paddle_alike"
+
+    def __init__(self, group):
+        self.rank, self.world_size, self._group = group.rank(), group.size(), group
+
+    @staticmethod
+    def all_gather(everyone, value, group):
+        gathered = [None] * group.world_size
+        torch.distributed.all_gather_object(gathered, value, group=group._group)
+        everyone.extend(gathered)
+
+
 def _other_groups(group):
+    sys.modules["paddle_alike"] = types.SimpleNamespace(
+        distributed=types.SimpleNamespace(all_gather_object=_Paddle.all_gather))
     one = make_inputs(group.size(), experts=2 * group.size())[group.rank()]
     for options in ({"group": None, "comm": _Mpi(group)}, {"group": _Mpi(group)},
-                    {"group": _Attributes(group)}):
+                    {"group": _Attributes(group)}, {"group": _Paddle(group)}):
         buffer = deep_ep.Buffer(num_nvl_bytes=1 << 20, **options)
         assert (buffer.rank, buffer.group_size) == (group.rank(), group.size())
         assert buffer.group is (options["group"] or options["comm"])

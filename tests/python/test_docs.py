@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ranks import _free_port
+from ranks import free_port
 
 ROOT = Path(__file__).parents[2]
 TUTORIAL = ROOT / "docs/python.md"
@@ -19,7 +19,7 @@ def test_the_tutorials_first_program_runs(tmp_path):
     program = next(text for text in programs if "__main__" in text)
     assert "29500" in program
     file = tmp_path / "first.py"
-    file.write_text(program.replace("29500", str(_free_port())))
+    file.write_text(program.replace("29500", str(free_port())))
     done = subprocess.run([sys.executable, file], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     differences = [float(text) for text in re.findall(r"difference ([0-9.]+)", done.stdout)]
@@ -33,6 +33,6 @@ def test_overlapped_halves_give_the_same(device, request):
     done = subprocess.run(
         [sys.executable, ROOT / "examples/python/overlap.py", "--ranks", "2", "--device", device],
         capture_output=True, text=True, timeout=120,
-        env={**os.environ, "MASTER_PORT": str(_free_port())})
+        env={**os.environ, "MASTER_PORT": str(free_port())})
     assert done.returncode == 0, done.stdout + done.stderr
     assert "bitwise equal" in done.stdout

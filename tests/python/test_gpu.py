@@ -11,7 +11,8 @@ import torch
 import deep_ep
 from deep_ep._arrays import library_of_name
 from deep_ep._cuda import CudaMemory
-from routing import captured, dispatch_arguments, layout_of, make_inputs, same
+from routing import (captured, dispatch_arguments, kept_weights, layout_of, make_inputs, same,
+                     weighted)
 
 pytestmark = pytest.mark.gpu
 
@@ -200,7 +201,7 @@ def _graph(group, form="plain"):
             tensor.copy_(getattr(new, name))
         graph.replay()
         assert same(combined.float(), _sum_of(new, group))
-        assert same(weights, torch.where(new.topk_idx >= 0, new.topk_weights, 0.0))
+        assert same(weights, kept_weights(new))
         assert int((ids >= 0).sum()) > 0
         other = _inputs(group, 100 + seed)
         eager = buffer.dispatch(**dispatch_arguments(buffer, other))
@@ -235,8 +236,7 @@ def _grouped_graph(group):
         for name, tensor in static.items():
             tensor.copy_(getattr(new, name))
         graph.replay()
-        kept = torch.where(new.topk_idx >= 0, new.topk_weights, 0.0).sum(1, keepdim=True)
-        assert same(combined.float(), new.x.float() * kept)
+        assert same(combined.float(), weighted(new))
     torch.cuda.synchronize()
     del graph
     buffer.destroy()

@@ -11,8 +11,9 @@ import deep_ep
 import routing
 import test_low_latency
 from deep_ep.utils.envs import init_dist
-from ranks import _TIMEOUT, _free_port, num_gpus, run_program
-from routing import Expected, calc_diff, dispatch_arguments, layout_of, make_inputs, same
+from ranks import TIMEOUT, free_port, num_gpus, run_program
+from routing import (Expected, calc_diff, dispatch_arguments, kept_weights, layout_of, make_inputs,
+                     same, weighted)
 from test_low_latency import HIDDEN, LOCAL, MAX_TOKENS
 
 pytestmark = pytest.mark.gpu
@@ -48,10 +49,9 @@ def _over_nccl(local_rank, size):
     assert counts == expected.per_expert and len(recv_x) == expected.rows
     expected.check(recv_x, ids, weights, handle)
     assert same(combined.float(), one.x.float() * in_rank.sum(1, keepdim=True))
-    assert same(combined_weights, torch.where(one.topk_idx >= 0, one.topk_weights, 0.0))
+    assert same(combined_weights, kept_weights(one))
     test_low_latency._check_rows(few, rank, rows, count, few_handle, exact=True)
-    kept = torch.where(other.topk_idx >= 0, other.topk_weights, 0.0).sum(1, keepdim=True)
-    assert calc_diff(home, other.x.float() * kept) < 1e-5
+    assert calc_diff(home, weighted(other)) < 1e-5
     buffer.destroy()
     dist.barrier()
     dist.destroy_process_group()
@@ -62,11 +62,11 @@ def test_a_group_of_nccl_serves_as_test_programs_for_deepep_make_it(gpu_ranks, m
         pytest.skip("NCCL takes one rank a GPU: needs two GPUs")
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
-    for name, value in (("MASTER_PORT", str(_free_port())), ("NCCL_SOCKET_IFNAME", "lo"),
+    for name, value in (("MASTER_PORT", str(free_port())), ("NCCL_SOCKET_IFNAME", "lo"),
                         ("NCCL_NVLS_ENABLE", "0")):  # multicast is not what is tested
         monkeypatch.setenv(name, value)
     running = torch.multiprocessing.spawn(_over_nccl, (2,), 2, join=False)
-    deadline = time.monotonic() + _TIMEOUT
+    deadline = time.monotonic() + TIMEOUT
     try:
         while not running.join(timeout=1):  # raises what a process raised
             assert time.monotonic() < deadline, "the processes do not end"

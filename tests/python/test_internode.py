@@ -15,8 +15,8 @@ import test_low_latency
 import test_nn
 import test_rows
 from ranks import run_without_library
-from routing import (Expected, dispatch_arguments, layout_of, make_inputs, num_rows_of, over_nodes,
-                     rows_by_source, same)
+from routing import (Expected, dispatch_arguments, kept_weights, layout_of, make_inputs,
+                     num_rows_of, over_nodes, rows_by_source, same)
 
 NODES = [(2, 1), (4, 2), (4, 1)]  # ranks, ranks a node
 
@@ -55,7 +55,7 @@ def _round_trip(group, ranks_per_node, tokens, options):
     assert handle[0] is arguments["is_token_in_rank"]
     combined, combined_weights, _ = buffer.combine(recv_x, handle, weights)
     assert same(combined.float(), one.x.float() * handle[0].sum(1, keepdim=True))
-    assert same(combined_weights, torch.where(one.topk_idx >= 0, one.topk_weights, 0.0))
+    assert same(combined_weights, kept_weights(one))
     buffer.destroy()
 
 

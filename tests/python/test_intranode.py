@@ -6,8 +6,8 @@ import torch
 import deep_ep
 import routing
 from deep_ep._arrays import library_of_name
-from routing import (Expected, Inputs, calc_diff, dispatch_arguments, layout_of, make_inputs,
-                     num_rows_of, rows_by_source, same)
+from routing import (Expected, Inputs, calc_diff, dispatch_arguments, kept_weights, layout_of,
+                     make_inputs, num_rows_of, rows_by_source, same)
 
 
 def buffer_of(group, **options):
@@ -52,7 +52,7 @@ def _round_trip(group, tokens, options):
     ranks_of_token = layout_of(one, size)[2].sum(1, keepdim=True)
     assert event.event is None
     assert same(combined.float(), one.x.float() * ranks_of_token)
-    assert same(combined_weights, torch.where(one.topk_idx >= 0, one.topk_weights, 0.0))
+    assert same(combined_weights, kept_weights(one))
     without = buffer.combine(recv_x, handle)
     # What calls have no use for they do not look at.
     partly = (handle[0], "no", "array", *handle[3:])

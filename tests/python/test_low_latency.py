@@ -8,7 +8,7 @@ import torch
 
 import deep_ep
 import routing
-from routing import calc_diff, make_inputs, same
+from routing import calc_diff, kept_weights, make_inputs, same, weighted
 
 MAX_TOKENS, HIDDEN, LOCAL = 24, 1024, 3
 
@@ -100,7 +100,7 @@ def _round_trips(group):
 
 
 def _check_combine(buffer, one, rank, rows, handle, hook, exact):
-    kept = sum(torch.where(one.topk_idx >= 0, one.topk_weights, 0.0).unbind(1))
+    kept = sum(kept_weights(one).unbind(1))
     wanted = one.x.float() * kept.unsqueeze(1)
     # Unreceived rows hold anything, and nothing of it may be used.
     for local, count in enumerate((handle[1] & 0xffffffff).sum(1).tolist()):
@@ -171,8 +171,7 @@ def _vllm(group):
             recv_x, one.topk_idx, one.topk_weights, handle, async_finish=False, zero_copy=False,
             return_recv_hook=False, out=output)
         assert result[2] is None and result[1].event is None
-        kept = torch.where(one.topk_idx >= 0, one.topk_weights, 0.0).sum(1, keepdim=True)
-        assert not one.x.shape[0] or calc_diff(output, one.x.float() * kept) < 1e-5
+        assert not one.x.shape[0] or calc_diff(output, weighted(one)) < 1e-5
     buffer.destroy()
 
 
@@ -246,8 +245,7 @@ def _two_live(group):
         one = everyone[rank]
         handle = (sent[2][0].clone(), sent[2][1].clone(), *sent[2][2:])
         combined = buffer.low_latency_combine(sent[0], one.topk_idx, one.topk_weights, handle)[0]
-        kept = torch.where(one.topk_idx >= 0, one.topk_weights, 0.0).sum(1, keepdim=True)
-        assert calc_diff(combined, one.x.float() * kept) < 1e-5
+        assert calc_diff(combined, weighted(one)) < 1e-5
     buffer.destroy()
 
 
@@ -318,8 +316,7 @@ def _dropped(group):
     buffer = buffer_of(group)
     for seed in range(10):
         one = inputs_of(group, seed, tokens=[20] * group.size())[rank]
-        kept = torch.where(one.topk_idx >= 0, one.topk_weights, 0.0).sum(1, keepdim=True)
-        want = one.x.float() * kept
+        want = weighted(one)
         recv_x, _, handle, _, hook = buffer.low_latency_dispatch(
             one.x.clone(), one.topk_idx.clone(), MAX_TOKENS, one.experts, use_fp8=False,
             return_recv_hook=True)
@@ -363,8 +360,7 @@ def _graph(group, hook=True):
         for name, tensor in static.items():
             tensor.copy_(getattr(new, name))
         graph.replay()
-        kept = torch.where(new.topk_idx >= 0, new.topk_weights, 0.0).sum(1, keepdim=True)
-        assert calc_diff(combined, new.x.float() * kept) < 1e-5
+        assert calc_diff(combined, weighted(new)) < 1e-5
     del graph
     buffer.destroy()
 

@@ -13,7 +13,7 @@ from torch import nn
 import deep_ep
 import routing
 from deep_ep.nn import MoE, combine, dispatch
-from ranks import _free_port
+from ranks import free_port
 from routing import make_inputs
 
 EXAMPLE = Path(__file__).parents[2] / "examples/python/train_moe.py"
@@ -113,7 +113,7 @@ def _train(device, ranks, steps):
     return subprocess.run(
         [sys.executable, EXAMPLE, "--steps", str(steps), "--ranks", str(ranks), "--device", device],
         capture_output=True, text=True, timeout=300,
-        env={**os.environ, "MASTER_PORT": str(_free_port())})
+        env={**os.environ, "MASTER_PORT": str(free_port())})
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 import foreign
-from ranks import _free_port
+from ranks import free_port
 
 pytest.importorskip("numpy")
 pytest.importorskip("ml_dtypes")
@@ -90,7 +90,7 @@ print(json.dumps([rank, len(recv_x)]))
 def test_numpy_arrays_go_round(tmp_path, nodes, request):
     if nodes > 1:
         request.getfixturevalue("cpu_node_ranks")
-    size, port = 2, str(_free_port())
+    size, port = 2, str(free_port())
     program = tmp_path / "program.py"
     program.write_text(inspect.getsource(foreign) + PROGRAM)
     running = [subprocess.Popen([sys.executable, program, str(rank), str(size), port],

@@ -8,7 +8,7 @@ import torch
 
 import deep_ep
 import routing
-from routing import Expected, dispatch_arguments, layout_of, make_inputs, same
+from routing import Expected, dispatch_arguments, kept_weights, layout_of, make_inputs, same
 
 
 def buffer_of(group):
@@ -199,7 +199,7 @@ def _grouped(group, options):
         combined, sums, _ = buffer.combine(out, got.handle, got.recv_topk_weights,
                                            groups=got.groups)
         assert same(combined, one_process(one))
-        assert same(sums, torch.where(one.topk_idx >= 0, one.topk_weights, 0.0))
+        assert same(sums, kept_weights(one))
         # The same rows once more, into the caller's memory; and unweighted.
         place = torch.full_like(got.grouped_x, 77)
         again = buffer.dispatch_grouped(-one.x, got.handle, got.groups, grouped_x=place)

@@ -9,7 +9,7 @@ import torch
 from deep_ep.utils.math import (calc_diff, create_grouped_scores, hash_tensor, inplace_unique,
                                 per_token_cast_back, per_token_cast_to_fp8)
 from deep_ep.utils.testing import bench, bench_kineto
-from ranks import _free_port
+from ranks import free_port
 
 
 def test_the_difference_is_relative():
@@ -79,7 +79,7 @@ if __name__ == "__main__":
 
 
 def test_programs_are_joined(tmp_path, monkeypatch):
-    monkeypatch.setenv("MASTER_PORT", str(_free_port()))
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
