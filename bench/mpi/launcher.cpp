@@ -147,20 +147,22 @@ void print_result(const Json& result) {
     return result["times_us"][name]["median"].get<double>() / 1e3;
   };
   fmt::print(
-      "{:>2} {:>9.1f} {:>9.1f} {:>9.1f} {:>9.1f} {:>9.1f} {:>9.1f} {:>9.1f} {:>9.1f} {:>7}\n",
+      "{:>2} {:>9.1f} {:>9.1f} {:>9.1f} {:>9.1f} {:>9.1f} {:>9.1f} {:>9.1f} {:>9.1f} {:>9.1f} "
+      "{:>7}\n",
       result["ranks"].get<int>(), ms("dispatch"), ms("mpi_dispatch"), ms("mpi_dispatch_own_direct"),
-      ms("combine"), ms("mpi_combine"), ms("mpi_combine_own_direct"), ms("memcpy"),
-      result["t1_pair_us"].get<double>(), result["wrong_elements"].get<std::int64_t>());
+      ms("combine"), ms("combine_in_place"), ms("mpi_combine"), ms("mpi_combine_own_direct"),
+      ms("memcpy"), result["t1_pair_us"].get<double>(),
+      result["wrong_elements"].get<std::int64_t>());
 }
 
 void print_ratios(const Json& result) {
   const auto ratio = [&](const char* name) { return result[name].get<double>(); };
   fmt::print(
-      "R={}: dispatch_vs_mpi {:.2f} (own rows past MPI {:.2f})  combine_vs_mpi {:.2f} ({:.2f})"
-      "  memcpy_ratio {:.2f}  t1_pair {:.1f} us  ({})\n",
+      "R={}: dispatch_vs_mpi {:.2f} (own rows past MPI {:.2f})  combine_vs_mpi {:.2f} ({:.2f}),"
+      " in place {:.2f}  memcpy_ratio {:.2f}  t1_pair {:.1f} us  ({})\n",
       result["ranks"].get<int>(), ratio("dispatch_vs_mpi"), ratio("dispatch_vs_mpi_own_direct"),
-      ratio("combine_vs_mpi"), ratio("combine_vs_mpi_own_direct"), ratio("memcpy_ratio"),
-      ratio("t1_pair_us"), result["our_transport"].get<std::string>());
+      ratio("combine_vs_mpi"), ratio("combine_vs_mpi_own_direct"), ratio("combine_in_place_vs_mpi"),
+      ratio("memcpy_ratio"), ratio("t1_pair_us"), result["our_transport"].get<std::string>());
 }
 
 void print_low_latency(const Json& result) {
@@ -197,7 +199,8 @@ void write_results(const Settings& settings, const std::vector<Json>& results) {
   json["environment"] = cli::environment_json();
   json["results"] = results;
   if (settings.low_latency) return cli::write_json(settings.json, json);
-  for (const char* key : {"dispatch_vs_mpi", "combine_vs_mpi", "memcpy_ratio", "t1_pair_us"})
+  for (const char* key : {"dispatch_vs_mpi", "combine_vs_mpi", "combine_in_place_vs_mpi",
+                          "memcpy_ratio", "t1_pair_us"})
     for (const Json& result : results)
       json[key][std::to_string(result["ranks"].get<int>())] = result[key];
   cli::write_json(settings.json, json);
@@ -229,10 +232,11 @@ int launch(const Settings& settings) {
     write_results(settings, results);
     return passed ? 0 : 1;
   }
-  fmt::print("{:>2} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9} {:>7}\n", "R", "dispatch",
-             "mpi", "own past", "combine", "mpi", "own past", "memcpy", "T=1 pair", "wrong");
-  fmt::print("{:>2} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9}\n", "", "ms", "ms", "ms", "ms",
-             "ms", "ms", "ms", "us");
+  fmt::print("{:>2} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9} {:>7}\n", "R", "dispatch",
+             "mpi", "own past", "combine", "in place", "mpi", "own past", "memcpy", "T=1 pair",
+             "wrong");
+  fmt::print("{:>2} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9}\n", "", "ms", "ms", "ms",
+             "ms", "ms", "ms", "ms", "ms", "us");
   for (const Json& result : results) print_result(result);
   for (const Json& result : results) print_ratios(result);
   write_results(settings, results);

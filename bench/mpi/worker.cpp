@@ -56,6 +56,7 @@ struct Problem {
     const Tensor new_x = inputs.x(round), new_y = inputs.combine_x(round);
     std::memcpy(x.data, new_x.data, new_x.nbytes());
     std::memcpy(y.data, new_y.data, new_y.nbytes());
+    if (y_in_place.data != nullptr) std::memcpy(y_in_place.data, y.data, y.nbytes());
   }
 
   std::int64_t wrong_in(const DispatchResult& got) const {
@@ -82,18 +83,22 @@ struct Problem {
   const std::int64_t output_bytes;
   HugeBuffer x_memory, y_memory;
   TensorView x, y;
+  TensorView y_in_place{};  // the same where a dispatch left its rows, if somebody says where
   int round = 0;
 };
 
 class Ours {
  public:
-  Ours(Buffer& buffer, const Problem& problem) : buffer_(buffer), problem_(problem) {
+  Ours(Buffer& buffer, Problem& problem) : buffer_(buffer), problem_(problem) {
     const Tensor ids = problem.inputs.topk_idx();
     DispatchArgs args;
     args.x = problem.x;
     args.layout = buffer.get_dispatch_layout(ids, problem.c.experts);
     args.topk_idx = ids;
-    handle_ = buffer.dispatch(args).handle;
+    in_place_ = buffer.dispatch(args);
+    handle_ = in_place_.handle;
+    problem.y_in_place = in_place_.recv_x;
+    problem.load(problem.round);
   }
 
   void dispatch() {
@@ -103,10 +108,11 @@ class Ours {
     args.handle = handle_;
     received_ = buffer_.dispatch(args);
   }
-  void combine() {
+  /// `y`: the experts' outputs, in memory of their own or where a dispatch left their inputs.
+  void combine(const TensorView& y) {
     combined_ = {};
     CombineArgs args;
-    args.x = problem_.y;
+    args.x = y;
     args.handle = handle_;
     combined_ = buffer_.combine(args);
   }
@@ -117,6 +123,7 @@ class Ours {
   Buffer& buffer_;
   const Problem& problem_;
   IntranodeHandle handle_{};
+  DispatchResult in_place_{};  // its rows have become the experts' outputs
   DispatchResult received_{};
   CombineResult combined_{};
 };
@@ -179,14 +186,14 @@ std::vector<double> measure_small_pairs(Buffer& buffer, const Settings& settings
   constexpr int kChain = 200;
   Settings small = settings;
   small.tokens = 1;
-  const Problem problem(small, mpi);
+  Problem problem(small, mpi);
   Ours ours(buffer, problem);
   std::vector<double> times;
   for (int i = -1; i < settings.repeats; ++i) {
     const double time = run_timed([&] {
       for (int n = 0; n < kChain; ++n) {
         ours.dispatch();
-        ours.combine();
+        ours.combine(problem.y);
       }
     });
     if (i >= 0) times.push_back(time / kChain);
@@ -218,6 +225,7 @@ nlohmann::ordered_json to_json(const std::vector<Operation>& operations, const P
   json["output_bytes"] = problem.output_bytes;
   json["dispatch_vs_mpi"] = median("mpi_dispatch") / median("dispatch");
   json["combine_vs_mpi"] = median("mpi_combine") / median("combine");
+  json["combine_in_place_vs_mpi"] = median("mpi_combine") / median("combine_in_place");
   json["dispatch_vs_mpi_own_direct"] = median("mpi_dispatch_own_direct") / median("dispatch");
   json["combine_vs_mpi_own_direct"] = median("mpi_combine_own_direct") / median("combine");
   json["memcpy_ratio"] = median_pair(operations) / median("memcpy");
@@ -254,7 +262,10 @@ int run_worker(const Settings& settings) {
 
   std::vector<Operation> operations = {
       {"dispatch", [&] { ours.dispatch(); }, [&] { return problem.wrong_in(ours.received()); }},
-      {"combine", [&] { ours.combine(); }, [&] { return problem.wrong_in(ours.combined()); }}};
+      {"combine", [&] { ours.combine(problem.y); },
+       [&] { return problem.wrong_in(ours.combined()); }},
+      {"combine_in_place", [&] { ours.combine(problem.y_in_place); },
+       [&] { return problem.wrong_in(ours.combined()); }}};
   for (Operation& operation : mpi_operations(problem, exchange))
     operations.push_back(std::move(operation));
   operations.push_back(
