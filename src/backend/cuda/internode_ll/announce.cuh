@@ -104,7 +104,7 @@ __device__ inline bool all_agree(const auto& args, const Ticket& ticket) {
 
 /// Whether rows go in packets: if there is room. Their fourth word costs less than the fence that
 /// plain rows need.
-__device__ inline bool uses_packets(const plan::MessageArea& area, std::int64_t messages) {
+DEEP_EP_HD inline bool uses_packets(const plan::MessageArea& area, std::int64_t messages) {
   return messages <= area.max_packeted;
 }
 

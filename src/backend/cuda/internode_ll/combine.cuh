@@ -105,9 +105,7 @@ __device__ bool send_all_home(const auto& args, const Ticket& ticket) {
       // All threads alike, whatever another block masks meanwhile; and the last message's rows have
       // been read.
       if (__syncthreads_or(is_masked(args, source)) != 0) continue;
-      const unsigned number = turn & ((1u << shift) - 1);
-      if (!serve<Rows>(args, ticket, source, turn >> shift, slice_of(args, number, shift),
-                       packeted))
+      if (!serve<Rows>(args, ticket, source, turn >> shift, nth_slice(args, turn, shift), packeted))
         return false;
     }
     turn -= messages << shift;
@@ -196,8 +194,7 @@ __device__ bool receive(const auto& args, const Ticket& ticket, bool good, const
   for (std::int64_t number = first_slice(); number >> args.slice_shift < args.num_tokens;
        number += gridDim.x) {
     const std::int64_t token = number >> args.slice_shift;
-    const Slice slice = slice_of(
-        args, static_cast<unsigned>(number) & ((1u << args.slice_shift) - 1), args.slice_shift);
+    const Slice slice = nth_slice(args, number, args.slice_shift);
     if (known) {
       if (__syncthreads_and(good) == 0) return false;
     } else {
@@ -257,7 +254,7 @@ cudaError_t launch_combine_kernel(const Args& given, int num_sms, cudaStream_t s
   if (status != cudaSuccess) return status;
   if (given.shared.used > kMaxSharedBytes) return cudaErrorInvalidValue;
   Formed<Args, kForm> args{given};
-  args.slice_shift = find_slice_shift<Rows>(args, num_sms);
+  args.slice_shift = Rows::kSlices ? find_slice_shift(args, num_sms) : 0;
   return launch_kernel(kKernel, num_blocks(args, num_sms, 1 << args.slice_shift), kThreads,
                        args.shared.used, stream, args);
 }

@@ -112,14 +112,15 @@ __device__ __noinline__ void put_row(const auto& args, const Ticket& ticket, std
   }
 }
 
-/// By all threads: the staged row of a token to all its other ranks, the own one last: what comes
-/// later waits for what goes far. The first warp sends heads meanwhile, if rows are packets.
+/// By all threads: a slice of the staged row of a token to all its other ranks, the own one last:
+/// what comes later waits for what goes far. The first warp sends heads meanwhile, if rows are
+/// packets; plain rows are not shared.
 __device__ inline void send_row(const auto& args, const Ticket& ticket, std::int64_t token,
-                                const Route& route) {
+                                const Slice& slice, const Route& route) {
   const MessageArea& area = args.places.messages;
   const bool packeted = uses_packets(area, args.num_tokens);
   if (packeted && warp_id() == 0) {
-    send_heads(args, ticket, token, route);
+    if (slice.leads()) send_heads(args, ticket, token, route);
     return;
   }
   const auto* row = shared_at<std::byte>(args.shared.row);
@@ -134,8 +135,8 @@ __device__ inline void send_row(const auto& args, const Ticket& ticket, std::int
     if (is_skipped(args, ticket, rank)) continue;
     if (packeted) {
       send_packets(row,
-                   place_at(args, ticket.packet_shift, area.row(args.comm.rank, message), rank), 0,
-                   area.row_packets(), 1, ticket.tag);
+                   place_at(args, ticket.packet_shift, area.row(args.comm.rank, message), rank),
+                   slice, RowWords(args), 1, ticket.tag);
     } else {
       copy_units(row, plain_row_to(args, ticket, Area::kMessages, rank, message), 0,
                  static_cast<int>(area.plain_bytes / 16));
@@ -149,6 +150,13 @@ __device__ inline void send_row(const auto& args, const Ticket& ticket, std::int
   send_heads(args, ticket, token, route);
 }
 
+/// Of slice `number` of all.
+template <bool kQuantize>
+__device__ RowUnits<kQuantize> first_units_of(const auto& args, std::int64_t number) {
+  return RowUnits<kQuantize>(args, number >> args.slice_shift,
+                             nth_slice(args, number, args.slice_shift), fits_a_warp(args) ? 1 : 0);
+}
+
 template <bool kQuantize, class Args>
 __device__ bool send(const Args& args, const Ticket& ticket, bool good, const RouteIds& first_ids,
                      const RowUnits<kQuantize>& first_units) {
@@ -160,18 +168,21 @@ __device__ bool send(const Args& args, const Ticket& ticket, bool good, const Ro
   auto* row = shared_at<std::byte>(args.shared.row);
   RouteIds ids = first_ids;
   RowUnits<kQuantize> units = first_units;
+  const int shift = args.slice_shift;
 #pragma unroll 1
-  for (std::int64_t token = first_token(); token < args.num_tokens;) {
+  for (std::int64_t number = first_slice(); number >> shift < args.num_tokens;) {
+    const std::int64_t token = number >> shift;
+    const Slice slice = nth_slice(args, number, shift);
     __syncthreads();  // the last row is sent
     // The first warp finds the route meanwhile, if the tokens are few.
-    units.stage(args, token, row);
+    units.stage(args, token, slice, row);
     if (!find_route(args, token, ids, good, route)) return false;
     if constexpr (Args::kPuts) put_row(args, ticket, token, route);
-    send_row(args, ticket, token, route);
-    token += gridDim.x;
-    if (token >= args.num_tokens) break;
-    ids = RouteIds(args, token);
-    units = RowUnits<kQuantize>(args, token, fits_a_warp(args) ? 1 : 0);
+    send_row(args, ticket, token, slice, route);
+    number += gridDim.x;
+    if (number >> shift >= args.num_tokens) break;
+    ids = RouteIds(args, number >> shift);
+    units = first_units_of<kQuantize>(args, number);
   }
   return __syncthreads_and(good) != 0;
 }
@@ -182,11 +193,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSm<Args>)
     dispatch(const __grid_constant__ Formed<Args, kForm> args) {
   wait_for_kernel_before();
   // All that the first token needs is on its way before anything is waited for.
-  const std::int64_t token = args.sends ? first_token() : args.num_tokens;
+  const std::int64_t number = args.sends ? first_slice() : args.num_tokens << args.slice_shift;
   const TicketWords ticket_words(args);
   const BeginWords words(args);
-  const RawRouteIds raw_ids(args, token);
-  const RowUnits<kQuantize> units(args, token, fits_a_warp(args) ? 1 : 0);
+  const RawRouteIds raw_ids(args, number >> args.slice_shift);
+  const RowUnits<kQuantize> units = first_units_of<kQuantize>(args, number);
   if (warp_id() == 0) clear_marks(args);
   const RouteIds ids(args, raw_ids);
   bool good = true;
@@ -210,13 +221,18 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSm<Args>)
 
 template <bool kQuantize, Form kForm, class Args>
 cudaError_t launch_form(const Args& given, int num_sms, cudaStream_t stream) {
-  const Formed<Args, kForm> args{given};
+  Formed<Args, kForm> args{given};
+  args.scales_beside = RowWords::fits(args.x_bytes, args.num_scales);
+  // A block that has a message of a plain row has all of it.
+  if (kForm != Form::kAny && !Args::kPuts && (args.num_scales == 0 || args.scales_beside) &&
+      uses_packets(args.places.messages, args.num_tokens))
+    args.slice_shift = find_slice_shift(args, num_sms);
   constexpr auto kKernel = dispatch<kQuantize, kForm, Args>;
   const cudaError_t status = allow_shared<kKernel>(kMaxSharedBytes);
   if (status != cudaSuccess) return status;
   if (args.shared.used > kMaxSharedBytes) return cudaErrorInvalidValue;
-  return launch_kernel(kKernel, num_blocks(args, num_sms, 1), kThreads, args.shared.used, stream,
-                       args);
+  return launch_kernel(kKernel, num_blocks(args, num_sms, 1 << args.slice_shift), kThreads,
+                       args.shared.used, stream, args);
 }
 
 template <bool kQuantize>

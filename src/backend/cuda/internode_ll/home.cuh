@@ -128,8 +128,8 @@ __device__ inline void send_home(const auto& args, const Ticket& ticket, int sou
   const int rank = args.comm.rank;
   const auto* row = shared_at<std::byte>(args.shared.row);
   if (packeted) {
-    send_packets(row, place_at(args, ticket.packet_shift, area.row(rank, message), source),
-                 slice.first_packet(), slice.end_packet(), 0, ticket.tag);
+    send_packets(row, place_at(args, ticket.packet_shift, area.row(rank, message), source), slice,
+                 PlainWords{}, 0, ticket.tag);
     return;
   }
   copy_units(row, plain_row_to(args, ticket, Area::kReturns, source, message), 0,

@@ -81,8 +81,8 @@ __device__ __noinline__ void void_counts(const auto& args) {
 /// first.
 __device__ inline unsigned first_turn(const StepArgs& args) {
   const unsigned blocks = gridDim.x;
-  const auto tokens = static_cast<unsigned>(args.sends ? args.num_tokens : 0);
-  return (blockIdx.x + blocks - (tokens + 1) % blocks) % blocks;
+  const auto slices = static_cast<unsigned>(args.sends ? args.num_tokens << args.slice_shift : 0);
+  return (blockIdx.x + blocks - (slices + 1) % blocks) % blocks;
 }
 
 /// By all threads, true in each: how many messages each source has.
@@ -94,6 +94,11 @@ __device__ inline bool await_messages(const auto& args, const Ticket& ticket, bo
   return __syncthreads_and(good) != 0;
 }
 
+/// How many blocks share a message of `source`, as a power of two.
+__device__ inline int taken_shift(const auto& args, const Announced& announced, int source) {
+  return announced.packeted[source] != 0 ? args.slice_shift : 0;
+}
+
 /// Whether this block has a message, by what has been announced.
 __device__ inline bool has_message(const auto& args, const Ticket& ticket) {
   const Announced announced(args.shared, args.comm.num_ranks);
@@ -101,7 +106,8 @@ __device__ inline bool has_message(const auto& args, const Ticket& ticket) {
 #pragma unroll 1
   for (int source = 0; source < args.comm.num_ranks; ++source)
     if (!ticket.keeps_own || source != args.comm.rank)
-      messages += static_cast<unsigned>(announced.messages[source]);
+      messages += static_cast<unsigned>(announced.messages[source])
+                  << taken_shift(args, announced, source);
   return first_turn(args) < messages;
 }
 
@@ -195,10 +201,10 @@ __device__ inline void acquire_head(const auto& args, const auto& head) {
   for (int part = lane_id(); part <= args.shape.num_topk; part += 32) acquire(head + part);
 }
 
-/// By all threads, true in each: one message to its places. The first warp looks at its head, the
-/// others meanwhile at its packets.
+/// By all threads, true in each: a slice of one message to its places. The first warp looks at its
+/// head, the others meanwhile at its packets. What is known of the row all that share it write.
 __device__ inline bool take_message(const auto& args, const Ticket& ticket, int source,
-                                    std::int64_t message, bool packeted) {
+                                    std::int64_t message, const Slice& slice, bool packeted) {
   const MessageArea& area = args.places.messages;
   auto* row = shared_at<std::byte>(args.shared.row);
   bool good = true;
@@ -214,11 +220,12 @@ __device__ inline bool take_message(const auto& args, const Ticket& ticket, int 
     if (!packeted) acquire_head(args, head_from(args, ticket, Area::kMessages, source, message));
   } else if (packeted) {
     const Packet* packets = place_here(ticket.packet_shift, area.row(source, message));
-    good =
-        take_packets(args, ticket, source, packets, area.row_packets(), 1, row) != Arrival::kFailed;
+    good = take_packets(args, ticket, source, packets, slice, RowWords(args), 1, row) !=
+           Arrival::kFailed;
   }
   if (__syncthreads_and(good) == 0) return false;
-  store_row(args, packeted ? row : plain_row_from(args, ticket, Area::kMessages, source, message));
+  store_row(args, slice,
+            packeted ? row : plain_row_from(args, ticket, Area::kMessages, source, message));
   __syncthreads();  // the row and its places have been read
   return true;
 }
@@ -248,7 +255,7 @@ __device__ inline bool place_own(const auto& args, const Ticket& ticket, const R
     place_row(args, own, route.to_message[to], static_cast<std::int32_t>(token));
   }
   if (__syncthreads_and(good) == 0) return false;
-  store_row(args, shared_at<std::byte>(args.shared.row));
+  store_row(args, slice_of(args, 0, 0), shared_at<std::byte>(args.shared.row));
   __syncthreads();  // the row and its places have been read
   return true;
 }
@@ -274,7 +281,8 @@ __device__ inline bool receive(const auto& args, const Ticket& ticket, bool good
   // Who likely has no message, as ranks have about as many tokens, looks first, and leaves the
   // memory to those that wait for counts.
   const auto tokens = static_cast<unsigned>(args.num_tokens);
-  const unsigned expected = tokens * (args.comm.num_ranks - (ticket.keeps_own ? 1 : 0));
+  const unsigned expected = tokens * (args.comm.num_ranks - (ticket.keeps_own ? 1 : 0))
+                            << args.slice_shift;
   const bool likely = first_turn(args) < expected || (ticket.keeps_own && first_token() < tokens);
   const bool needs = !kAsks && !args.is_rank_major();
   const bool counts = keeps_books() || (needs && likely);
@@ -292,11 +300,14 @@ __device__ inline bool receive(const auto& args, const Ticket& ticket, bool good
     if (ticket.keeps_own && source == args.comm.rank) continue;
     const auto messages = static_cast<unsigned>(announced.messages[source]);
     const bool packeted = announced.packeted[source] != 0;
+    const int shift = taken_shift(args, announced, source);
 #pragma unroll 1
-    for (; turn < messages; turn += blocks) {
-      if (!take_message(args, ticket, source, turn, packeted)) return false;
+    for (; turn < messages << shift; turn += blocks) {
+      if (!take_message(args, ticket, source, turn >> shift, nth_slice(args, turn, shift),
+                        packeted))
+        return false;
     }
-    turn -= messages;
+    turn -= messages << shift;
   }
   return true;
 }

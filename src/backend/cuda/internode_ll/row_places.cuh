@@ -138,14 +138,15 @@ __device__ inline void place_row(const auto& args, int source, std::int64_t mess
   if (lane_id() == 0) *shared_at<std::int32_t>(args.shared.num_places) = found;
 }
 
-/// By all threads: a row, with its scales behind it, to all its places.
-__device__ inline void store_row(const auto& args, const std::byte* row) {
+/// By all threads: a slice of a row, with its scales behind it, to all its places.
+__device__ inline void store_row(const auto& args, const Slice& slice, const std::byte* row) {
   const auto* places = shared_at<RowPlace>(args.shared.places);
   const int count = *shared_at<std::int32_t>(args.shared.num_places);
-  const auto units = static_cast<int>(args.x_bytes / 16);
+  const int units = slice.end_unit(static_cast<int>(args.x_bytes / 16));
   constexpr int kBatch = 2;
 #pragma unroll 1
-  for (int first = threadIdx.x; first < units; first += kBatch * kThreads) {
+  for (int first = slice.first_unit() + static_cast<int>(threadIdx.x); first < units;
+       first += kBatch * kThreads) {
     uint4 bytes[kBatch] = {};
 #pragma unroll
     for (int j = 0; j < kBatch; ++j)
@@ -163,7 +164,7 @@ __device__ inline void store_row(const auto& args, const std::byte* row) {
 #pragma unroll 1
   for (int i = args.num_scales == 0 ? count : warp_id(); i < count; i += kWarps) {
 #pragma unroll 2
-    for (int s = lane_id(); s < args.num_scales; s += 32)
+    for (int s = first_scale(args, slice) + lane_id(); s < end_scale(args, slice); s += 32)
       places[i].scales[s * args.recv_scales_strides[2]] = scales[s];
   }
 }

@@ -1,7 +1,7 @@
 #pragma once
 
 #include "backend/cuda/device/scales.cuh"
-#include "backend/cuda/internode_ll/ticket.cuh"
+#include "backend/cuda/internode_ll/slices.cuh"
 #include "plan/numerics.hpp"
 
 // One row of the source on its way into shared memory, as it will travel: x, then its scales.
@@ -44,67 +44,77 @@ __device__ inline uint2 quantize(const uint4& values, Scaling scaling, unsigned 
   return {codes[0] | codes[1] << 16, codes[2] | codes[3] << 16};
 }
 
-/// A thread's first units of 16 bytes of a row, on their way before anybody waits for them.
+/// A thread's first units of 16 bytes of a slice of a row, on their way before anybody waits for
+/// them. If the row is quantised, two of them become one.
 template <bool kQuantize>
 struct RowUnits {
   static constexpr int kUnits = 4;
   const uint4* from;
-  int count;  // of the row
-  int begin;  // this thread's first one
+  int thread;  // of those that share the slice; an idle one is before the first
   int stride;
+  int begin;  // this thread's first one
+  int end;    // of the slice
   uint4 next[kUnits];
 
   /// By all warps but the first `idle` ones.
-  __device__ RowUnits(const DispatchArgs& args, std::int64_t token, int idle)
-      : begin(static_cast<int>(threadIdx.x) - idle * 32), stride(kThreads - idle * 32) {
-    const std::int64_t bytes = kQuantize ? 2 * args.x_bytes : args.x_bytes;
-    from = reinterpret_cast<const uint4*>(args.x + token * bytes);
-    // An idle warp begins before the row, and has nothing of it.
-    count = begin < 0 ? begin : token < args.num_tokens ? static_cast<int>(bytes / 16) : 0;
+  __device__ RowUnits(const DispatchArgs& args, std::int64_t token, const Slice& slice, int idle)
+      : thread(static_cast<int>(threadIdx.x) - idle * 32), stride(kThreads - idle * 32) {
+    constexpr int kRatio = kQuantize ? 2 : 1;
+    from = reinterpret_cast<const uint4*>(args.x + token * args.x_bytes * kRatio);
+    begin = slice.first_unit() * kRatio + thread;
+    end = slice.end_unit(static_cast<int>(args.x_bytes / 16)) * kRatio;
+    if (thread < 0 || token >= args.num_tokens) end = begin;
     load(begin);
   }
 
   /// By the same warps: into shared memory.
-  __device__ void stage(const DispatchArgs& args, std::int64_t token, std::byte* row) {
-    if (begin < 0) return;
+  __device__ void stage(const DispatchArgs& args, std::int64_t token, const Slice& slice,
+                        std::byte* row) {
+    if (thread < 0) return;
+    if (end - begin + thread <= stride) {
+      // A share of a row may be one unit a thread, and its code is short then.
+      stage_units<1>(args, begin, row);
+    } else {
 #pragma unroll 1
-    for (int unit = begin;;) {
-      stage_units(args, unit, row);
-      unit += kUnits * stride;
-      // Alike in a warp, whose lanes quantise together.
-      if (unit - lane_id() >= count) break;
-      load(unit);
+      for (int unit = begin;;) {
+        stage_units<kUnits>(args, unit, row);
+        unit += kUnits * stride;
+        // Alike in a warp, whose lanes quantise together.
+        if (unit - lane_id() >= end) break;
+        load(unit);
+      }
     }
-    stage_scales(args, token, row, begin, stride);
+    stage_scales(args, token, slice, row);
   }
 
  private:
   __device__ void load(int unit) {
 #pragma unroll
     for (int i = 0; i < kUnits; ++i)
-      next[i] = unit + i * stride < count ? from[unit + i * stride] : uint4{};
+      next[i] = unit + i * stride < end ? from[unit + i * stride] : uint4{};
   }
 
+  template <int kCount>
   __device__ void stage_units(const DispatchArgs& args, int unit, std::byte* row) const {
     if constexpr (kQuantize) {
-      // All four are under way together: nothing branches before the stores.
-      uint2 codes[kUnits];
-      float scales[kUnits];
+      // All are under way together: nothing branches before the stores.
+      uint2 codes[kCount];
+      float scales[kCount];
 #pragma unroll
-      for (int i = 0; i < kUnits; ++i)
+      for (int i = 0; i < kCount; ++i)
         codes[i] = quantize(next[i], args.scaling, 0xffffffff, scales[i]);
 #pragma unroll
-      for (int i = 0; i < kUnits; ++i)
-        if (unit + i * stride < count) reinterpret_cast<uint2*>(row)[unit + i * stride] = codes[i];
+      for (int i = 0; i < kCount; ++i)
+        if (unit + i * stride < end) reinterpret_cast<uint2*>(row)[unit + i * stride] = codes[i];
       if (lane_id() % 16 != 0) return;
 #pragma unroll
-      for (int i = 0; i < kUnits; ++i)
-        if (unit + i * stride < count)
+      for (int i = 0; i < kCount; ++i)
+        if (unit + i * stride < end)
           store_scale(args, (unit + i * stride) / 16, scales[i], row + args.x_bytes);
     } else {
 #pragma unroll
-      for (int i = 0; i < kUnits; ++i)
-        if (unit + i * stride < count) reinterpret_cast<uint4*>(row)[unit + i * stride] = next[i];
+      for (int i = 0; i < kCount; ++i)
+        if (unit + i * stride < end) reinterpret_cast<uint4*>(row)[unit + i * stride] = next[i];
     }
   }
 
@@ -117,19 +127,19 @@ struct RowUnits {
     }
   }
 
-  static __device__ void stage_scales(const DispatchArgs& args, std::int64_t token, std::byte* row,
-                                      int begin, int stride) {
+  __device__ void stage_scales(const DispatchArgs& args, std::int64_t token, const Slice& slice,
+                               std::byte* row) const {
     if constexpr (kQuantize) {
       // Behind the last scale of the last word.
       const auto scales = static_cast<int>(args.x_bytes) / plan::kFp8Group;
-      const int i = scales + begin;
+      const int i = scales + thread;
       if (args.scaling == Scaling::kUe8m0 && i < args.num_scales * 4)
         row[args.x_bytes + i] = std::byte{0};
     } else {
       auto* scales = reinterpret_cast<std::uint32_t*>(row + args.x_bytes);
       const StridedWords& words = args.x_scales;
 #pragma unroll 1
-      for (int i = begin; i < args.num_scales; i += stride)
+      for (int i = first_scale(args, slice) + thread; i < end_scale(args, slice); i += stride)
         scales[i] = words.data[token * words.row_stride + i * words.column_stride];
     }
   }

@@ -65,6 +65,7 @@ struct StepArgs {
   SharedOffsets shared;                // by the launch
   Ids topk_idx;                        // [N, K]
   std::int64_t num_tokens = 0;         // N
+  int slice_shift = 0;                 // blocks that share a row, as a power of two; by the launch
   std::uint64_t* ticket = nullptr;     // written by sending, read by receiving alone
   std::uint64_t first_ticket = 0;      // tickets begin behind it
   std::int32_t* masks = nullptr;       // [R] with enable_shrink, else null
@@ -92,6 +93,7 @@ struct DispatchArgs : StepArgs {
   const float* topk_weights = nullptr;  // [N, K] or null
   std::int64_t x_bytes = 0;             // of a row on its way; its scales follow
   int num_scales = 0;                   // words
+  bool scales_beside = false;           // in packets: see RowWords; by the launch
   std::byte* recv_x = nullptr;          // [L, R * M, x_bytes] or [R, M, x_bytes]
   std::uint32_t* recv_scales = nullptr;
   std::int64_t recv_scales_strides[3] = {};
@@ -106,7 +108,6 @@ struct DispatchArgs : StepArgs {
 cudaError_t launch_dispatch(const DispatchArgs& args, int num_sms, cudaStream_t stream);
 
 struct CombineArgs : StepArgs {
-  int slice_shift = 0;                  // blocks that share a row, as a power of two; by the launch
   const std::byte* x = nullptr;         // [L, R * M, H] or [R, M, H] bfloat16
   const float* topk_weights = nullptr;  // [N, K]; null if rank-major
   const std::int32_t* src_info = nullptr;

@@ -77,7 +77,8 @@ struct WireRows {
       return true;
     }
     const Packet* from = place_here(ticket.packet_shift, area.row(rank, route.to_message[i]));
-    const Arrival arrival = take_packets(args, ticket, rank, from, area.row_packets(), 0, row);
+    const Arrival arrival =
+        take_packets(args, ticket, rank, from, slice_of(args, 0, 0), PlainWords{}, 0, row);
     here = arrival == Arrival::kHere;
     return arrival != Arrival::kFailed;
   }
