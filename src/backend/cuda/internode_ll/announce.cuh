@@ -107,5 +107,9 @@ __device__ inline bool all_agree(const auto& args, const Ticket& ticket) {
 DEEP_EP_HD inline bool uses_packets(const plan::MessageArea& area, std::int64_t messages) {
   return messages <= area.max_packeted;
 }
+/// The same of this rank's tokens.
+__device__ inline bool sends_packets(const auto& args, const plan::MessageArea& area) {
+  return std::remove_cvref_t<decltype(args)>::kFewTokens || uses_packets(area, args.num_tokens);
+}
 
 }  // namespace deep_ep::cuda::internode_ll

@@ -1,11 +1,11 @@
 #pragma once
 
+#include "backend/cuda/internode_ll/forms.cuh"
 #include "backend/cuda/internode_ll/stage.cuh"
 #include "backend/cuda/internode_ll/weights.cuh"
 
 // The steps of a combine, whatever its rows look like on their way home. That says `Rows`:
 //   kKeepsOwn           whether a token's block sums the rows of its own rank by itself
-//   kSlices             whether several blocks may share a row, if tokens are few
 //   x_bytes(args)       of a row of x, and of the result
 //   stage(args, slice)  by all threads: this rank's row for a message, into shared memory
 //   sum_token(...)      by all threads, true in each: a token's sum
@@ -87,7 +87,7 @@ __device__ bool send_all_home(const auto& args, const Ticket& ticket) {
   const Announced announced(args.shared, args.comm.num_ranks);
   const unsigned blocks = gridDim.x;
   const auto slices = static_cast<unsigned>(args.num_tokens) << args.slice_shift;
-  unsigned turn = (blockIdx.x + blocks - (slices + 1) % blocks) % blocks;
+  unsigned turn = first_behind(slices);
 #pragma unroll 1
   for (int i = 1; i <= args.comm.num_ranks; ++i) {
     const int source = rank_from_own(args, i);
@@ -177,7 +177,7 @@ __device__ bool receive(const auto& args, const Ticket& ticket, bool good, const
   __syncthreads();
   // Which ranks' rows are in packets: in expert-major as this rank chose for its own.
   const Announced announced(args.shared, args.comm.num_ranks);
-  const bool packeted = uses_packets(args.places.returns, args.num_tokens);
+  const bool packeted = sends_packets(args, args.places.returns);
 #pragma unroll 1
   for (int i = threadIdx.x; i < args.comm.num_ranks; i += kThreads) {
     if (args.is_rank_major()) {
@@ -188,8 +188,9 @@ __device__ bool receive(const auto& args, const Ticket& ticket, bool good, const
     if (ticket.keeps_own && i == args.comm.rank) announced.packeted[i] = 0;
   }
   if (args.is_rank_major() && keeps_books()) good = all_agree(args, ticket) && good;
-  // A block that has sent the weights of one token knows its route.
-  const bool known = args.sends && !args.is_rank_major() && has_slice_each(args);
+  // A block that has sent the weights of one token knows its route; of few tokens all do.
+  const bool known =
+      !args.is_rank_major() && (args.kFewTokens || (args.sends && has_slice_each(args)));
 #pragma unroll 1
   for (std::int64_t number = first_slice(); number >> args.slice_shift < args.num_tokens;
        number += gridDim.x) {
@@ -198,11 +199,13 @@ __device__ bool receive(const auto& args, const Ticket& ticket, bool good, const
     if (known) {
       if (__syncthreads_and(good) == 0) return false;
     } else {
-      const bool loaded = args.kFew && args.is_rank_major() && number == first_slice();
+      const bool loaded =
+          args.kFewTokens || (args.kFew && args.is_rank_major() && number == first_slice());
       const RouteIds ids = loaded ? first : RouteIds(args, token);
       if (!find_route(args, token, ids, good, route)) return false;
     }
     if (!Rows::sum_token(args, ticket, token, slice, route)) return false;
+    if (args.kFewTokens) break;
   }
   return __syncthreads_and(good) != 0;
 }
@@ -225,13 +228,13 @@ template <class Rows>
 __device__ void run_combine(const auto& args) {
   wait_for_kernel_before();
   // All that the first token needs is on its way before anything is waited for.
-  const bool begins = args.is_rank_major() ? args.receives : args.sends;
+  const bool begins = args.kFewTokens || (args.is_rank_major() ? args.receives : args.sends);
   const TicketWords ticket_words(args);
   const BeginWords words(args);
   const RawWeightIds raw(args, begins ? first_slice() >> args.slice_shift : args.num_tokens);
   const Ranges ranges(args);
   const Route route(args.shared);
-  if (warp_id() == 0) clear_marks(args);
+  if (!args.kFewTokens && warp_id() == 0) clear_marks(args);
   const WeightIds first(args, raw);
   Ticket ticket = take_ticket(args, ticket_words);
   ticket.keeps_own = Rows::kKeepsOwn && can_keep_own(args) && has_slice_each(args);
@@ -239,6 +242,9 @@ __device__ void run_combine(const auto& args) {
   if (keeps_books() && warp_id() == 0) tell_consumed(args);
   if (keeps_books() && warp_id() == kWarps - 2) count_for_absent(args, ticket);
   bool good = warp_id() != kWarps - 1 || may_begin(args, ticket, words);
+  const std::int64_t token = first_slice() >> args.slice_shift;
+  if (args.kFewTokens && !args.is_rank_major() && token < args.num_tokens)
+    good = find_route(args, token, first.ids, good, route);
   if (args.sends) good = send<Rows>(args, ticket, good, first, route);
   // Without sending the threads of the block have not agreed yet.
   if (args.receives && (good || !args.sends))
@@ -248,15 +254,13 @@ __device__ void run_combine(const auto& args) {
 }
 
 /// Launches an instantiation of one of the kernels.
-template <auto kKernel, class Rows, Form kForm, class Args>
-cudaError_t launch_combine_kernel(const Args& given, int num_sms, cudaStream_t stream) {
+template <auto kKernel, Form kForm, class Args>
+cudaError_t launch_combine_kernel(const Args& args, unsigned blocks, cudaStream_t stream) {
   const cudaError_t status = allow_shared<kKernel>(kMaxSharedBytes);
   if (status != cudaSuccess) return status;
-  if (given.shared.used > kMaxSharedBytes) return cudaErrorInvalidValue;
-  Formed<Args, kForm> args{given};
-  args.slice_shift = Rows::kSlices ? find_slice_shift(args, num_sms) : 0;
-  return launch_kernel(kKernel, num_blocks(args, num_sms, 1 << args.slice_shift), kThreads,
-                       args.shared.used, stream, args);
+  if (args.shared.used > kMaxSharedBytes) return cudaErrorInvalidValue;
+  return launch_kernel(kKernel, blocks, kThreads, args.shared.used, stream,
+                       Formed<Args, kForm>{args});
 }
 
 }  // namespace deep_ep::cuda::internode_ll

@@ -2,6 +2,7 @@
 
 #include "backend/cuda/internode_ll/announce.cuh"
 #include "backend/cuda/internode_ll/count.cuh"
+#include "backend/cuda/internode_ll/forms.cuh"
 #include "backend/cuda/internode_ll/lane_route.cuh"
 #include "backend/cuda/internode_ll/receive.cuh"
 #include "backend/cuda/internode_ll/stage.cuh"
@@ -30,7 +31,7 @@ inline SharedOffsets plan_dispatch(const DispatchArgs& args) {
 __device__ inline void send_counts(const auto& args, const Ticket& ticket) {
   const auto* messages = shared_at<std::int32_t>(args.shared.messages);
   const auto* counts = shared_at<std::int32_t>(args.shared.counts);
-  const bool packeted = uses_packets(args.places.messages, args.num_tokens);
+  const bool packeted = sends_packets(args, args.places.messages);
 #pragma unroll 1
   for (int rank = warp_id(); rank < args.comm.num_ranks; rank += kWarps) {
     if (is_masked(args, rank)) continue;
@@ -118,7 +119,7 @@ __device__ __noinline__ void put_row(const auto& args, const Ticket& ticket, std
 __device__ inline void send_row(const auto& args, const Ticket& ticket, std::int64_t token,
                                 const Slice& slice, const Route& route) {
   const MessageArea& area = args.places.messages;
-  const bool packeted = uses_packets(area, args.num_tokens);
+  const bool packeted = sends_packets(args, area);
   if (packeted && warp_id() == 0) {
     if (slice.leads()) send_heads(args, ticket, token, route);
     return;
@@ -179,6 +180,7 @@ __device__ bool send(const Args& args, const Ticket& ticket, bool good, const Ro
     if (!find_route(args, token, ids, good, route)) return false;
     if constexpr (Args::kPuts) put_row(args, ticket, token, route);
     send_row(args, ticket, token, slice, route);
+    if constexpr (Args::kFewTokens) break;
     number += gridDim.x;
     if (number >> shift >= args.num_tokens) break;
     ids = RouteIds(args, number >> shift);
@@ -198,7 +200,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSm<Args>)
   const BeginWords words(args);
   const RawRouteIds raw_ids(args, number >> args.slice_shift);
   const RowUnits<kQuantize> units = first_units_of<kQuantize>(args, number);
-  if (warp_id() == 0) clear_marks(args);
+  if (!args.kFewTokens && warp_id() == 0) clear_marks(args);
   const RouteIds ids(args, raw_ids);
   bool good = true;
   // Behind nothing but the ids: the others' rows find no place before.
@@ -207,7 +209,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSm<Args>)
                      shared_at<std::int32_t>(args.shared.counts));
   Ticket ticket = take_ticket(args, ticket_words);
   // With blocks to spare a block that has nothing else to do is done with the row sooner.
-  ticket.keeps_own = can_keep_own(args) && args.num_tokens <= gridDim.x &&
+  ticket.keeps_own = !args.kFewTokens && can_keep_own(args) && args.num_tokens <= gridDim.x &&
                      args.num_tokens * (args.comm.num_ranks + 1) > gridDim.x;
   if (keeps_books() && warp_id() == 0) tell_consumed(args);
   if (keeps_books() && warp_id() == kWarps - 2) count_for_absent(args, ticket);
@@ -220,46 +222,36 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSm<Args>)
 }
 
 template <bool kQuantize, Form kForm, class Args>
-cudaError_t launch_form(const Args& given, int num_sms, cudaStream_t stream) {
-  Formed<Args, kForm> args{given};
-  args.scales_beside = RowWords::fits(args.x_bytes, args.num_scales);
-  // A block that has a message of a plain row has all of it.
-  if (kForm != Form::kAny && !Args::kPuts && (args.num_scales == 0 || args.scales_beside) &&
-      uses_packets(args.places.messages, args.num_tokens))
-    args.slice_shift = find_slice_shift(args, num_sms);
+cudaError_t launch_form(const Args& given, unsigned blocks, cudaStream_t stream) {
+  const Formed<Args, kForm> args{given};
   constexpr auto kKernel = dispatch<kQuantize, kForm, Args>;
   const cudaError_t status = allow_shared<kKernel>(kMaxSharedBytes);
   if (status != cudaSuccess) return status;
   if (args.shared.used > kMaxSharedBytes) return cudaErrorInvalidValue;
-  return launch_kernel(kKernel, num_blocks(args, num_sms, 1 << args.slice_shift), kThreads,
-                       args.shared.used, stream, args);
-}
-
-template <bool kQuantize>
-cudaError_t launch_forms(const auto& args, int num_sms, cudaStream_t stream) {
-  switch (form_of(args)) {
-    case Form::kExpertMajor:
-      return launch_form<kQuantize, Form::kExpertMajor>(args, num_sms, stream);
-    case Form::kRankMajor:
-      return launch_form<kQuantize, Form::kRankMajor>(args, num_sms, stream);
-    default:
-      return launch_form<kQuantize, Form::kAny>(args, num_sms, stream);
-  }
+  return launch_kernel(kKernel, blocks, kThreads, args.shared.used, stream, args);
 }
 
 template <class Args>
 cudaError_t launch_dispatch_kernel(const Args& given, int num_sms, cudaStream_t stream) {
   Args args = given;
   args.shared = plan_dispatch(args);
-  return args.quantize ? launch_forms<true>(args, num_sms, stream)
-                       : launch_forms<false>(args, num_sms, stream);
+  args.scales_beside = RowWords::fits(args.x_bytes, args.num_scales);
+  const bool packeted = !Args::kPuts && uses_packets(args.places.messages, args.num_tokens);
+  // Scales that do not lie beside their values go with all of a row.
+  if (packeted && (args.num_scales == 0 || args.scales_beside))
+    args.slice_shift = find_slice_shift(args, num_sms);
+  const unsigned blocks = num_blocks(args, num_sms, 1 << args.slice_shift);
+  return with_form<Args>(form_of(args, blocks, packeted), [&](auto form) {
+    return args.quantize ? launch_form<true, form.value>(args, blocks, stream)
+                         : launch_form<false, form.value>(args, blocks, stream);
+  });
 }
 
 template <class Args>
 cudaError_t load_dispatch_kernels() {
-  return load<dispatch<false, Form::kExpertMajor, Args>, dispatch<false, Form::kRankMajor, Args>,
-              dispatch<false, Form::kAny, Args>, dispatch<true, Form::kExpertMajor, Args>,
-              dispatch<true, Form::kRankMajor, Args>, dispatch<true, Form::kAny, Args>>();
+  return with_all_forms<Args>([](auto form) {
+    return load<dispatch<false, form.value, Args>, dispatch<true, form.value, Args>>();
+  });
 }
 
 }  // namespace deep_ep::cuda::internode_ll

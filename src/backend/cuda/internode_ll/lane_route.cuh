@@ -10,7 +10,8 @@ namespace deep_ep::cuda::internode_ll {
 /// Whether a route is found so.
 template <class Args>
 __device__ bool fits_lanes(const Args& args) {
-  return Args::kFew && args.shape.num_topk <= SomeIds::kSize && fits_a_warp(args);
+  return Args::kFewTokens ||
+         (Args::kFew && args.shape.num_topk <= SomeIds::kSize && fits_a_warp(args));
 }
 
 /// By the first warp: where `token` goes. False in any lane: an id of a token is not allowed.
@@ -34,7 +35,7 @@ __device__ inline bool find_route_in_lanes(const auto& args, std::int64_t token,
   bool good = true;
 #pragma unroll 1
   for (std::int64_t base = 0; base < args.num_tokens; base += 32) {
-    const SomeIds some = base == 0 ? ids.first : load_ids(args, base + lane, 0);
+    const SomeIds some = args.kFewTokens || base == 0 ? ids.first : load_ids(args, base + lane, 0);
     if (!some.good) raise_bad_id(args, base + lane);
     good = good && some.good;
     if (base >= token) continue;

@@ -12,7 +12,6 @@ namespace {
 /// Rows of bfloat16, as they are.
 struct PlainRows {
   static constexpr bool kKeepsOwn = true;
-  static constexpr bool kSlices = true;
   /// What a thread has of a row at once, so that their loads are under way together, and those of
   /// the next two addends while it sums.
   static constexpr int kUnits = 4;
@@ -191,24 +190,19 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSm<Args>)
 }
 
 template <class Args>
-cudaError_t launch_plain_combine_kernel(const Args& args, int num_sms, cudaStream_t stream) {
-  switch (form_of(args)) {
-    case Form::kExpertMajor:
-      return launch_combine_kernel<combine<Form::kExpertMajor, Args>, PlainRows,
-                                   Form::kExpertMajor>(args, num_sms, stream);
-    case Form::kRankMajor:
-      return launch_combine_kernel<combine<Form::kRankMajor, Args>, PlainRows, Form::kRankMajor>(
-          args, num_sms, stream);
-    default:
-      return launch_combine_kernel<combine<Form::kAny, Args>, PlainRows, Form::kAny>(args, num_sms,
-                                                                                     stream);
-  }
+cudaError_t launch_plain_combine_kernel(const Args& given, int num_sms, cudaStream_t stream) {
+  Args args = given;
+  args.slice_shift = find_slice_shift(args, num_sms);
+  const unsigned blocks = num_blocks(args, num_sms, 1 << args.slice_shift);
+  const bool packeted = uses_packets(args.places.returns, args.num_tokens);
+  return with_form<Args>(form_of(args, blocks, packeted), [&](auto form) {
+    return launch_combine_kernel<combine<form.value, Args>, form.value>(args, blocks, stream);
+  });
 }
 
 template <class Args>
 cudaError_t load_plain_combine_kernels() {
-  return load<combine<Form::kExpertMajor, Args>, combine<Form::kRankMajor, Args>,
-              combine<Form::kAny, Args>>();
+  return with_all_forms<Args>([](auto form) { return load<combine<form.value, Args>>(); });
 }
 
 }  // namespace deep_ep::cuda::internode_ll

@@ -80,9 +80,7 @@ __device__ __noinline__ void void_counts(const auto& args) {
 /// Which message a block takes first, of all that have come: those without a token of their own go
 /// first.
 __device__ inline unsigned first_turn(const StepArgs& args) {
-  const unsigned blocks = gridDim.x;
-  const auto slices = static_cast<unsigned>(args.sends ? args.num_tokens << args.slice_shift : 0);
-  return (blockIdx.x + blocks - (slices + 1) % blocks) % blocks;
+  return first_behind(static_cast<unsigned>(args.sends ? args.num_tokens << args.slice_shift : 0));
 }
 
 /// By all threads, true in each: how many messages each source has.

@@ -30,13 +30,14 @@ struct Route {
 };
 
 /// So few tokens are one warp's work, beside the others', which in a dispatch stage a row.
-__device__ inline bool fits_a_warp(const StepArgs& args) {
-  return args.num_tokens <= (args.kind == plan::LowLatencyKind::kDispatch ? 64 : 32);
+__device__ inline bool fits_a_warp(const auto& args) {
+  return std::remove_cvref_t<decltype(args)>::kFewTokens ||
+         args.num_tokens <= (args.kind == plan::LowLatencyKind::kDispatch ? 64 : 32);
 }
 
 /// A few ids of one token, loaded before the first is looked at.
 struct SomeIds {
-  static constexpr int kSize = 8;
+  static constexpr int kSize = StepArgs::kWholeIds;
   std::int32_t ids[kSize];  // -1: none
   bool good = true;
 };
@@ -52,10 +53,8 @@ __device__ __noinline__ inline void raise_bad_id(const StepArgs& args, std::int6
   }
 }
 
-/// Whether a token's ids are as many as are loaded at once, and aligned for that.
-__device__ inline bool loads_whole(const StepArgs& args) {
-  return args.shape.num_topk == SomeIds::kSize &&
-         reinterpret_cast<std::uintptr_t>(args.topk_idx.data) % 16 == 0;
+__device__ inline bool loads_whole(const auto& args) {
+  return std::remove_cvref_t<decltype(args)>::kFewTokens || args.loads_whole_ids();
 }
 
 /// Entries [from, from + kSize) of a token as they come from memory, none if there is no such
@@ -65,7 +64,7 @@ struct RawIds {
   // 64 bits an id, or of loads_whole() ids of 32 bits the first half of it.
   longlong2 pairs[kSize / 2];
 
-  __device__ RawIds(const StepArgs& args, std::int64_t token, int from) {
+  __device__ RawIds(const auto& args, std::int64_t token, int from) {
     const int count = token < args.num_tokens ? args.shape.num_topk - from : 0;
     const std::int64_t first = token * args.shape.num_topk + from;
 #pragma unroll
@@ -87,7 +86,7 @@ struct RawIds {
   }
 };
 
-__device__ inline SomeIds some_ids(const StepArgs& args, const RawIds& raw) {
+__device__ inline SomeIds some_ids(const auto& args, const RawIds& raw) {
   constexpr int kSize = SomeIds::kSize;
   std::int64_t ids[kSize];
 #pragma unroll
@@ -107,7 +106,7 @@ __device__ inline SomeIds some_ids(const StepArgs& args, const RawIds& raw) {
   }
   return some;
 }
-__device__ inline SomeIds load_ids(const StepArgs& args, std::int64_t token, int from) {
+__device__ inline SomeIds load_ids(const auto& args, std::int64_t token, int from) {
   return some_ids(args, RawIds(args, token, from));
 }
 
@@ -275,7 +274,7 @@ struct RawRouteIds {
   RawIds first;
   std::int32_t own;
 
-  __device__ RawRouteIds(const StepArgs& args, std::int64_t token)
+  __device__ RawRouteIds(const auto& args, std::int64_t token)
       : first(args, is_needed(args, token) ? threadIdx.x : args.num_tokens, 0),
         own(load_own(args, token, threadIdx.x)) {}
   /// The last block counts without a token, too.
@@ -293,9 +292,9 @@ struct RouteIds {
   SomeIds first;
   std::int32_t own;
 
-  __device__ RouteIds(const StepArgs& args, const RawRouteIds& raw)
+  __device__ RouteIds(const auto& args, const RawRouteIds& raw)
       : first(some_ids(args, raw.first)), own(raw.own) {}
-  __device__ RouteIds(const StepArgs& args, std::int64_t token)
+  __device__ RouteIds(const auto& args, std::int64_t token)
       : RouteIds(args, RawRouteIds(args, token)) {}
 };
 

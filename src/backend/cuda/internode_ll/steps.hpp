@@ -77,6 +77,11 @@ struct StepArgs {
     local_experts = per_rank;
     rank_factor = ((std::uint64_t{1} << 32) + per_rank - 1) / per_rank;
   }
+  /// Ids of a token that are as many as a thread loads at once, and aligned for that.
+  static constexpr int kWholeIds = 8;
+  DEEP_EP_HD bool loads_whole_ids() const {
+    return shape.num_topk == kWholeIds && reinterpret_cast<std::uintptr_t>(topk_idx.data) % 16 == 0;
+  }
   DEEP_EP_HD int rank_of(int expert) const {
     return static_cast<int>(static_cast<std::uint64_t>(expert) * rank_factor >> 32);
   }

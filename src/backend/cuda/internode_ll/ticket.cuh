@@ -44,27 +44,6 @@ unsigned num_blocks(const Args& args, int num_sms, int shared) {
       {std::int64_t{num_sms} * std::max(here, 1), likely, most, LowLatencyState::kMaxBlocks}));
 }
 
-/// What a kernel is compiled for. Both special forms are for fewer than 32 experts a token and at
-/// most 32 ranks, so that a warp holds them: less code, which a kernel that runs once has to fetch
-/// from afar.
-enum class Form : std::uint8_t { kAny, kExpertMajor, kRankMajor };
-
-/// The arguments of a step, and what is known of them when it is compiled.
-template <class Args, Form kForm>
-struct Formed : Args {
-  static constexpr bool kFew = kForm != Form::kAny;
-  static constexpr bool kRankMajor = kForm == Form::kRankMajor;
-  __device__ bool is_rank_major() const {
-    if constexpr (kForm == Form::kAny) return Args::rank_major;
-    return kRankMajor;
-  }
-};
-
-inline Form form_of(const StepArgs& args) {
-  if (args.shape.num_topk >= 32 || args.shape.num_ranks > 32) return Form::kAny;
-  return args.rank_major ? Form::kRankMajor : Form::kExpertMajor;
-}
-
 /// Whether a warp that takes 32 of `count` at a time takes those from `base` on.
 template <class Args>
 __device__ bool takes_from(const Args&, int base, int count) {
@@ -294,7 +273,14 @@ __device__ inline void scrub(const StepArgs& args, int part, std::uint64_t ticke
 __device__ inline bool keeps_books() { return blockIdx.x == 0; }
 // The last one counts over all tokens, for the other ranks.
 __device__ inline bool counts_for_others() { return blockIdx.x == gridDim.x - 1; }
-__device__ inline std::int64_t first_token() { return (blockIdx.x + gridDim.x - 1) % gridDim.x; }
+__device__ inline std::int64_t first_token() {
+  return keeps_books() ? gridDim.x - 1 : blockIdx.x - 1;
+}
+/// The same of what comes behind `taken` others, which the first blocks after block 0 have.
+__device__ inline unsigned first_behind(unsigned taken) {
+  const unsigned skipped = taken + 1 < gridDim.x ? taken + 1 : (taken + 1) % gridDim.x;
+  return blockIdx.x >= skipped ? blockIdx.x - skipped : blockIdx.x + gridDim.x - skipped;
+}
 
 /// By one warp of block 0, before anything that waits: tells the sources what earlier kernels of
 /// this rank have received. So a ticket's memory is read for the last time before its reader's next

@@ -174,7 +174,7 @@ struct RawWeightIds {
   RawRouteIds ids;
   float weight;
 
-  __device__ RawWeightIds(const CombineArgs& args, std::int64_t token)
+  __device__ RawWeightIds(const auto& args, std::int64_t token)
       : ids(args, token),
         weight(threadIdx.x < static_cast<unsigned>(args.shape.num_topk) &&
                        token < args.num_tokens && args.topk_weights != nullptr
@@ -185,7 +185,7 @@ struct WeightIds {
   RouteIds ids;
   float weight;
 
-  __device__ WeightIds(const CombineArgs& args, const RawWeightIds& raw)
+  __device__ WeightIds(const auto& args, const RawWeightIds& raw)
       : ids(args, raw.ids), weight(raw.weight) {}
 };
 
@@ -197,14 +197,19 @@ __device__ inline bool send_all_weights(const auto& args, const Ticket& ticket, 
     const std::int64_t token = slice >> args.slice_shift;
     // Weights are sent once.
     const bool leads = (slice & ((1 << args.slice_shift) - 1)) == 0;
-    __syncthreads();  // the last route has been read
-    if (!find_route(args, token, loaded.ids, good, route)) return false;
+    if constexpr (std::remove_cvref_t<decltype(args)>::kFewTokens) {
+      if (!good) return false;  // the route is known, and all threads say the same
+    } else {
+      __syncthreads();  // the last route has been read
+      if (!find_route(args, token, loaded.ids, good, route)) return false;
+    }
     if (warp_id() == 0) {
       good = (args.kFew ? send_few_weights(args, ticket, token, loaded.weight, leads, route)
                         : send_weights(args, ticket, token, loaded.weight, leads, route)) &&
              good;
       if (leads) put_weights(args, ticket, route);
     }
+    if (args.kFewTokens) break;
     slice += gridDim.x;
     const std::int64_t next = slice >> args.slice_shift;
     if (next < args.num_tokens) loaded = WeightIds(args, RawWeightIds(args, next));

@@ -15,7 +15,6 @@ template <class Wire>
 struct WireRows {
   // A row has to be coded as all are.
   static constexpr bool kKeepsOwn = false;
-  static constexpr bool kSlices = false;
 
   static __device__ std::int64_t x_bytes(const CombineArgs& args) { return 2 * args.hidden; }
 
@@ -102,8 +101,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSm<Args>)
 
 template <int kFormat, class Args>
 cudaError_t launch_format(const Args& args, int num_sms, cudaStream_t stream) {
-  return launch_combine_kernel<combine<kFormat, Args>, RowsOf<kFormat>, Form::kAny>(args, num_sms,
-                                                                                    stream);
+  return launch_combine_kernel<combine<kFormat, Args>, Form::kAny>(
+      args, num_blocks(args, num_sms, 1), stream);
 }
 
 template <class Args>
