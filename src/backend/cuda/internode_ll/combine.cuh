@@ -226,6 +226,8 @@ __device__ __noinline__ void fill_nan(const auto& args) {
 /// A kernel: sends, receives, or both.
 template <class Rows>
 __device__ void run_combine(const auto& args) {
+  // Of few tokens: what comes behind finds its place and its first code meanwhile.
+  if constexpr (std::remove_cvref_t<decltype(args)>::kFewTokens) allow_kernel_behind();
   wait_for_kernel_before();
   // All that the first token needs is on its way before anything is waited for.
   const bool begins = args.kFewTokens || (args.is_rank_major() ? args.receives : args.sends);

@@ -193,6 +193,8 @@ __device__ bool send(const Args& args, const Ticket& ticket, bool good, const Ro
 template <bool kQuantize, Form kForm, class Args>
 __global__ void __launch_bounds__(kThreads, kBlocksAnSm<Args>)
     dispatch(const __grid_constant__ Formed<Args, kForm> args) {
+  // Of few tokens: what comes behind finds its place and its first code meanwhile.
+  if constexpr (std::remove_cvref_t<decltype(args)>::kFewTokens) allow_kernel_behind();
   wait_for_kernel_before();
   // All that the first token needs is on its way before anything is waited for.
   const std::int64_t number = args.sends ? first_slice() : args.num_tokens << args.slice_shift;

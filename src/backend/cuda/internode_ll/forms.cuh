@@ -38,7 +38,7 @@ struct Formed : Args {
 /// Of a kernel of so many blocks. `packeted`: this rank's rows travel in packets.
 inline Form form_of(const StepArgs& args, unsigned blocks, bool packeted) {
   if (args.shape.num_topk >= 32 || args.shape.num_ranks > 32) return Form::kAny;
-  const bool few = packeted && args.num_tokens <= 32 && args.loads_whole_ids() &&
+  const bool few = packeted && args.num_tokens <= 64 && args.loads_whole_ids() &&
                    args.num_tokens << args.slice_shift <= blocks;
   if (args.rank_major) return few ? Form::kFewRankMajor : Form::kRankMajor;
   return few ? Form::kFewExpertMajor : Form::kExpertMajor;

@@ -35,7 +35,7 @@ __device__ inline bool find_route_in_lanes(const auto& args, std::int64_t token,
   bool good = true;
 #pragma unroll 1
   for (std::int64_t base = 0; base < args.num_tokens; base += 32) {
-    const SomeIds some = args.kFewTokens || base == 0 ? ids.first : load_ids(args, base + lane, 0);
+    const SomeIds some = base == 0 ? ids.first : load_ids(args, base + lane, 0);
     if (!some.good) raise_bad_id(args, base + lane);
     good = good && some.good;
     if (base >= token) continue;
