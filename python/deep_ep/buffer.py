@@ -3,7 +3,6 @@
 import atexit
 import sys
 import weakref
-from pathlib import Path
 
 from . import _C
 from ._arrays import library_of, library_of_dtype
@@ -116,8 +115,9 @@ class Buffer(LowLatency, Rows):
 
     @staticmethod
     def is_sm90_compiled():
-        """True if this package has the library's part for GPUs, which is of sm_90 and newer."""
-        return Path(_C.__file__).with_name("libdeep_ep_cuda.so").exists()
+        """True if the library's part for GPUs, which is of sm_90 and newer, is found where a Buffer
+        looks for it, and loads. Needs no GPU."""
+        return _C.has_cuda_parts()
 
     @staticmethod
     def set_num_sms(new_num_sms):

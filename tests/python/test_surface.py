@@ -3,6 +3,8 @@
 import ast
 import importlib
 import inspect
+import os
+import shutil
 import subprocess
 import sys
 import typing
@@ -97,9 +99,9 @@ def test_the_version_is_that_of_the_library():
     assert deep_ep.__version__ == ".".join(numbers)
 
 
-def in_fresh_python(code):
+def in_fresh_python(code, **variables):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                          timeout=60).stdout
+                          timeout=60, env={**os.environ, **variables}).stdout
 
 
 def test_importing_is_quick_and_brings_in_neither_torch_nor_numpy():
@@ -196,5 +198,28 @@ def test_events_without_a_gpu_have_happened():
     assert deep_ep.EventOverlap().event is None
 
 
-def test_whether_gpus_are_served_can_be_asked():
-    assert isinstance(deep_ep.Buffer.is_sm90_compiled(), bool)
+@pytest.fixture(scope="module")
+def part_for_gpus(tmp_path_factory):
+    """A library that a Buffer takes for the part for GPUs until it uses it."""
+    compiler = shutil.which("cc") or pytest.skip("no C compiler")
+    file = tmp_path_factory.mktemp("part") / "libdeep_ep_cuda.so"
+    subprocess.run([compiler, "-shared", "-fPIC", "-x", "c", "-o", file, "-"], check=True,
+                   text=True, input="void *deep_ep_cuda_parts(void) { return deep_ep_cuda_parts; }")
+    return file
+
+
+@pytest.mark.parametrize("place", [None, "deep_ep", "lib", "elsewhere", "no library"])
+def test_gpus_are_served_if_their_part_loads_from_where_buffers_look(part_for_gpus, tmp_path,
+                                                                    place):
+    package = shutil.copytree(Path(deep_ep.__file__).parent, tmp_path / "deep_ep")
+    (package / part_for_gpus.name).unlink(missing_ok=True)
+    if place == "no library":
+        (package / part_for_gpus.name).write_text("not to be loaded")
+    elif place is not None:
+        (tmp_path / place).mkdir(exist_ok=True)
+        shutil.copy(part_for_gpus, tmp_path / place)
+    out = in_fresh_python("import deep_ep; print(deep_ep.__file__, "
+                          "deep_ep.Buffer.is_sm90_compiled())",
+                          PYTHONPATH=str(tmp_path), LD_LIBRARY_PATH=str(tmp_path / "elsewhere"))
+    served = place not in (None, "no library")
+    assert out.split() == [str(package / "__init__.py"), str(served)]
