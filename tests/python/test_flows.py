@@ -1,5 +1,5 @@
-"""What test programs for DeepEP do from beginning to end, written from their description: every form
-of a call on one Buffer, their checks, their bounds, and ranks that leave on the way."""
+"""What test programs for DeepEP do from beginning to end, written from their description: every
+form of a call on one Buffer, their checks, their bounds, and ranks that leave on the way."""
 
 import itertools
 
