@@ -61,9 +61,10 @@ gpu_python() {
     $venv/bin/pip install -q --target $folder pytest || return
   ldd $folder/deep_ep/*.so | awk '/=> .*libhwy/ {print $3}' | sort -u |
     xargs -r cp -Lt $folder/deep_ep
-  # Laid out as in the sources, since tests look for the examples.
-  mkdir -p build/gpu/tests build/gpu/examples
+  # Laid out as in the sources, since tests look for examples and the code in the documentation.
+  mkdir -p build/gpu/tests build/gpu/examples build/gpu/docs
   cp -r tests/python build/gpu/tests/
+  cp README.md build/gpu/ && cp docs/python.md build/gpu/docs/
   cp -r examples/python examples/data build/gpu/examples/
   cp pyproject.toml build/gpu/
 }

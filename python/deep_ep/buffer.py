@@ -79,7 +79,7 @@ class Buffer(LowLatency, Rows):
         """
         group_or_comm = comm if group is None else group
         if group_or_comm is None:
-            raise TypeError("group is None and so is comm; one of them is needed")
+            raise ValueError("group is None and so is comm; one of them is needed")
         self.group = group_or_comm
         self.rank, self.group_size = rank_and_size(group_or_comm)
         self.num_nvl_bytes = num_nvl_bytes

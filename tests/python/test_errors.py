@@ -154,8 +154,10 @@ def _destroyed(group):
     arguments = dispatch_arguments(buffer, one)
     got = buffer.dispatch(**arguments)
     kept = got[0].clone()
+    assert buffer.runtime.is_available()
     buffer.destroy()
     buffer.destroy()
+    assert not buffer.runtime.is_available()
     assert _error_of(lambda: buffer.dispatch(**arguments)).code == "usage"
     assert torch.equal(got[0], kept)
     got[0].zero_()
@@ -179,7 +181,7 @@ def _broken_gather(group):
         deep_ep.Buffer(_NoGather(), 1 << 20)
     with pytest.raises(TypeError, match="no rank and size"):
         deep_ep.Buffer(object(), 1 << 20)
-    with pytest.raises(TypeError, match="group is None and so is comm"):
+    with pytest.raises(ValueError, match="group is None and so is comm"):  # as DeepEP has it
         deep_ep.Buffer(None)
     with pytest.raises(ValueError, match="device is 'tpu'"):
         deep_ep.Buffer(group, device="tpu")
