@@ -1,5 +1,6 @@
 """What is refused, how, and what stays usable."""
 
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -96,6 +97,39 @@ def _refused_on_one(group):
 
 def test_a_refusal_of_one_rank_is_known_to_all(ranks):
     (code, blamed), (own_code, _) = ranks.run(2, _refused_on_one)
+    assert (code, blamed, own_code) == ("peer failed", [1], "invalid argument")
+
+
+# What DeepEP asserts as well: arguments of one rank's dispatch, and what is said of them.
+WRONG = {
+    "ids beside a handle": (lambda one, handle: {"x": one.x, "handle": handle,
+                                                 "topk_idx": one.topk_idx},
+                            "topk_idx is .*, it must not be given together with handle"),
+    "memory of a stream without events": (lambda one, handle: {"x": one.x, "handle": handle,
+                                                               "allocate_on_comm_stream": True},
+                                          "which needs previous_event and async_finish"),
+    "rows that do not lie one behind the other": (
+        lambda one, handle: {"x": one.x.t().contiguous().t(), "handle": handle},
+        "x is .*, it must be contiguous"),
+}
+
+
+def _wrong_on_one(group, name):
+    change, text = WRONG[name]
+    buffer = _buffer(group)
+    one = make_inputs(group.size(), experts=2 * group.size())[group.rank()]
+    handle = buffer.dispatch(**dispatch_arguments(buffer, one))[4]
+    torch.distributed.barrier(group)
+    given = change(one, handle) if group.rank() == 1 else {"x": one.x, "handle": handle}
+    error = _error_of(lambda: _completed(buffer, buffer.dispatch, **given))
+    assert re.search(text, str(error)), error
+    buffer.destroy()
+    return error.code, error.ranks
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_one_rank_does_wrong_is_named_on_all(ranks, name):
+    (code, blamed), (own_code, _) = ranks.run(2, _wrong_on_one, name)
     assert (code, blamed, own_code) == ("peer failed", [1], "invalid argument")
 
 

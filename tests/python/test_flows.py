@@ -17,10 +17,24 @@ TOKENS, HIDDEN, TOPK, LOCAL = 32, 1024, 4, 3
 OFFSET = 128  # rows of rank r are r - OFFSET all over, but for their last 128 values
 
 
+def _in_bfloat16(group, function, *arguments):
+    """As in those programs, whose new tensors are bfloat16 unless they say more."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        return function(group, *arguments)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _noise(shape, generator):
+    return torch.randn(shape, generator=generator, dtype=torch.float32)
+
+
 def _gate(rank, num_experts, seed=0):
     """Distinct experts for each token, as float32 scores say."""
     generator = torch.Generator().manual_seed(1000 * seed + rank)
-    scores = torch.randn((TOKENS, num_experts), generator=generator).abs() + 1
+    scores = _noise((TOKENS, num_experts), generator).abs() + 1
     ids = scores.topk(TOPK, dim=-1, sorted=False)[1].to(deep_ep.topk_idx_t)
     return ids.to(routing.DEVICE), generator
 
@@ -77,7 +91,7 @@ def _exchange(buffer, config, payload, arguments, case):
     again = {"x": payload, "handle": got[4], "config": config, "async_finish": asynchronous}
     if "previous_event" in arguments:
         again["previous_event"] = buffer.capture()
-    cached = buffer.dispatch(**again)
+    cached = buffer.dispatch(**again, num_worst_tokens=TOKENS)  # of no account
     cached[5].current_stream_wait() if asynchronous else None
     assert same(_plain(cached[0]), rows)
     home = {**again, "x": rows, "topk_weights": weights}
@@ -108,10 +122,10 @@ def _high_throughput(group):
         dist.all_reduce(one, group=group)
 
     constant = torch.full((TOKENS, HIDDEN), rank, dtype=torch.bfloat16, device=routing.DEVICE)
-    noise = torch.randn((TOKENS, HIDDEN), generator=generator).bfloat16().to(routing.DEVICE)
+    noise = _noise((TOKENS, HIDDEN), generator).bfloat16().to(routing.DEVICE)
     values, scales = per_token_cast_to_fp8(constant)
-    constant_weights = torch.full((TOKENS, TOPK), float(rank), device=routing.DEVICE)
-    weights = torch.randn((TOKENS, TOPK), generator=generator).to(routing.DEVICE)
+    constant_weights = torch.full((TOKENS, TOPK), rank, dtype=torch.float32, device=routing.DEVICE)
+    weights = _noise((TOKENS, TOPK), generator).to(routing.DEVICE)
     config = deep_ep.Config(24, 8, 256)
     for previous, asynchronous, payload, with_topk in itertools.product(
             (False, True), (False, True), (noise, constant, (values, scales.T.contiguous().T)),
@@ -152,7 +166,7 @@ def _tune(buffer, payloads, layout):
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_the_high_throughput_program_passes(ranks, size):
-    ranks.run(size, _high_throughput)
+    ranks.run(size, _in_bfloat16, _high_throughput)
 
 
 # -- low latency
@@ -215,15 +229,15 @@ class _LowLatency:
 
     def inputs(self, seed):
         self.ids, generator = _gate(self.rank, LOCAL * self.size, seed)
-        self.weights = torch.randn((TOKENS, TOPK), generator=generator).abs().to(routing.DEVICE)
+        self.weights = _noise((TOKENS, TOPK), generator).abs().to(routing.DEVICE)
         for at in torch.randint(0, TOKENS * TOPK, (10,), generator=generator):
             self.ids.view(-1)[at] = -1
         self.everyone = [None] * self.size
         dist.all_gather_object(self.everyone, self.ids.cpu(), group=self.group)
         x = torch.full((TOKENS, HIDDEN), self.rank - OFFSET, dtype=torch.bfloat16)
         x[:, -128:] = torch.arange(TOKENS).bfloat16().view(-1, 1)
-        noise = torch.randn((TOKENS, HIDDEN), generator=generator) * 0.1
-        return x.to(routing.DEVICE), noise.bfloat16().to(routing.DEVICE)
+        noise = (_noise((TOKENS, HIDDEN), generator) * 0.1).bfloat16()
+        return x.to(routing.DEVICE), noise.to(routing.DEVICE)
 
     def chosen(self, expert):
         return [0 if rank in self.leaving.masked else (ids == expert).sum().item()
@@ -307,9 +321,9 @@ def _low_latency(group, use_logfmt, shrink):
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("use_logfmt", [False, True])
 def test_the_low_latency_program_passes(ranks, size, use_logfmt):
-    ranks.run(size, _low_latency, use_logfmt, False)
+    ranks.run(size, _in_bfloat16, _low_latency, use_logfmt, False)
 
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_the_low_latency_program_passes_while_ranks_leave(ranks, size):
-    ranks.run(size, _low_latency, False, True)
+    ranks.run(size, _in_bfloat16, _low_latency, False, True)

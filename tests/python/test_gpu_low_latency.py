@@ -29,7 +29,7 @@ def _profiled_hooks(group):
     buffer = buffer_of(group)
     one = inputs_of(group, tokens=16)
 
-    rows = torch.ones((2, 16, 1024), dtype=torch.bfloat16, device="cuda")
+    rows = torch.ones((2, 16 * group.size(), 1024), dtype=torch.bfloat16, device="cuda")
 
     def step():
         got = buffer.low_latency_dispatch(one.x, one.topk_idx, 16, one.experts,
