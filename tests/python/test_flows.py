@@ -17,14 +17,16 @@ TOKENS, HIDDEN, TOPK, LOCAL = 32, 1024, 4, 3
 OFFSET = 128  # rows of rank r are r - OFFSET all over, but for their last 128 values
 
 
-def _in_bfloat16(group, function, *arguments):
-    """As in those programs, whose new tensors are bfloat16 unless they say more."""
+def _as_there(group, function, *arguments):
+    """New tensors are bfloat16 and on the device unless they say more."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_device(routing.DEVICE)
     try:
         return function(group, *arguments)
     finally:
         torch.set_default_dtype(before)
+        torch.set_default_device(None)
 
 
 def _noise(shape, generator):
@@ -33,10 +35,10 @@ def _noise(shape, generator):
 
 def _gate(rank, num_experts, seed=0):
     """Distinct experts for each token, as float32 scores say."""
-    generator = torch.Generator().manual_seed(1000 * seed + rank)
+    generator = torch.Generator(routing.DEVICE).manual_seed(1000 * seed + rank)
     scores = _noise((TOKENS, num_experts), generator).abs() + 1
     ids = scores.topk(TOPK, dim=-1, sorted=False)[1].to(deep_ep.topk_idx_t)
-    return ids.to(routing.DEVICE), generator
+    return ids, generator
 
 
 # -- high throughput
@@ -121,11 +123,11 @@ def _high_throughput(group):
     for one in (per_rank, per_expert):
         dist.all_reduce(one, group=group)
 
-    constant = torch.full((TOKENS, HIDDEN), rank, dtype=torch.bfloat16, device=routing.DEVICE)
-    noise = _noise((TOKENS, HIDDEN), generator).bfloat16().to(routing.DEVICE)
+    constant = torch.full((TOKENS, HIDDEN), rank, dtype=torch.bfloat16)
+    noise = _noise((TOKENS, HIDDEN), generator).bfloat16()
     values, scales = per_token_cast_to_fp8(constant)
-    constant_weights = torch.full((TOKENS, TOPK), rank, dtype=torch.float32, device=routing.DEVICE)
-    weights = _noise((TOKENS, TOPK), generator).to(routing.DEVICE)
+    constant_weights = torch.full((TOKENS, TOPK), rank, dtype=torch.float32)
+    weights = _noise((TOKENS, TOPK), generator)
     config = deep_ep.Config(24, 8, 256)
     for previous, asynchronous, payload, with_topk in itertools.product(
             (False, True), (False, True), (noise, constant, (values, scales.T.contiguous().T)),
@@ -166,7 +168,7 @@ def _tune(buffer, payloads, layout):
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_the_high_throughput_program_passes(ranks, size):
-    ranks.run(size, _in_bfloat16, _high_throughput)
+    ranks.run(size, _as_there, _high_throughput)
 
 
 # -- low latency
@@ -188,7 +190,7 @@ class _Leaving:
 
     def check(self, buffer):
         if self.enabled:
-            status = torch.zeros(self._size, dtype=torch.int, device=routing.DEVICE)
+            status = torch.zeros(self._size, dtype=torch.int)
             buffer.low_latency_query_mask_buffer(status)
             assert set(status.nonzero().squeeze(-1).tolist()) == self.masked
 
@@ -229,7 +231,7 @@ class _LowLatency:
 
     def inputs(self, seed):
         self.ids, generator = _gate(self.rank, LOCAL * self.size, seed)
-        self.weights = _noise((TOKENS, TOPK), generator).abs().to(routing.DEVICE)
+        self.weights = _noise((TOKENS, TOPK), generator).abs()
         for at in torch.randint(0, TOKENS * TOPK, (10,), generator=generator):
             self.ids.view(-1)[at] = -1
         self.everyone = [None] * self.size
@@ -237,7 +239,7 @@ class _LowLatency:
         x = torch.full((TOKENS, HIDDEN), self.rank - OFFSET, dtype=torch.bfloat16)
         x[:, -128:] = torch.arange(TOKENS).bfloat16().view(-1, 1)
         noise = (_noise((TOKENS, HIDDEN), generator) * 0.1).bfloat16()
-        return x.to(routing.DEVICE), noise.to(routing.DEVICE)
+        return x, noise
 
     def chosen(self, expert):
         return [0 if rank in self.leaving.masked else (ids == expert).sum().item()
@@ -246,7 +248,7 @@ class _LowLatency:
     def dispatch(self, x, constant, hook, form, times):
         use_fp8, round_scale, use_ue8m0 = form
         for _ in range(times):
-            stats = torch.zeros(LOCAL, dtype=torch.int, device=routing.DEVICE)
+            stats = torch.zeros(LOCAL, dtype=torch.int)
             recv_x, count, handle, event, receive = self.buffer.low_latency_dispatch(
                 x, self.ids, TOKENS, LOCAL * self.size, use_fp8=use_fp8, round_scale=round_scale,
                 use_ue8m0=use_ue8m0, cumulative_local_expert_recv_stats=stats,
@@ -286,7 +288,7 @@ class _LowLatency:
             self.leaving.check(self.buffer)
             masked = [expert for rank in self.leaving.masked
                       for expert in range(rank * LOCAL, (rank + 1) * LOCAL)]
-            gone = torch.isin(self.ids, torch.tensor([-1, *masked], device=self.ids.device))
+            gone = torch.isin(self.ids, torch.tensor([-1, *masked]))
             wanted = x.float() * self.weights.masked_fill(gone, 0).sum(1, keepdim=True)
             assert combined is out and not combined.isnan().any()
             if not form[1]:
@@ -321,9 +323,9 @@ def _low_latency(group, use_logfmt, shrink):
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("use_logfmt", [False, True])
 def test_the_low_latency_program_passes(ranks, size, use_logfmt):
-    ranks.run(size, _in_bfloat16, _low_latency, use_logfmt, False)
+    ranks.run(size, _as_there, _low_latency, use_logfmt, False)
 
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_the_low_latency_program_passes_while_ranks_leave(ranks, size):
-    ranks.run(size, _in_bfloat16, _low_latency, False, True)
+    ranks.run(size, _as_there, _low_latency, False, True)
