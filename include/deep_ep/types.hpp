@@ -44,6 +44,10 @@ DEEP_EP_API const char* to_string(DeviceType type);
 /// without the CUDA parts of this library or without a driver. Never throws.
 DEEP_EP_API int num_devices(DeviceType type) noexcept;
 
+/// Whether this library has its parts for devices of a type, found and loadable, be there devices
+/// or not. Never throws; loads the parts, and asks no driver.
+DEEP_EP_API bool has_parts(DeviceType type) noexcept;
+
 /// For people: a line for each device, and one for each pair of GPUs that says whether their ranks
 /// can exchange, and if not why; or one line that says why there are none. Never throws.
 DEEP_EP_API std::vector<std::string> describe_devices(DeviceType type) noexcept;

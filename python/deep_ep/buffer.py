@@ -3,7 +3,6 @@
 import atexit
 import sys
 import weakref
-from pathlib import Path
 
 from . import _C
 from ._arrays import library_of, library_of_dtype
@@ -80,7 +79,7 @@ class Buffer(LowLatency, Rows):
         """
         group_or_comm = comm if group is None else group
         if group_or_comm is None:
-            raise TypeError("group is None and so is comm; one of them is needed")
+            raise ValueError("group is None and so is comm; one of them is needed")
         self.group = group_or_comm
         self.rank, self.group_size = rank_and_size(group_or_comm)
         self.num_nvl_bytes = num_nvl_bytes
@@ -116,8 +115,9 @@ class Buffer(LowLatency, Rows):
 
     @staticmethod
     def is_sm90_compiled():
-        """True if this package has the library's part for GPUs, which is of sm_90 and newer."""
-        return Path(_C.__file__).with_name("libdeep_ep_cuda.so").exists()
+        """True if the library's part for GPUs, which is of sm_90 and newer, is found where a Buffer
+        looks for it, and loads. Needs no GPU."""
+        return _C.has_cuda_parts()
 
     @staticmethod
     def set_num_sms(new_num_sms):
@@ -232,7 +232,8 @@ class Buffer(LowLatency, Rows):
         `x`: [N, H], rows of a multiple of 16 bytes, or a pair with scales [N, S] float32 or int32
         of any strides. Either the layout is given, usually with `topk_idx` and `topk_weights`
         float32 [N, K], or `handle` of an earlier dispatch, which moves `x` alone as that one did.
-        `num_worst_tokens` > 0: results have so many rows, and the call does not wait for counts.
+        `num_worst_tokens` > 0: results have so many rows, and the call does not wait for counts;
+        a handle knows its rows, so with one the number is not looked at.
 
         By keyword only: `num_experts`, with `topk_idx`, in place of a layout; `prepared`, from
         prepare_dispatch, in place of counting; `recv_x` (a pair if `x` is one), `recv_topk_idx` and
@@ -261,9 +262,11 @@ class Buffer(LowLatency, Rows):
     def _dispatch(self, x, handle, layout, topk, numbers, config, stats, when, extras):
         x, x_scales = x if isinstance(x, tuple) else (x, None)
         library = library_of(x, "x")
+        if handle is not None:
+            layout, numbers = _NO_LAYOUT, (numbers[0], 0)
         recv_x, recv_scales, ids, weights, counts, new_handle, event, more = self.runtime.dispatch(
-            library.native, (x, x_scales), topk, handle, layout if handle is None else _NO_LAYOUT,
-            numbers, self._config_values(config, True), stats,
+            library.native, (x, x_scales), topk, handle, layout, numbers,
+            self._config_values(config, True), stats,
             () if when == _PLAIN else self._options(*when),
             None if extras is None else extras.values())
         if x_scales is not None:

@@ -25,6 +25,7 @@ NB_MODULE(_C, module) {
   bind_buffers(module);
   module.attr("__version__") = deep_ep::version();
   module.def("num_cuda_devices", [] { return deep_ep::num_devices(deep_ep::DeviceType::kCuda); });
+  module.def("has_cuda_parts", [] { return deep_ep::has_parts(deep_ep::DeviceType::kCuda); });
   module.def("describe_cuda_devices",
              [] { return deep_ep::describe_devices(deep_ep::DeviceType::kCuda); });
 }

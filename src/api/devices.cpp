@@ -15,6 +15,17 @@ int num_devices(DeviceType type) noexcept {
   }
 }
 
+bool has_parts(DeviceType type) noexcept {
+  if (type == DeviceType::kHost) return true;
+  try {
+    (void)cuda_parts();
+    return true;
+  } catch (const Error& error) {
+    log::debug("no CUDA parts: {}", error.what());
+    return false;
+  }
+}
+
 std::vector<std::string> describe_devices(DeviceType type) noexcept {
   if (type == DeviceType::kHost) return {"host: the CPU"};
   try {

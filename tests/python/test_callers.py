@@ -115,13 +115,14 @@ def _megatron(group):
 
 def _sglang(group):
     """Three by position, more by keyword; a configuration out of JSON."""
-    size = group.size()
+    rank, size = group.rank(), group.size()
     buffer = deep_ep.Buffer(group, 1 << 20, 0, low_latency_mode=False, num_qps_per_rank=24,
                             allow_mnnvl=True)
-    assert (buffer.low_latency_mode, buffer.rank, buffer.group_size) == (False, group.rank(), size)
+    assert (buffer.low_latency_mode, buffer.rank, buffer.group_size) == (False, rank, size)
     config = deep_ep.Config(**{"num_sms": 16, "num_max_nvl_chunked_send_tokens": 12,
                                "num_max_nvl_chunked_recv_tokens": 512})
-    one = make_inputs(size, experts=2 * size)[group.rank()]
+    everyone = make_inputs(size, experts=2 * size)
+    one = everyone[rank]
     previous = deep_ep.Buffer.capture()
     per_rank, per_node, per_expert, in_rank, event = buffer.get_dispatch_layout(
         one.topk_idx, one.experts, previous_event=previous, async_finish=True,
@@ -132,7 +133,7 @@ def _sglang(group):
                           previous_event=event, async_finish=True, allocate_on_comm_stream=True,
                           expert_alignment=128, config=config)
     got[5].current_stream_wait()
-    assert all(count % 128 == 0 for count in got[3])
+    assert got[3] == [-(-count // 128) * 128 for count in Expected(everyone, rank).per_expert]
     combined, _, event = buffer.combine(got[0], got[4], async_finish=True, config=config,
                                         previous_event=deep_ep.Buffer.capture(),
                                         allocate_on_comm_stream=True)
@@ -198,8 +199,9 @@ def _other_groups(group):
 
 
 def _lmdeploy(group):
-    with pytest.raises(TypeError, match="num_nvl_peers"):
-        deep_ep.Buffer(group, 1 << 20, 0, num_nvl_peers=8)
+    for fork in ("num_nvl_peers", "is_intranode"):
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{fork}'"):
+            deep_ep.Buffer(group, 1 << 20, 0, **{fork: 1})
     buffer = deep_ep.Buffer(group, 1 << 20, 0, low_latency_mode=False,
                             num_qps_per_rank=deep_ep.Buffer.num_sms / 2)  # a float
     buffer.set_num_sms(14)  # on an instance

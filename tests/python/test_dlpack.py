@@ -41,8 +41,8 @@ def _round_trip(group):
     buffer.destroy()
 
 
-def test_arrays_of_others_come_through_dlpack(cpu_ranks):
-    cpu_ranks.run(2, _round_trip)
+def test_arrays_of_others_come_through_dlpack(ranks):
+    ranks.run(2, _round_trip)
 
 
 class Unreadable(Foreign):
@@ -61,10 +61,10 @@ def _refused(group):
     # NumPy's are no foreign ones, whether or not one has been seen before.
     _arrays._libraries.pop("numpy", None)
     with pytest.raises(TypeError, match="numpy.ndarray, must be torch.Tensor"):
-        buffer.dispatch(**{**arguments, "topk_weights": one.topk_weights.numpy()})
+        buffer.dispatch(**{**arguments, "topk_weights": one.topk_weights.cpu().numpy()})
     buffer.dispatch(**arguments)
     buffer.destroy()
 
 
-def test_what_dlpack_does_not_give_is_a_type_error(cpu_ranks):
-    cpu_ranks.run(2, _refused)
+def test_what_dlpack_does_not_give_is_a_type_error(ranks):
+    ranks.run(2, _refused)

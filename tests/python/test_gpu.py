@@ -11,6 +11,7 @@ import torch
 import deep_ep
 from deep_ep._arrays import library_of_name
 from deep_ep._cuda import CudaMemory
+from deep_ep.utils.testing import bench_kineto
 from routing import (captured, dispatch_arguments, kept_weights, layout_of, make_inputs, same,
                      weighted)
 
@@ -318,26 +319,43 @@ def test_calls_are_of_the_current_stream(gpu_ranks):
     gpu_ranks.run(2, _current_stream)
 
 
-def _profiled(group):
-    """One row of the profiler's table for each kind of kernel, as DeepEP's tests look for them."""
+def _rows_with(words, call, group):
+    """How many rows of the profiler's table have each of the words, for rows of any origin."""
     from torch.profiler import ProfilerActivity, profile
+    call()
+    torch.cuda.synchronize()
+    torch.distributed.barrier(group)
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(3):
+            call()
+        torch.cuda.synchronize()
+    table = profiler.key_averages().table(sort_by="cuda_time_total", max_name_column_width=100)
+    counts = tuple(sum(word in row for row in table.split("\n")) for word in words)
+    return counts, table
+
+
+def _profiled(group, notify_of_handles):
+    """One row for each kind of kernel, where DeepEP's tests look for words in the table. Between
+    nodes they look for `notify` beside a dispatch with a handle and a combine too."""
     buffer = _buffer(group)
     arguments = dispatch_arguments(buffer, _inputs(group))
-    buffer.dispatch(**arguments)
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        for _ in range(5):
-            got = buffer.dispatch(**arguments)
-            buffer.dispatch(arguments["x"], handle=got[4])
-            buffer.combine(got[0], got[4])
-        torch.cuda.synchronize()
-    names = {one.key for one in profiler.key_averages() if "deep_ep" in one.key}
-    for word in ("dispatch", "combine", "notify"):
-        assert len([name for name in names if word in name]) == 1, (word, names)
+    got = buffer.dispatch(**arguments)
+    for wanted, call in (
+            ((1, 0, 1), lambda: buffer.dispatch(**arguments)),
+            ((1, 0, notify_of_handles), lambda: buffer.dispatch(arguments["x"], handle=got[4])),
+            ((0, 1, notify_of_handles), lambda: buffer.combine(got[0], got[4], got[2]))):
+        found, table = _rows_with(("dispatch", "combine", "notify"), call, group)
+        assert found == wanted, table
+    for call, rows in ((buffer.dispatch, arguments["x"]), (buffer.combine, got[0])):
+        names = (call.__name__, "notify")[:1 + notify_of_handles]
+        times = bench_kineto(lambda: call(rows, handle=got[4]), names, num_tests=4)
+        assert len(times) == len(names) and min(times) > 0
     buffer.destroy()
 
 
-def test_profilers_find_one_kernel_of_each_name(gpu_ranks):
-    gpu_ranks.run(1, _profiled)
+@pytest.mark.parametrize("size", [1, 2])
+def test_profilers_find_one_kernel_of_each_name(gpu_ranks, size):
+    gpu_ranks.run(size, _profiled, 0)
 
 
 def _overhead(group):

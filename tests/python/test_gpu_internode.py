@@ -36,6 +36,15 @@ def test_streams_and_memory_are_as_on_one_node(gpu_node_ranks, case):
     gpu_node_ranks.run(2, over_nodes, 1, case)
 
 
+@pytest.mark.parametrize("size, ranks_per_node", [(2, 1), (4, 2)])
+def test_profilers_find_one_kernel_of_each_name(gpu_node_ranks, size, ranks_per_node):
+    gpu_node_ranks.run(size, over_nodes, ranks_per_node, test_gpu._profiled, 1)
+
+
+def test_profilers_find_both_phases_of_low_latency_calls(gpu_node_ranks):
+    gpu_node_ranks.run(2, over_nodes, 1, test_gpu_low_latency._profiled_hooks)
+
+
 def _memory_stays(group):
     buffer = test_gpu._buffer(group)
     one = test_gpu._inputs(group, tokens=8)

@@ -6,6 +6,7 @@ import torch
 import deep_ep
 from deep_ep.utils.testing import bench_kineto
 from routing import make_inputs, same, weighted
+from test_gpu import _rows_with
 
 pytestmark = pytest.mark.gpu
 
@@ -28,7 +29,7 @@ def _profiled_hooks(group):
     buffer = buffer_of(group)
     one = inputs_of(group, tokens=16)
 
-    rows = torch.ones((2, 16, 1024), dtype=torch.bfloat16, device="cuda")
+    rows = torch.ones((2, 16 * group.size(), 1024), dtype=torch.bfloat16, device="cuda")
 
     def step():
         got = buffer.low_latency_dispatch(one.x, one.topk_idx, 16, one.experts,
@@ -40,11 +41,14 @@ def _profiled_hooks(group):
     for names in (("dispatch", "combine"), ("::dispatch", "::combine")):
         phases = bench_kineto(step, names, num_tests=4, num_kernels_per_period=2)
         assert all(len(one) == 2 and min(one) > 0 for one in phases)
+    found, table = _rows_with(("dispatch", "combine", "notify"), step, group)
+    assert found == (1, 1, 0), table
     buffer.destroy()
 
 
-def test_profilers_find_both_phases_of_a_call_with_a_hook(gpu_ranks):
-    gpu_ranks.run(1, _profiled_hooks)
+@pytest.mark.parametrize("size", [1, 2])
+def test_profilers_find_both_phases_of_a_call_with_a_hook(gpu_ranks, size):
+    gpu_ranks.run(size, _profiled_hooks)
 
 
 def _low_latency_on_a_side_stream(group):

@@ -1,8 +1,6 @@
 """Several nodes, which ranks of this machine pose as: what arrives, what crosses the network, what
 comes home, and that callers meet the same interface."""
 
-import os
-
 import pytest
 import torch
 
@@ -12,6 +10,7 @@ import test_callers
 import test_errors
 import test_intranode
 import test_low_latency
+import test_low_latency_masks
 import test_nn
 import test_rows
 from ranks import run_without_library
@@ -287,7 +286,7 @@ def test_low_latency_is_that_of_one_node(node_ranks, ranks, ranks_per_node, case
 
 @pytest.mark.parametrize("case", [test_low_latency._vllm, test_low_latency._tensorrt_llm,
                                   test_low_latency._sglang, test_low_latency._wires,
-                                  test_low_latency._masks, test_low_latency._dropped,
+                                  test_low_latency_masks._masks, test_low_latency._dropped,
                                   test_low_latency._late_rank])
 def test_low_latency_calls_do_what_they_do_on_one_node(node_ranks, case):
     node_ranks.run(2, over_nodes, 1, case)

@@ -29,18 +29,23 @@ def _check_home(one, combined):
     assert not one.x.shape[0] or calc_diff(combined, weighted(one)) < 1e-5
 
 
+# What forks of DeepEP take and DeepEP does not.
+FORKS = {
+    "low_latency_dispatch": ["use_nvfp4", "x_global_scale", "pertoken_quant", "opt_level"],
+    "low_latency_combine": ["overlap", "packed_recv_count", "src_signals",
+                            "src_signal_expect_value", "comp_signal", "block_m", "threshold",
+                            "num_sms"],
+}
+
+
 def _refusals(group):
     """Refused before anybody is told: the Buffer stays usable."""
     buffer = buffer_of(group, timeout=5)
     one = inputs_of(group)[group.rank()]
-    with pytest.raises(TypeError, match="use_nvfp4"):
-        buffer.low_latency_dispatch(one.x, one.topk_idx, MAX_TOKENS, one.experts, use_nvfp4=True)
-    with pytest.raises(TypeError, match="x_global_scale"):
-        buffer.low_latency_dispatch(one.x, one.topk_idx, MAX_TOKENS, one.experts,
-                                    x_global_scale=None)
-    for fork in ("overlap", "packed_recv_count", "src_signals"):  # SGLang's, where that is on
-        with pytest.raises(TypeError, match=fork):
-            buffer.low_latency_combine(one.x, one.topk_idx, one.topk_weights, None, **{fork: None})
+    for call, names in FORKS.items():
+        for name in names:
+            with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+                getattr(buffer, call)(one.x, one.topk_idx, MAX_TOKENS, one.experts, **{name: None})
     with pytest.raises(TypeError, match="tuple of 6"):
         buffer.low_latency_combine(one.x, one.topk_idx, one.topk_weights, (one.x,) * 6)
     with pytest.raises(TypeError, match="x is builtins.list"):
@@ -105,6 +110,12 @@ WRONG = {
                            "with use_fp8 hidden must be a multiple of 128"),
     "H of a larger Buffer": (_dispatch, lambda x, ids: {"x": x.repeat(1, 8)},
                              "num_rdma_bytes is [0-9]+, this call needs"),
+    "exponents of scales as they come": (_dispatch, lambda x, ids: {"use_fp8": True,
+                                                                    "use_ue8m0": True},
+                                         "use_ue8m0 is true, which needs round_scale"),
+    "a hook and an event": (_dispatch, lambda x, ids: {"return_recv_hook": True,
+                                                       "async_finish": True},
+                            "return_recv_hook is true, which excludes async_finish"),
     "results of float32": (_combine, lambda x, ids: {"x": x.float()},
                            "x is float32.*its dtype must be bfloat16"),
     "results of another H": (_combine, lambda x, ids: {"x": x[..., :512].contiguous()},

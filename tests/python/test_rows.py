@@ -171,7 +171,7 @@ def one_process(one):
 
 
 def _grouped(group, options):
-    size, rank, alignment = group.size(), group.rank(), 4
+    rank, alignment = group.rank(), 4
     buffer = buffer_of(group)
     _, one, expected = inputs_of(group, dtype=torch.float32, **options)
     arguments = dispatch_arguments(buffer, one)

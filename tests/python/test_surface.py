@@ -3,6 +3,8 @@
 import ast
 import importlib
 import inspect
+import os
+import shutil
 import subprocess
 import sys
 import typing
@@ -31,11 +33,17 @@ def test_signatures_are_those_of_deep_ep(line):
     assert text == "(" + rest.removesuffix(" static")
 
 
-def _stubs():
-    tree = ast.parse(Path(deep_ep.__file__).with_suffix(".pyi").read_text())
-    for owner in (node for node in tree.body if isinstance(node, ast.ClassDef)):
-        for method in (node for node in owner.body if isinstance(node, ast.FunctionDef)):
-            yield owner.name, method
+STUB = ast.parse(Path(deep_ep.__file__).with_suffix(".pyi").read_text())
+STUBBED = {node.name: node for node in STUB.body if isinstance(node, ast.ClassDef)}
+PUBLIC = ("Buffer", "Config", "EventHandle", "EventOverlap", "Group")
+
+
+def _methods_of(owner):
+    return [node for node in STUBBED[owner].body if isinstance(node, ast.FunctionDef)]
+
+
+def _attributes_of(owner):
+    return [node.target.id for node in STUBBED[owner].body if isinstance(node, ast.AnnAssign)]
 
 
 def _without_annotations(signature):
@@ -43,24 +51,58 @@ def _without_annotations(signature):
         one.replace(annotation=inspect.Parameter.empty) for one in signature.parameters.values()]))
 
 
-def test_stubs_say_what_the_classes_have():
-    stubbed = {}
-    for owner, method in _stubs():
+@pytest.mark.parametrize("owner", PUBLIC)
+def test_stubs_say_what_methods_the_classes_have(owner):
+    for method in _methods_of(owner):
+        kind = [decorator.id for decorator in method.decorator_list]
         method.returns, method.decorator_list = None, []
         for argument in ast.walk(method.args):
             if isinstance(argument, ast.arg):
                 argument.annotation = None
         scope = {}
         exec(ast.unparse(method), scope)
-        signature = inspect.signature(scope[method.name])
-        stubbed.setdefault(owner, set()).add(method.name)
         found = inspect.getattr_static(getattr(deep_ep, owner), method.name)
+        assert kind == [one.__name__ for one in (staticmethod, classmethod)
+                        if isinstance(found, one)], method.name
         found = getattr(found, "__func__", found)
+        signature = inspect.signature(scope[method.name])
         assert str(signature) == _without_annotations(inspect.signature(found)), method.name
-    for owner in ("Buffer", "Config", "EventHandle", "EventOverlap", "Group"):
-        public = {name for name in dir(getattr(deep_ep, owner)) if not name.startswith("_")
-                  and callable(getattr(getattr(deep_ep, owner), name))}
-        assert public <= stubbed[owner], owner
+    public = {name for name in dir(getattr(deep_ep, owner)) if not name.startswith("_")
+              and callable(getattr(getattr(deep_ep, owner), name))}
+    assert public <= {method.name for method in _methods_of(owner)}
+
+
+def _error():
+    try:
+        deep_ep.Config(8, 4, 3)
+    except deep_ep.Error as error:
+        return error
+
+
+def _attributes(group):
+    """Of instances, by class: those that are public, and those that the stubs name."""
+    buffer = deep_ep.Buffer(group, 1 << 20)
+    made = {"Buffer": buffer, "Config": deep_ep.Config(), "EventHandle": deep_ep.EventHandle(),
+            "EventOverlap": deep_ep.EventOverlap(), "Error": _error()}
+    found = {owner: ({name for name in vars(one) if not name.startswith("_")},
+                     {name for name in _attributes_of(owner) if hasattr(one, name)})
+             for owner, one in made.items()}
+    buffer.destroy()
+    return found
+
+
+def test_stubs_say_what_attributes_objects_have(cpu_ranks):
+    for owner, (public, present) in cpu_ranks.run(1, _attributes)[0].items():
+        assert public <= set(_attributes_of(owner)) == present, owner
+
+
+def test_stubs_say_what_is_in_named_tuples_and_in_the_module():
+    tuples = {name: one for name, one in vars(deep_ep).items() if hasattr(one, "_fields")}
+    assert len(tuples) == 3
+    for name, one in tuples.items():
+        assert one._fields == tuple(_attributes_of(name))
+    names = {node.target.id for node in STUB.body if isinstance(node, ast.AnnAssign)}
+    assert set(deep_ep.__all__) == STUBBED.keys() | names
 
 
 @pytest.mark.parametrize("module", ["nn", "utils.envs", "utils.math", "utils.testing"])
@@ -97,9 +139,9 @@ def test_the_version_is_that_of_the_library():
     assert deep_ep.__version__ == ".".join(numbers)
 
 
-def in_fresh_python(code):
+def in_fresh_python(code, **variables):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                          timeout=60).stdout
+                          timeout=60, env={**os.environ, **variables}).stdout
 
 
 def test_importing_is_quick_and_brings_in_neither_torch_nor_numpy():
@@ -196,5 +238,28 @@ def test_events_without_a_gpu_have_happened():
     assert deep_ep.EventOverlap().event is None
 
 
-def test_whether_gpus_are_served_can_be_asked():
-    assert isinstance(deep_ep.Buffer.is_sm90_compiled(), bool)
+@pytest.fixture(scope="module")
+def part_for_gpus(tmp_path_factory):
+    """A library that a Buffer takes for the part for GPUs until it uses it."""
+    compiler = shutil.which("cc") or pytest.skip("no C compiler")
+    file = tmp_path_factory.mktemp("part") / "libdeep_ep_cuda.so"
+    subprocess.run([compiler, "-shared", "-fPIC", "-x", "c", "-o", file, "-"], check=True,
+                   text=True, input="void *deep_ep_cuda_parts(void) { return deep_ep_cuda_parts; }")
+    return file
+
+
+@pytest.mark.parametrize("place", [None, "deep_ep", "lib", "elsewhere", "no library"])
+def test_gpus_are_served_if_their_part_loads_from_where_buffers_look(part_for_gpus, tmp_path,
+                                                                    place):
+    package = shutil.copytree(Path(deep_ep.__file__).parent, tmp_path / "deep_ep")
+    (package / part_for_gpus.name).unlink(missing_ok=True)
+    if place == "no library":
+        (package / part_for_gpus.name).write_text("not to be loaded")
+    elif place is not None:
+        (tmp_path / place).mkdir(exist_ok=True)
+        shutil.copy(part_for_gpus, tmp_path / place)
+    out = in_fresh_python("import deep_ep; print(deep_ep.__file__, "
+                          "deep_ep.Buffer.is_sm90_compiled())",
+                          PYTHONPATH=str(tmp_path), LD_LIBRARY_PATH=str(tmp_path / "elsewhere"))
+    served = place not in (None, "no library")
+    assert out.split() == [str(package / "__init__.py"), str(served)]

@@ -46,6 +46,9 @@ def test_packed_exponents_are_read():
     exponents = torch.tensor([[127, 128, 126, 127]] * 2, dtype=torch.uint8)
     back = per_token_cast_back(values, exponents.view(torch.int32))
     assert back[0, ::128].tolist() == [1.0, 2.0, 0.5, 1.0]
+    column = torch.empty_strided((2, 1), (1, 7), dtype=torch.int32)  # as low latency packs them
+    column.copy_(exponents.view(torch.int32))
+    assert torch.equal(per_token_cast_back(values, column), back)
 
 
 def test_hashes_do_not_see_the_order():

@@ -50,7 +50,8 @@ def per_token_cast_back(x: Tensor, scales: Tensor) -> Tensor:
         return x.to(torch.bfloat16)
     rows, hidden = x.shape
     if scales.dtype == torch.int32:
-        exponents = scales.contiguous().view(rows, -1, 1).view(torch.uint8).view(rows, -1)
+        # Flat first: the last stride of one column may be any, and has to be 1 to view bytes.
+        exponents = scales.contiguous().view(-1).view(torch.uint8).view(rows, -1)
         scales = torch.exp2(exponents.float() - 127)
     groups = -(-hidden // _GROUP)
     spread = scales.view(rows, -1)[:, :groups] if scales.is_contiguous() else scales[:, :groups]

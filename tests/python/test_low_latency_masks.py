@@ -1,0 +1,60 @@
+"""Low-latency calls that leave ranks out, as they are told or because these do not come."""
+
+import pytest
+import torch
+
+import routing
+from routing import calc_diff
+from test_low_latency import HIDDEN, LOCAL, MAX_TOKENS, buffer_of, inputs_of
+
+
+def _masks(group):
+    rank, size = group.rank(), group.size()
+    buffer = buffer_of(group, enable_shrink=True)
+    status = torch.full((size,), -1, dtype=torch.int32, device=routing.DEVICE)
+    buffer.low_latency_query_mask_buffer(status)
+    assert status.tolist() == [0] * size
+    other = (rank + 1) % size
+    buffer.low_latency_update_mask_buffer(other, True)
+    buffer.low_latency_query_mask_buffer(status)
+    assert status.tolist() == [int(index == other) for index in range(size)]
+    buffer.low_latency_clean_mask_buffer()
+    buffer.low_latency_query_mask_buffer(status)
+    assert status.tolist() == [0] * size
+    torch.distributed.barrier(group)
+    buffer.destroy()
+
+
+def test_ranks_can_be_left_out(ranks):
+    ranks.run(2, _masks)
+
+
+def _one_leaves(group, at):
+    """A rank that does not come to a call is left out from then on, and shows in the mask."""
+    rank, size = group.rank(), group.size()
+    buffer = buffer_of(group, enable_shrink=True, timeout=2)
+    one = inputs_of(group, tokens=[9] * size)[rank]
+    for phase in ("dispatch", "combine", "clean"):
+        if rank == 1 and phase == at:
+            break
+        if phase == "dispatch":
+            recv_x, _, handle, _, _ = buffer.low_latency_dispatch(
+                one.x, one.topk_idx, MAX_TOKENS, one.experts, use_fp8=False)
+        elif phase == "combine":
+            combined = buffer.low_latency_combine(recv_x, one.topk_idx, one.topk_weights, handle)[0]
+        else:
+            buffer.clean_low_latency_buffer(MAX_TOKENS, HIDDEN, one.experts)
+    if rank != 1:
+        status = torch.full((size,), -1, dtype=torch.int32, device=routing.DEVICE)
+        buffer.low_latency_query_mask_buffer(status)
+        assert status.tolist() == [0, 1, 0]
+        here = (one.topk_idx >= 0) & ((at == "clean") | (one.topk_idx // LOCAL != 1))
+        kept = torch.where(here, one.topk_weights, 0.0).sum(1, keepdim=True)
+        assert calc_diff(combined, one.x.float() * kept) < 1e-5
+    torch.distributed.barrier(group)
+    buffer.destroy()
+
+
+@pytest.mark.parametrize("at", ["dispatch", "combine", "clean"])
+def test_who_does_not_come_is_left_out(ranks, at):
+    ranks.run(3, _one_leaves, at)
