@@ -22,7 +22,7 @@ BELOW = {
     # Every backend, whatever its name.
     "backend/*": {"base", "plan", "protocol", "fabric", "backend"},
     # What lies on top of the library.
-    "cli": {"base", "plan", "fabric", "backend"},
+    "cli": {"base", "plan", "protocol", "fabric", "backend"},
     "examples": set(),
 }
 FOREIGN_HEADERS = re.compile(r"^(cuda|cub/|thrust/|nv|device_launch|ucp/|ucs/|uct/|ucx|mpi|torch/|"
