@@ -62,11 +62,7 @@ void Buffer::Impl::find_nodes(const std::vector<std::string>& ids) {
     ranks_on_host_ += id.host == own.host ? 1 : 0;
     one_process_ = one_process_ && id.process == own.process;
   }
-  const std::vector<std::string> parts = plan::split_hosts(hosts, gpus);
-  if (parts != hosts)
-    log::info("rank {}: GPUs of one host that cannot map each other's memory are nodes",
-              bootstrap_->rank());
-  topology_ = plan::find_topology(parts, env::ranks_per_node());
+  topology_ = plan::find_topology(plan::split_hosts(hosts, gpus), env::ranks_per_node());
 }
 
 void Buffer::Impl::require_one_node(const char* operation) const {
