@@ -30,6 +30,18 @@ low_latency low_latency_given_fp8 --payload scaled-fp8 --format rank-major --tok
   --max-tokens 512
 low_latency low_latency_wires --payload bf16 --wire bf16,logfmt,fp8 --tokens 1,16,128,512
 
+# Between nodes, which two GPUs pose as, beside what puts reach in the same run.
+nvshmem=${NVSHMEM_HOME:-$(python3 -c "import importlib.util as u
+s = u.find_spec('nvidia.nvshmem'); print(s.submodule_search_locations[0])" 2>/dev/null || true)}
+if ((ranks >= 2)) && [[ -e $nvshmem/lib/libnvshmem_host.so.3 ]]; then
+  LD_LIBRARY_PATH=$nvshmem/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH} NVSHMEM_DISABLE_NVLS=1 \
+    NVSHMEM_DISABLE_NCCL=1 NVSHMEM_REMOTE_TRANSPORT=none bin/deepep bench internode \
+    --backend cuda --nodes 2 --ranks-per-node 1 --iters 3 --warmup 5 --chain 100 \
+    --tokens 1,4096 --num-sms 20,64,132 --json "$folder/internode_n2.json"
+else
+  printf 'Between nodes: SKIPPED, needs two GPUs and NVSHMEM (nvidia-nvshmem-cu13 from pip)\n'
+fi
+
 has_torch() { python3 -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; }
 if [[ ! -d python ]] || ! has_torch; then
   printf 'Python: SKIPPED, the package was not built or python3 has no torch with CUDA\n'

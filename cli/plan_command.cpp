@@ -1,5 +1,7 @@
 #include <fmt/format.h>
 
+#include <algorithm>
+#include <cstdlib>
 #include <memory>
 #include <string>
 #include <vector>
@@ -9,6 +11,7 @@
 #include "deep_ep/version.hpp"
 #include "json_file.hpp"
 #include "plan/prediction.hpp"
+#include "plan/topology.hpp"
 #include "topk_file.hpp"
 #include "verify/routing.hpp"
 
@@ -104,6 +107,7 @@ nlohmann::ordered_json row_json(const Topology& topology, const Gate& gate, cons
           {"nodes_per_token", traffic.nodes_per_token},
           {"received_rows", load_json(traffic.received)},
           {"row_bytes", one.row_bytes},
+          {"network_row_bytes", one.network_row_bytes},
           {"own_bytes", one.own_bytes},
           {"local_bytes", load_json(one.local_bytes)},
           {"network_bytes", load_json(one.network_bytes)},
@@ -207,12 +211,19 @@ void run_plan(Options& options) {
     table = read_topk_file(options.routing_file);
     options.gate.topk = table.topk;
   }
+  // For the size hints, which count nodes by it.
+  setenv("DEEP_EP_RANKS_PER_NODE",  // NOLINT(concurrency-mt-unsafe): no other thread runs
+         std::to_string(options.ranks_per_node).c_str(), 1);
   print_header(options);
   nlohmann::ordered_json results = nlohmann::ordered_json::array();
   for (const int nodes : options.nodes)
     for (const auto& row :
          plan_topology(options, table, {.nodes = nodes, .ranks_per_node = options.ranks_per_node}))
       results.push_back(row);
+  if (!options.nodes.empty() &&
+      *std::max_element(options.nodes.begin(), options.nodes.end()) > plan::kMaxNodes)
+    fmt::print("This version connects {} nodes of {} ranks at most.\n", plan::kMaxNodes,
+               plan::kMaxRanksPerNode);
   if (options.json.empty()) return;
   write_json(options.json, {{"command", "plan"},
                             {"args", args_json(options)},

@@ -33,8 +33,15 @@ struct Settings {
   std::string rate;
   std::string json;
   bool exchange = false;
+  std::string require;
   ExchangeSettings calls;
 };
+
+// What the transport between hosts has to reach, docs/performance.md.
+constexpr double kMostVethVsPlan = 1.03;   // TCP, IP and Ethernet, and what else comes along
+constexpr double kLeastVsPerftest = 0.80;  // of ucp_put_bw, in the same run
+constexpr const char* kBytes = "bytes";
+constexpr const char* kAll = "all";
 
 std::uint64_t word(const fabric::SymmetricHeap& heap, std::int64_t offset) {
   // Pairs with the release of the signal that sets the word.
@@ -175,6 +182,22 @@ void write_exchange(const Settings& settings, const std::vector<double>& theirs,
   cli::write_json(settings.json, json);
 }
 
+/// Says what is not reached of what --require asks; true if all is.
+bool reaches(const Settings& settings, const char* name, const CallFigures& call, double theirs) {
+  if (settings.require.empty()) return true;
+  const double veth = cli::summarize(call.veth_vs_plan).max;
+  const double speed = median(call.bandwidths()) / theirs;
+  // Devices that sent less than the records did not carry them.
+  const bool bytes = veth >= 1 && veth <= kMostVethVsPlan;
+  const bool fast = settings.require == kBytes || speed >= kLeastVsPerftest;
+  if (!bytes)
+    fmt::print("FAILED: {}: devices sent {:.4f} of the records' bytes, required: 1 to {}\n", name,
+               veth, kMostVethVsPlan);
+  if (!fast)
+    fmt::print("FAILED: {}: {:.2f} of ucp_put_bw, required: {}\n", name, speed, kLeastVsPerftest);
+  return bytes && fast;
+}
+
 int run_exchange(const Namespaces& nodes, const Settings& settings) {
   std::vector<double> theirs;
   CallFigures dispatch;
@@ -203,7 +226,9 @@ int run_exchange(const Namespaces& nodes, const Settings& settings) {
                      dispatch.miscounted + combine.miscounted == 0 &&
                      dispatch.checked_elements > 0 && combine.checked_elements > 0;
   if (!right) fmt::print("FAILED\n");
-  return right ? 0 : 1;
+  const bool dispatches = reaches(settings, "dispatch", dispatch, median(theirs));
+  const bool combines = reaches(settings, "combine", combine, median(theirs));
+  return right && dispatches && combines ? 0 : 1;
 }
 
 int run(const Settings& settings) {
@@ -229,6 +254,11 @@ int main(int argc, char** argv) {
   app.add_option("--json", settings.json, "file for all figures");
   app.add_flag("--exchange", settings.exchange,
                "cached dispatch and combine of whole Buffers, in BF16, in place of the heap");
+  app.add_option(
+         "--require", settings.require,
+         "with --exchange: fail if the devices send more than 1.03 times the records' bytes "
+         "(bytes), or if besides a call is below 0.8 of ucp_put_bw (all)")
+      ->check(CLI::IsMember({kBytes, kAll}));
   ExchangeSettings& calls = settings.calls;
   app.add_option("--tokens", calls.tokens, "tokens of a rank")->capture_default_str();
   app.add_option("--hidden", calls.hidden, "values of a row")->capture_default_str();
@@ -240,6 +270,10 @@ int main(int argc, char** argv) {
   app.add_option("--num-threads", calls.threads, "threads of a rank; 0: cores / ranks")
       ->capture_default_str();
   CLI11_PARSE(app, argc, argv);
+  if (!settings.require.empty() && !settings.exchange) {
+    fmt::print(stderr, "--require needs --exchange\n");
+    return 1;
+  }
   if (const std::string why = why_no_perftest(); !why.empty()) {
     fmt::print(stderr, "{}\n", why);
     return 77;

@@ -22,6 +22,8 @@ INTRANODE = {"h100": "2026-11-24_h100_r1.json", "h200-r2": "2026-11-29_h200_r2.j
 LOW_LATENCY = {"h100": "2026-11-24_h100_low_latency_graph_r1.json",
                "h200-r2": "2026-11-29_h200_low_latency_graph_r2.json"}
 NETWORK = "2026-11-28_host_network_n2.json"
+INTERNODE = "2026-11-30_h200_internode_n2.json"
+LEAST_VS_PUT = 0.6  # of what NVSHMEM's puts reach by as many SMs
 LINK_GBPS = 383  # a copy engine, both GPUs at once, of two H100, whose links are the same
 PLANS = {"uniform": "plan_uniform.json", "4 nodes a token": "plan_limited.json"}
 
@@ -190,7 +192,23 @@ def network_table():
                   "bytes of the devices / of the records, at most"], lines)
 
 
-TABLES = {"network-exchange": network_table,
+def internode_table():
+    rows = Rows(INTERNODE, "num_sms", "tokens", "operation")
+    lines = []
+    for sms in rows.values(0):
+        calls = [rows.row(sms, 4096, name) for name in ("dispatch_cached", "combine")]
+        cells = [sms, f"{calls[0]['put_gbps']:.0f}"]
+        for call in calls:
+            share = f"{100 * call['node_vs_put']:.2f} %"
+            cells += [f"{call['median_us']:.0f}", f"{call['node_gbps']:.0f}",
+                      share if call["node_vs_put"] >= LEAST_VS_PUT else f"**{share}**"]
+        small = [f"{rows.us(sms, 1, name):.0f}" for name in ("dispatch_cached", "combine")]
+        lines.append([*cells, " / ".join(small)])
+    return table(["SMs", "puts, GB/s", "dispatch with a handle, us", "GB/s", "of puts",
+                  "combine, us", "GB/s", "of puts", "T=1: dispatch / combine, us"], lines)
+
+
+TABLES = {"network-exchange": network_table, "h200-internode": internode_table,
           "plan-high-throughput": high_throughput_table, "plan-low-latency": low_latency_plan_table}
 PLOTS = {"plan_high_throughput": high_throughput_plot, "plan_low_latency": low_latency_plan_plot}
 for name in MACHINES:

@@ -4,15 +4,17 @@
 #include <cmath>
 
 #include "deep_ep/buffer.hpp"
+#include "plan/internode.hpp"
 #include "plan/low_latency.hpp"
 #include "plan/recv_arrays.hpp"
+#include "protocol/rail.hpp"
 
 namespace deep_ep::cli {
 namespace {
 
 constexpr std::int64_t kIdBytes = 8;
 constexpr std::int64_t kWeightBytes = 4;
-constexpr double kRecordBytes = 104;  // what ranks compare before anything moves
+constexpr double kRecordBytes = sizeof(protocol::CallRecord);  // compared before anything moves
 constexpr double kMega = 1e6;
 
 Load times(const Load& load, double factor) { return {load.mean * factor, load.busiest * factor}; }
@@ -29,21 +31,27 @@ class Predictor {
         payload.scale_group > 0 ? (payload.hidden + payload.scale_group - 1) / payload.scale_group
                                 : 0;
     format_ = {payload.hidden * payload.value_bytes, scales * 4, gate.topk * kIdBytes,
-               gate.topk * kWeightBytes};
+               gate.topk * kWeightBytes,
+               topology.nodes > 1 ? std::int64_t{sizeof(plan::SourceMeta)} : 0};
     head_bytes_ = static_cast<double>(sizeof(plan::Packet)) * (1 + gate.topk);
   }
 
+  /// A row of counts to every rank; with several nodes a message to the rail peer on each other
+  /// node, and what these say to every rank of the own node.
   Prediction notify() const {
     Prediction one = start(Operation::kNotify, 1);
     const double ranks = topology_.ranks();
-    one.row_bytes = kRecordBytes + 4 * (ranks + gate_.experts / ranks);
+    const double local_experts = gate_.experts / ranks;
+    const bool several = topology_.nodes > 1;
+    const double counts = several ? topology_.nodes * (topology_.ranks_per_node + 1.0) : ranks;
+    one.row_bytes = kRecordBytes + 4 * (counts + local_experts);
+    one.network_row_bytes =
+        sizeof(protocol::RailMessage) + 4 * local_experts * topology_.ranks_per_node;
     one.own_bytes = one.row_bytes;
-    const double local = topology_.ranks_per_node - 1;
-    const double network = ranks - topology_.ranks_per_node;
-    one.local_bytes = {local * one.row_bytes, local * one.row_bytes};
-    one.network_bytes = {network * one.row_bytes, network * one.row_bytes};
-    one.local_messages = local;
-    one.network_messages = network;
+    one.local_messages = topology_.ranks_per_node - 1;
+    one.network_messages = topology_.nodes - 1;
+    one.local_bytes = times({1, 1}, one.local_messages * one.row_bytes);
+    one.network_bytes = times({1, 1}, one.network_messages * one.network_row_bytes);
     return finish(one);
   }
 
@@ -51,18 +59,24 @@ class Predictor {
     const bool dispatch = operation == Operation::kDispatch;
     Prediction one = start(operation, 2);
     const double row =
-        dispatch ? static_cast<double>(format_.x_bytes + format_.scale_bytes +
-                                       format_.topk_idx_bytes + format_.topk_weights_bytes + 4)
-                 : static_cast<double>(payload_.hidden * payload_.sum_bytes);
-    set_rows(one, traffic_.relayed, row);
+        dispatch
+            ? static_cast<double>(format_.x_bytes + format_.scale_bytes + format_.topk_idx_bytes +
+                                  format_.topk_weights_bytes + 4 + format_.src_meta_bytes)
+            : static_cast<double>(payload_.hidden * payload_.sum_bytes);
+    // As they cross the network: with a head, and parts and records aligned.
+    const double record = static_cast<double>(
+        dispatch ? plan::RecordFormat(format_, topology_.ranks_per_node).bytes
+                 : plan::SumFormat(format_.topk_weights_bytes, payload_.hidden * payload_.sum_bytes)
+                       .bytes);
+    set_rows(one, traffic_.relayed, row, record);
     const auto chunk = static_cast<double>(machine_.chunk_rows);
     one.local_messages = traffic_.relayed.local.busiest;
     one.network_messages =
         std::max(std::ceil(traffic_.relayed.network.busiest / chunk),
                  std::min<double>(topology_.nodes - 1, traffic_.relayed.network.busiest));
     if (topology_.nodes > 1)  // the first chunk is passed on before its last byte can be
-      one.wait_us +=
-          time_of(chunk * row, machine_.network_gbps) + time_of(chunk * row, machine_.local_gbps);
+      one.wait_us += time_of(chunk * record, machine_.network_gbps) +
+                     time_of(chunk * row, machine_.local_gbps);
     // All that it writes, rows passed on for others and its own included, or what it reads and
     // sums.
     const double rows =
@@ -83,7 +97,8 @@ class Predictor {
     const double sums = static_cast<double>(payload_.hidden * payload_.sum_bytes);
     const double values = static_cast<double>(format_.x_bytes + format_.scale_bytes);
     const double heads = per_expert ? sizeof(plan::Packet) : head_bytes_;
-    set_rows(one, route, heads + (dispatch ? values : sums));
+    const double row = heads + (dispatch ? values : sums);
+    set_rows(one, route, row, row);
     const int rounds = dispatch || per_expert ? 1 : 2;  // messages of weights, and rows
     one.local_messages = rounds * route.local.busiest;
     one.network_messages = rounds * route.network.busiest;
@@ -112,11 +127,12 @@ class Predictor {
     return one;
   }
 
-  static void set_rows(Prediction& one, const Route& route, double row) {
+  static void set_rows(Prediction& one, const Route& route, double row, double network_row) {
     one.row_bytes = row;
+    one.network_row_bytes = network_row;
     one.own_bytes = route.own * row;
     one.local_bytes = times(route.local, row);
-    one.network_bytes = times(route.network, row);
+    one.network_bytes = times(route.network, network_row);
   }
 
   Prediction finish(Prediction one) const {

@@ -48,8 +48,9 @@ const char* to_string(Operation operation);
 /// One operation of one rank.
 struct Prediction {
   Operation operation = Operation::kNotify;
-  double row_bytes = 0;  ///< of one row or message, all that travels with it
-  Load local_bytes;      ///< to or from ranks of its node
+  double row_bytes = 0;          ///< of one row or message, all that travels with it
+  double network_row_bytes = 0;  ///< the same between nodes
+  Load local_bytes;              ///< to or from ranks of its node
   Load network_bytes;
   double own_bytes = 0;       ///< do not leave the rank; mean
   double local_messages = 0;  ///< of the busiest rank

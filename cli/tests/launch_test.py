@@ -43,6 +43,10 @@ def torchrun(size):
             for rank in range(size)]
 
 
+SMALL_BENCH = ["bench", "internode", "--tokens", "16", "--hidden", "64", "--experts", "24",
+               "--iters", "2", "--warmup", "1"]
+
+
 class Launch(unittest.TestCase):
     def check_ranks(self, answers, words):
         """All ended well, and the first alone says so."""
@@ -68,18 +72,34 @@ class Launch(unittest.TestCase):
         self.check_ranks(run_ranks(["verify", "--tokens", "20"], torchrun(2),
                                    DEEP_EP_RANKS_PER_NODE="1"), "1 passed, 0 failed on 2 ranks")
 
+    def check_bench(self, run, nodes, ranks_per_node):
+        """run(arguments) gives (status, out, err) of each process; one of them wrote the JSON."""
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "bench.json"
+            self.check_ranks(run([*SMALL_BENCH, "--json", str(file)]),
+                             f"{nodes} nodes of {ranks_per_node} ranks")
+            found = json.loads(file.read_text())
+        self.assertEqual((found["args"]["ranks"], found["args"]["nodes"]),
+                         (nodes * ranks_per_node, nodes))
+        self.assertEqual((found["checked"], found["wrong_elements"]), (True, 0))
+        self.assertEqual({row["tokens"] for row in found["results"]}, {16})
+
+    def test_bench_takes_its_ranks_from_variables_of_torchrun(self):
+        self.check_bench(lambda arguments: run_ranks(arguments, torchrun(4),
+                                                     DEEP_EP_RANKS_PER_NODE="2"), 2, 2)
+
     def test_variables_of_slurm_make_ranks(self):
         each = [{"SLURM_PROCID": str(rank), "SLURM_NTASKS": "3", "SLURM_STEP_NUM_NODES": "3"}
                 for rank in range(3)]
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "bench.json"
-            answers = run_ranks(["bench", "internode", "--tokens", "16", "--hidden", "64",
-                                 "--experts", "24", "--iters", "2", "--warmup", "1", "--json",
-                                 str(file)], each, DEEP_EP_RANKS_PER_NODE="1")
-            self.check_ranks(answers, "3 nodes of 1 ranks")
-            found = json.loads(file.read_text())
-        self.assertEqual((found["args"]["ranks"], found["args"]["nodes"]), (3, 3))
-        self.assertEqual(found["wrong_elements"], 0)
+        self.check_bench(lambda arguments: run_ranks(arguments, each, DEEP_EP_RANKS_PER_NODE="1"),
+                         3, 1)
+
+    def test_without_a_launcher_ranks_of_this_machine_are_nodes(self):
+        nobody = [{"MASTER_ADDR": "", "MASTER_PORT": ""}]
+        for nodes, ranks_per_node in ((2, 2), (3, 1)):
+            shape = ["--nodes", str(nodes), "--ranks-per-node", str(ranks_per_node)]
+            self.check_bench(lambda arguments: run_ranks([*arguments, *shape], nobody),
+                             nodes, ranks_per_node)
 
     def test_mpirun_makes_ranks(self):
         mpirun = shutil.which("mpirun")

@@ -64,6 +64,44 @@ class Plan(unittest.TestCase):
                 payload = row["own_bytes"] * row_bytes / row["row_bytes"]
                 self.assertAlmostEqual(payload, counted[call, "fp8", tokens], delta=0.01)
 
+    def test_bytes_between_nodes_are_those_that_benchmarks_counted(self):
+        hosts = json.loads((ROOT / "bench/results/2026-11-28_host_network_n2.json").read_text())
+        two_by_two, _ = self.json_of("--nodes", "2", "--ranks-per-node", "2", "--dtype", "bf16")
+        notify, dispatch, combine = two_by_two["results"][:3]
+        for kind, call in (("dispatch", dispatch), ("combine", combine)):
+            records, sent = sum(hosts[kind]["records"]), sum(hosts[kind]["record_bytes"])
+            expected = call["network_bytes"]["mean"] / call["network_row_bytes"]
+            self.assertAlmostEqual(expected / (records / 4), 1, delta=1e-3)
+            # Those of the benchmark carry no topk, since they are by handle: 96 bytes, and as they
+            # are multiples of 64 bytes they are shorter by one of these.
+            topk = 64 if kind == "dispatch" else 0
+            self.assertEqual(call["network_row_bytes"] - topk, sent / records)
+        self.assertEqual(notify["network_messages"], 1)
+
+        gpus = json.loads((ROOT / "bench/results/2026-11-30_h200_internode_n2.json").read_text())
+        two_by_one, _ = self.json_of("--nodes", "2", "--ranks-per-node", "1", "--dtype", "bf16")
+        for row in gpus["results"]:
+            call = {"dispatch_cached": 1, "combine": 2}.get(row["operation"])
+            if call is None or row["tokens"] != 4096:
+                continue
+            plan = two_by_one["results"][call]
+            rows = plan["network_bytes"]["mean"] / plan["network_row_bytes"]
+            self.assertAlmostEqual(rows * 2 * 7168 / row["wire_bytes_per_rank"], 1, delta=1e-3)
+            every = plan["ranks_per_token"] * 4096 * 2 * 7168
+            self.assertAlmostEqual(every / row["logical_bytes_per_rank"], 1, delta=1e-3)
+
+    def test_what_no_buffer_takes_is_said(self):
+        most = "64 nodes of 64 ranks at most"
+        self.assertNotIn(most, self.json_of("--nodes", "64")[1])
+        self.assertIn(most, self.json_of("--nodes", "1,128")[1])
+
+    def test_memory_knows_the_nodes(self):
+        """More nodes of fewer ranks have more rings each."""
+        memory = [self.json_of("--nodes", nodes, "--ranks-per-node", ranks)[0]["results"][2][
+            "memory_bytes"] for nodes, ranks in (("2", "8"), ("4", "4"), ("8", "2"))]
+        self.assertLess(memory[0] + (4 << 20), memory[1])
+        self.assertLess(memory[1] + (8 << 20), memory[2])
+
     def test_there_is_a_line_for_each_result(self):
         found, text = self.json_of("--nodes", "1,3", "--ranks-per-node", "4", "--experts", "24")
         self.assertEqual(len(found["results"]), 14)

@@ -8,6 +8,7 @@
 
 #include "deep_ep/error.hpp"
 #include "plan/prediction.hpp"
+#include "protocol/rail.hpp"
 #include "verify/routing.hpp"
 
 namespace deep_ep::cli {
@@ -241,6 +242,19 @@ TEST(Prediction, MoreNodesSendMoreOverTheNetwork) {
   }
 }
 
+TEST(Prediction, CountsGoOverTheNetworkOnceToANode) {
+  for (const int nodes : {2, 8, 64}) {
+    const Topology topology{.nodes = nodes, .ranks_per_node = 8};
+    const Gate gate{.experts = 1024};
+    const Prediction notify = all_of(topology, gate, {}, {})[0];
+    EXPECT_EQ(notify.network_messages, nodes - 1);
+    EXPECT_EQ(notify.local_messages, 7);
+    // Entries for each expert of the node, and what is as long for all.
+    EXPECT_EQ(notify.network_row_bytes - 4.0 * 1024 / nodes, sizeof(protocol::RailMessage));
+    EXPECT_EQ(notify.network_bytes.busiest, (nodes - 1) * notify.network_row_bytes);
+  }
+}
+
 TEST(Prediction, SmallCallsWaitAndLargeOnesAreBoundByALink) {
   const Topology topology{.nodes = 8, .ranks_per_node = 8};
   EXPECT_STREQ(all_of(topology, {.tokens = 1}, {}, {})[3].bound, "waits");
@@ -272,6 +286,18 @@ Machine two_cores(int ranks) {
   return {.local_gbps = 1000, .call_us = 10, .write_gbps = 12.9 * share, .sum_gbps = 12.7 * share};
 }
 
+/// The same two cores as two nodes of two ranks, which share 2 Gbit/s: what ucp_put_bw reached.
+Machine two_nodes_over_tcp() {
+  Machine machine = two_cores(4);
+  machine.network_gbps = 0.244 / 2;
+  return machine;
+}
+/// Two H200 as nodes, 132 SMs: what puts reach, and a call of one token takes, in the same run.
+Machine two_h200_as_nodes() {
+  return {
+      .network_gbps = 366, .network_us = 2, .call_us = 28, .write_gbps = 1400, .sum_gbps = 1850};
+}
+
 TEST(Prediction, IsNearWhatWasMeasured) {
   const Topology one{.nodes = 1, .ranks_per_node = 1};
   const Measured all[] = {
@@ -286,6 +312,11 @@ TEST(Prediction, IsNearWhatWasMeasured) {
       {"host R=4 dispatch", {1, 4}, {}, {}, two_cores(4), 1, 32000, 0.1},
       {"host R=2 combine", {1, 2}, {}, {}, two_cores(2), 2, 9300, 0.05},
       {"host R=4 combine", {1, 4}, {}, {}, two_cores(4), 2, 37000, 0.15},
+      {"host 2 x 2 over TCP, dispatch", {2, 2}, {}, {}, two_nodes_over_tcp(), 1, 483000, 0.02},
+      {"host 2 x 2 over TCP, combine", {2, 2}, {}, {}, two_nodes_over_tcp(), 2, 485000, 0.02},
+      // Floors: rings keep the link idle in between.
+      {"two H200 as nodes, dispatch", {2, 1}, {}, {}, two_h200_as_nodes(), 1, 262, 0.3},
+      {"two H200 as nodes, combine", {2, 1}, {}, {}, two_h200_as_nodes(), 2, 256, 0.3},
   };
   for (const Measured& row : all) {
     const double predicted = all_of(row.topology, row.gate, row.payload,

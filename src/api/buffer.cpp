@@ -6,6 +6,7 @@
 
 #include "api/buffer_impl.hpp"
 #include "api/validate.hpp"
+#include "backend/plugin.hpp"
 #include "base/env.hpp"
 #include "base/error.hpp"
 #include "base/log.hpp"
@@ -50,17 +51,18 @@ std::string Buffer::Impl::allocate_and_export() {
 }
 
 void Buffer::Impl::find_nodes(const std::vector<std::string>& ids) {
-  std::vector<std::string> hosts;
+  std::vector<std::string> hosts, gpus;
   const auto own = internode::UniqueId::decode(ids[bootstrap_->rank()]);
   ranks_on_host_ = 0;
   one_process_ = true;
   for (const std::string& text : ids) {
     const auto id = internode::UniqueId::decode(text);
     hosts.push_back(id.host);
+    gpus.push_back(id.gpus);
     ranks_on_host_ += id.host == own.host ? 1 : 0;
     one_process_ = one_process_ && id.process == own.process;
   }
-  topology_ = plan::find_topology(hosts, env::ranks_per_node());
+  topology_ = plan::find_topology(plan::split_hosts(hosts, gpus), env::ranks_per_node());
 }
 
 void Buffer::Impl::require_one_node(const char* operation) const {
@@ -105,7 +107,12 @@ void Buffer::Impl::sync() {
   };
   (void)exchange([this] { return std::to_string(options_.num_rdma_bytes); }, "num_rdma_bytes");
   (void)exchange([] { return std::to_string(env::ranks_per_node()); }, "DEEP_EP_RANKS_PER_NODE");
-  find_nodes(exchange([] { return internode::get_unique_id().encode(); }));
+  find_nodes(exchange([this] {
+    internode::UniqueId id = internode::get_unique_id();
+    if (options_.device.type == DeviceType::kCuda)
+      id.gpus = cuda_parts().reach(options_.device.index);
+    return id.encode();
+  }));
   if (topology_.num_nodes() > 1)
     (void)exchange([this] { return std::to_string(options_.low_latency_mode ? 1 : 0); },
                    "low_latency_mode");

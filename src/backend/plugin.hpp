@@ -37,6 +37,10 @@ class CudaParts {
   virtual std::unique_ptr<CapturedCalls> capture(Stream stream,
                                                  const std::function<void()>& calls) = 0;
   virtual int num_devices() = 0;
+  /// The name of a GPU and, behind spaces, of those that this process sees whose memory it cannot
+  /// map, as plan::split_hosts() takes them. Empty if there is no such GPU, which make_backend()
+  /// says.
+  virtual std::string reach(int device) = 0;
   /// Why GPUs of several nodes cannot be used; empty if they can. Loads NVSHMEM.
   virtual std::string why_no_nvshmem() = 0;
   /// Collective: what puts of NVSHMEM reach between the ranks of a Buffer over several nodes, whose

@@ -7,10 +7,11 @@
 namespace deep_ep::internode {
 
 UniqueId UniqueId::decode(const std::string& text) {
-  const std::size_t space = text.find(' ');
-  require(space != std::string::npos, "'{}' is not what a rank of this version tells of itself",
-          text);
-  return {text.substr(0, space), text.substr(space + 1)};
+  const std::size_t process = text.find(' ');
+  const std::size_t gpus = process == text.npos ? text.npos : text.find(' ', process + 1);
+  require(gpus != text.npos, "'{}' is not what a rank of this version tells of itself", text);
+  return {text.substr(0, process), text.substr(process + 1, gpus - process - 1),
+          text.substr(gpus + 1)};
 }
 
 // No step of the documented chain, which it is ahead of.

@@ -20,8 +20,9 @@ namespace deep_ep::internode {
 struct UniqueId {
   std::string host;     // equal: can map each other's memory
   std::string process;  // equal: threads of one process
+  std::string gpus{};   // as plan::split_hosts takes them; on hosts empty
 
-  std::string encode() const { return host + " " + process; }
+  std::string encode() const { return host + " " + process + " " + gpus; }
   static UniqueId decode(const std::string& text);
 };
 UniqueId get_unique_id();

@@ -1,10 +1,27 @@
 #include "plan/topology.hpp"
 
+#include <algorithm>
+#include <sstream>
+
 #include "base/error.hpp"
 
 namespace deep_ep::plan {
 
 namespace {
+
+struct Gpu {
+  std::string name{};
+  std::vector<std::string> out_of_reach{};
+
+  explicit Gpu(const std::string& text) {
+    std::istringstream words(text);
+    words >> name;
+    for (std::string one; words >> one;) out_of_reach.push_back(one);
+  }
+  bool maps(const Gpu& other) const {
+    return std::find(out_of_reach.begin(), out_of_reach.end(), other.name) == out_of_reach.end();
+  }
+};
 
 /// Ranks behind `first` on the same host.
 int count_neighbours(const std::vector<std::string>& hosts, int first) {
@@ -34,7 +51,7 @@ Topology chosen_topology(const std::vector<std::string>& hosts, int ranks_per_no
     const int first = topology.rank_of(topology.node_of(rank), 0);
     require(hosts[rank] == hosts[first],
             "DEEP_EP_RANKS_PER_NODE is {}, but ranks {} and {}, which would be of one node, cannot "
-            "map each other's memory: they are on different hosts",
+            "map each other's memory: they are on different hosts, or on GPUs without peer access",
             ranks_per_node, first, rank);
   }
   return topology;
@@ -61,6 +78,29 @@ Topology found_topology(const std::vector<std::string>& hosts) {
 }
 
 }  // namespace
+
+std::vector<std::string> split_hosts(const std::vector<std::string>& hosts,
+                                     const std::vector<std::string>& gpus) {
+  std::vector<std::string> split;
+  std::vector<Gpu> group;
+  std::string name;
+  for (std::size_t rank = 0; rank < hosts.size(); ++rank) {
+    const Gpu own(gpus[rank]);
+    const bool together = rank > 0 && hosts[rank] == hosts[rank - 1] &&
+                          std::all_of(group.begin(), group.end(), [&](const Gpu& other) {
+                            return own.maps(other) && other.maps(own);
+                          });
+    if (!together) {
+      group.clear();
+      // A host that comes again later stays one, which find_topology() refuses.
+      const bool part = rank > 0 && hosts[rank] == hosts[rank - 1];
+      name = part ? fmt::format("{}, from rank {}", hosts[rank], rank) : hosts[rank];
+    }
+    group.push_back(own);
+    split.push_back(name);
+  }
+  return split;
+}
 
 Topology find_topology(const std::vector<std::string>& hosts, int ranks_per_node) {
   const int num_ranks = static_cast<int>(hosts.size());

@@ -28,6 +28,13 @@ struct Topology {
 constexpr int kMaxRanksPerNode = 64;
 constexpr int kMaxNodes = 64;
 
+/// Of ranks on GPUs, which are of one node only if they can map each other's memory: their hosts as
+/// find_topology() takes them. Neighbours of one host stay together as long as each can map the
+/// memory of all others of its group. `gpus` has of each rank its GPU and, behind spaces, those of
+/// its host whose memory it cannot map; an empty text stands for one that can map all.
+std::vector<std::string> split_hosts(const std::vector<std::string>& hosts,
+                                     const std::vector<std::string>& gpus);
+
 /// From each rank's host (equal texts: they can map each other's memory) and DEEP_EP_RANKS_PER_NODE
 /// (0: not set), which makes ranks of one host pose as several nodes. Throws
 /// Error(kInvalidArgument) naming the variable and its value if the ranks cannot be divided so or

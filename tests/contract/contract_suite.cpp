@@ -93,7 +93,8 @@ void add_options(CLI::App& app, Settings& settings) {
   app.add_option("--from", settings.suite.from, "first program")->capture_default_str();
   app.add_option("--count", settings.suite.count, "number of programs, -1: all")
       ->capture_default_str();
-  app.add_option("--every", settings.suite.every, "only one program in so many")
+  app.add_option("--every", settings.suite.every,
+                 "one program in so many, and those without which a value would be missing")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
   app.add_option("--filter", settings.suite.filter, "only programs whose name contains this");
@@ -138,6 +139,11 @@ int run(Settings& settings, const char* program) {
     }
     nodes.emplace(Limits{}.max_ranks);
     target.enter_node = [&](int node) { net::live_on(*nodes, node); };
+    suite.sent_bytes = [&] {
+      std::int64_t bytes = 0;
+      for (int node = 0; node < nodes->nodes(); ++node) bytes += nodes->traffic(node).sent;
+      return bytes;
+    };
   }
   if (settings.full) suite.every = 1;
   pass_on(settings, "--combine", "DEEP_EP_COMBINE", settings.combine);

@@ -7,8 +7,11 @@
 #include <chrono>
 #include <cstdio>
 #include <memory>
+#include <optional>
 #include <set>
 
+#include "contract/choice.hpp"
+#include "contract/network_plan.hpp"
 #include "contract/pool.hpp"
 
 namespace deep_ep::test {
@@ -37,12 +40,15 @@ class Suite {
     const std::int64_t end = options_.count < 0
                                  ? source_.size()
                                  : std::min(source_.size(), options_.from + options_.count);
+    choice_.emplace(source_, options_.from, end, options_.every);
     if (options_.one_world) {
       for (int ranks = 1; ranks <= kPoolRanks; ++ranks) run_programs(begin, end, ranks);
     } else {
       run_programs(begin, end, 0);
     }
     for (const std::string& reason : reasons_) fmt::print("skipped: {}\n", reason);
+    if (options_.sent_bytes)
+      fmt::print("devices sent {:.1f} MB, {:.1f} MB of them rows\n", sent_ / 1e6, planned_ / 1e6);
     fmt::print("ran for {:.1f} s\n{} passed, {} failed, {} skipped\n", seconds_since(begin),
                passed_, failed_, skipped_);
     if (passed_ + failed_ + skipped_ == 0) fmt::print("no program was selected\n");
@@ -53,7 +59,8 @@ class Suite {
   /// Those of `ranks` ranks; 0: all.
   void run_programs(Clock::time_point begin, std::int64_t end, int ranks) {
     pool_.reset();
-    for (std::int64_t i = options_.from; i < end; i += options_.every) {
+    for (std::int64_t i = options_.from; i < end; ++i) {
+      if (!choice_->has(i)) continue;
       const Program program = source_.at(i);
       if (program.name.find(options_.filter) == std::string::npos) continue;
       if (ranks != 0 && program.ranks != ranks) continue;
@@ -84,6 +91,7 @@ class Suite {
       history_begin_ = i;
     }
     broken_ = false;
+    const std::int64_t sent_before = options_.sent_bytes ? options_.sent_bytes() : 0;
     const auto outcomes = pool_->run(program.ranks, fmt::format("{} {}", i, generation_), limit_);
     std::string wrong;
     bool skipped = false;
@@ -100,6 +108,8 @@ class Suite {
                                ? fmt::format("hangs: no answer within {} ms", limit_.count())
                                : outcome.answer + outcome.failure);
     }
+    if (wrong.empty() && !skipped && options_.sent_bytes)
+      wrong = compare_with_plan(program, options_.sent_bytes() - sent_before);
     if (wrong.empty()) {
       ++(skipped ? skipped_ : passed_);
       if (isatty(STDOUT_FILENO) != 0)
@@ -119,8 +129,21 @@ class Suite {
     std::fflush(stdout);
   }
 
+  /// What did not cross the devices that should have gone between nodes went some other way.
+  std::string compare_with_plan(const Program& program, std::int64_t sent) {
+    const std::int64_t planned = bytes_between_nodes(program);
+    sent_ += static_cast<double>(sent);
+    planned_ += static_cast<double>(planned);
+    return sent >= planned ? ""
+                           : fmt::format("\n  devices sent {} bytes, rows that cross are {} bytes",
+                                         sent, planned);
+  }
+
   const ProgramSource& source_;
   SuiteOptions options_;
+  std::optional<Choice> choice_;
+  double sent_ = 0;  // of the devices, in programs that passed
+  double planned_ = 0;
   std::chrono::milliseconds limit_;
   Target target_;
   std::unique_ptr<Pool> pool_;

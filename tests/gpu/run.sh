@@ -56,9 +56,13 @@ if ((several_nodes)); then
   run bin/contract_suite --backend cuda --mode internode-low-latency --timeout-ms 20000
   DEEP_EP_NVSHMEM_PUTS_ONLY=1 run bin/contract_suite --backend cuda \
     --mode internode-low-latency --timeout-ms 20000
+  # Two ranks a node run below; here a rank that has its node for itself, and puts.
+  run bin/gpu_faults $times internode 1
+  DEEP_EP_NVSHMEM_PUTS_ONLY=1 run bin/gpu_faults $times internode 1
+  DEEP_EP_NVSHMEM_PUTS_ONLY=1 run bin/gpu_faults $times internode 2
 else
   printf '== several nodes: SKIPPED, no NVSHMEM (nvidia-nvshmem-cu13 from pip, or NVSHMEM_HOME)\n'
-  skipped=$((skipped + 6))
+  skipped=$((skipped + 9))
 fi
 run bin/gpu_faults $times
 run bin/gpu_counts

@@ -22,7 +22,7 @@ BELOW = {
     # Every backend, whatever its name.
     "backend/*": {"base", "plan", "protocol", "fabric", "backend"},
     # What lies on top of the library.
-    "cli": {"base", "plan", "fabric", "backend"},
+    "cli": {"base", "plan", "protocol", "fabric", "backend"},
     "examples": set(),
 }
 FOREIGN_HEADERS = re.compile(r"^(cuda|cub/|thrust/|nv|device_launch|ucp/|ucs/|uct/|ucx|mpi|torch/|"
@@ -31,6 +31,20 @@ BANNED_WORDS = re.compile(
     r"\b(TODO|FIXME|XXX|HACK|WIP)\b|\bAI\b|DESIGN\.md|(?<![\w.$}])/(?:work|home|root)/|\bsandbox|"
     r"\b[Ii]ssue\s+#?\d|https?://(?:\w+\.)*(?:pypi|pythonhosted|debian|npmjs|crates)\.\w+", re.I)
 THIS_FOLDER = "tests/lint/"
+# What is used of NVSHMEM, all of it described in its API documentation, so that any transport has
+# it: setup, memory, puts with and without a signal, signals, tests, quiet.
+NVSHMEM_CALLS = set("""
+    nvshmem_my_pe nvshmem_n_pes nvshmem_ptr nvshmem_align
+    nvshmemx_get_uniqueid nvshmemx_init_attr nvshmemx_set_attr_uniqueid_args
+    nvshmemx_init_attr_t nvshmemx_uniqueid_t
+    nvshmem_putmem_signal_nbi nvshmemx_putmem_signal_nbi_warp nvshmemx_putmem_signal_nbi_block
+    nvshmemx_putmem_nbi_block nvshmemx_signal_op nvshmem_signal_fetch nvshmem_uint64_test
+    nvshmem_quiet
+    NVSHMEM_CMP_GE NVSHMEM_SIGNAL_ADD NVSHMEM_SIGNAL_SET
+    NVSHMEMX_INIT_ATTR_INITIALIZER NVSHMEMX_INIT_WITH_UNIQUEID NVSHMEMX_UNIQUEID_INITIALIZER
+""".split())
+NVSHMEM_HEADERS = {"nvshmem.h", "nvshmemx.h", "nvshmem_host.h"}
+OWN_NVSHMEM_NAMES = {"nvshmem_parts", "nvshmem_puts_only"}
 
 
 def folder_of(path):
@@ -133,6 +147,23 @@ def assembly_lives_in_one_folder(sources):
         "inline assembly belongs to src/backend/cuda/device")
 
 
+def of_nvshmem_only_what_is_documented(sources):
+    """Nothing of its private structures (nvshmemi_...), no header but the documented ones."""
+    for source in sources:
+        if not source.is_code:
+            continue
+        for number, name, quoted in source.includes():
+            if not quoted and "nvshmem" in name and name not in NVSHMEM_HEADERS:
+                yield f"{source.path}:{number}: {name} is no documented header of NVSHMEM"
+        code = blank_comments_and_strings(source.text)
+        for number, line in enumerate(code.splitlines(), 1):
+            if re.match(r"\s*#\s*include", line):
+                continue
+            for name in re.findall(r"\b(?:nvshmem|NVSHMEM)\w+", line):
+                if name not in NVSHMEM_CALLS | OWN_NVSHMEM_NAMES:
+                    yield f"{source.path}:{number}: {name} is not in the list of NVSHMEM's calls"
+
+
 def environment_is_read_in_one_file(sources):
     yield from code_matches(
         sources, r"\b(getenv|secure_getenv)\b",
@@ -206,6 +237,7 @@ def variables_are_documented(sources):
 RULES = [
     includes_point_downwards, public_headers_stand_alone, only_backends_know_devices,
     files_are_short, functions_are_short, lines_are_short, assembly_lives_in_one_folder,
-    environment_is_read_in_one_file, fences_are_not_used, headers_are_well_formed, words_are_clean,
+    of_nvshmem_only_what_is_documented, environment_is_read_in_one_file, fences_are_not_used,
+    headers_are_well_formed, words_are_clean,
     plan_and_protocol_are_tested, no_file_is_dead, variables_are_documented,
 ]

@@ -85,6 +85,15 @@ class RuleExamples(unittest.TestCase):
                            include__deep_ep__a_hpp="#include <cuda_runtime.h>\n")
         self.assertEqual(len(found), 1)
 
+    def test_what_nvshmem_does_not_document_is_found(self):
+        rule = rules.of_nvshmem_only_what_is_documented
+        for text in ("nvshmemi_transfer_rma();\n", "nvshmem_barrier_all();\n",
+                     "#include <device_host/nvshmem_types.h>\n", "int x = NVSHMEMI_TEAM;\n"):
+            self.assertEqual(len(violations(rule, src__backend__cuda__a_cpp=text)), 1, text)
+        fine = ("#include <nvshmem.h>\nnvshmem_quiet();  // not nvshmem_fence\n"
+                "namespace nvshmem {}\n")
+        self.assertEqual(violations(rule, src__backend__cuda__a_cpp=fine), [])
+
     def test_getenv_in_a_comment_is_no_call(self):
         rule = rules.environment_is_read_in_one_file
         self.assertEqual(violations(rule, src__api__a_cpp="// getenv\n"), [])

@@ -11,6 +11,7 @@
 #include <sstream>
 #include <thread>
 
+#include "full.hpp"
 #include "multi/fault_play.hpp"
 #include "namespaces.hpp"
 #include "verify/case.hpp"
@@ -38,7 +39,8 @@ constexpr const char* kRate = "20mbit";
 constexpr auto kLead = 300ms;
 constexpr auto kJobLimit = 60s;
 
-enum class Trouble { kCable, kCrawl, kDeadRank, kDeadNode };
+/// kSilent, kLoss: all is lost, and no device shows it. kAbsent: a rank does not come to the call.
+enum class Trouble { kCable, kSilent, kLoss, kCrawl, kAbsent, kDeadRank, kDeadNode };
 
 int node_of(int rank) { return rank / kRanksPerNode; }
 
@@ -59,6 +61,10 @@ struct Plan {
   bool somebody_dies() const {
     return trouble == Trouble::kDeadRank || trouble == Trouble::kDeadNode;
   }
+  bool cuts_off() const {
+    return trouble == Trouble::kCable || trouble == Trouble::kSilent || trouble == Trouble::kLoss;
+  }
+  bool stays_away(int rank) const { return trouble == Trouble::kAbsent && rank == kRank; }
   bool dies(int rank) const {
     return rank == kRank ? somebody_dies()
                          : trouble == Trouble::kDeadNode && node_of(rank) == kNode;
@@ -69,8 +75,9 @@ struct Plan {
     const auto cut = [&](int named) {
       return (node_of(named) == kNode) != (node_of(rank) == kNode);
     };
-    if (trouble == Trouble::kCable) return std::any_of(ranks.begin(), ranks.end(), cut);
+    if (cuts_off()) return std::any_of(ranks.begin(), ranks.end(), cut);
     if (trouble == Trouble::kCrawl) return !ranks.empty();
+    if (trouble == Trouble::kAbsent) return ranks == std::vector{kRank};
     return !ranks.empty() &&
            std::all_of(ranks.begin(), ranks.end(), [&](int named) { return dies(named); });
   }
@@ -106,6 +113,8 @@ std::thread begin_trouble(const Namespaces& nodes, const Plan& plan, int rank,
     std::this_thread::sleep_until(due);
     if (plan.dies(rank)) kill(getpid(), SIGKILL);
     if (plan.trouble == Trouble::kCable) nodes.set_link(kNode, false);
+    if (plan.trouble == Trouble::kSilent) nodes.set_silent(kNode, true);
+    if (plan.trouble == Trouble::kLoss) nodes.disturb(kNode, "loss 100%");
     // Less than a packet within the timeout.
     if (plan.trouble == Trouble::kCrawl) nodes.shape(kNode, "8kbit", "burst 10kb latency 50ms");
   });
@@ -133,6 +142,7 @@ void check_new_life(Findings& findings, Worker& worker, const Plan& plan) {
 
 void mend(const Namespaces& nodes) {
   nodes.set_link(kNode, true);
+  nodes.set_silent(kNode, false);
   nodes.smooth(kNode);
   // Else who is still being looked for from before is found to be missing soon, by new connections
   // too.
@@ -161,12 +171,13 @@ std::string play(const Namespaces& nodes, Worker& worker, const Plan& plan) {
     if (worker.rank() == 0) nodes.shape(kNode, kRate);
     const auto due = agree_on_a_time(*worker.bootstrap());
     std::thread trouble = begin_trouble(nodes, plan, worker.rank(), due);
+    if (plan.stays_away(worker.rank())) std::this_thread::sleep_for(plan.limit());
     const auto thrown = thrown_by([&] { exchange.run(buffer, plan.op, dispatched); });
     const bool too_soon = Clock::now() < due;
     if (trouble.joinable()) trouble.join();
     if (!thrown) return "no Error";
     findings.expect(!too_soon, fmt::format("too soon: {}", thrown->text));
-    check_error(findings, plan, worker.rank(), *thrown);
+    if (!plan.stays_away(worker.rank())) check_error(findings, plan, worker.rank(), *thrown);
     check_aftermath(findings, buffer, kept, *thrown, 3s);
     findings.expect(exchange.x == x, "the caller's rows have changed");
     findings.expect(std::equal(got.begin(), got.end(), dispatched.recv_x.as<float>()),
@@ -216,6 +227,11 @@ class InternodeFault : public testing::TestWithParam<Op> {
 
 TEST_P(InternodeFault, ANodeWhoseCableIsPulledIsNamedAfterTheTimeout) { run(Trouble::kCable); }
 
+TEST_P(InternodeFault, ANodeWhosePacketsAreAllLostIsNamedAfterTheTimeout) {
+  if (const std::string why = net::why_no_netem(); !why.empty()) GTEST_SKIP() << why;
+  run(Trouble::kLoss);
+}
+
 TEST_P(InternodeFault, ANodeThatTurnsTooSlowEndsTheCallAfterTheTimeout) { run(Trouble::kCrawl); }
 
 TEST_P(InternodeFault, AKilledRankIsNamedByAll) { run(Trouble::kDeadRank); }
@@ -230,6 +246,23 @@ std::string name_of(const testing::TestParamInfo<Op>& op) {
 
 INSTANTIATE_TEST_SUITE_P(BetweenNodes, InternodeFault,
                          testing::Values(Op::kDispatch, Op::kCombine, Op::kLowLatency), name_of);
+
+/// Of those that know from before what comes.
+class InternodeFaultByHandle : public InternodeFault {};
+
+TEST_P(InternodeFaultByHandle, ANodeThatFallsSilentIsNamedAfterTheTimeout) {
+  run(Trouble::kSilent);
+}
+
+TEST_P(InternodeFaultByHandle, ARankThatStaysAwayIsNamedAfterTheTimeout) { run(Trouble::kAbsent); }
+
+TEST_P(InternodeFaultByHandle, AKilledRankIsNamedByAll) { run(Trouble::kDeadRank); }
+
+INSTANTIATE_TEST_SUITE_P(BetweenNodes, InternodeFaultByHandle,
+                         testing::ValuesIn(wants_full()
+                                               ? std::vector{Op::kCachedDispatch, Op::kCombine}
+                                               : std::vector{Op::kCachedDispatch}),
+                         name_of);
 
 /// Of either mode.
 template <class Case>
@@ -284,6 +317,36 @@ TEST(TroubleBetweenNodes, ANodeThatTurnsSlowHoldsUpAllAndNothingIsWrong) {
     await_bytes(3'000'000);
     EXPECT_GE(std::chrono::steady_clock::now() - begin, 500ms);
   });
+}
+
+/// A dispatch by its handle, to which rank kRank comes late by kLead: every row as it was sent.
+bool dispatch_with_a_late_rank(const std::shared_ptr<Bootstrap>& bootstrap) {
+  constexpr std::int64_t kMany = 1024;  // 4 MiB to each node: more than the rings hold
+  Buffer buffer(bootstrap, {.timeout = 20s});
+  const Exchange exchange(bootstrap->rank(), kRanks, kMany, kHidden);
+  const DispatchResult first = buffer.dispatch(exchange.dispatch_args(buffer));
+  buffer.barrier();
+  const auto due = agree_on_a_time(*bootstrap);
+  if (bootstrap->rank() == kRank) std::this_thread::sleep_until(due);
+  const DispatchResult got = buffer.dispatch(Exchange::cached_args(exchange, first));
+  EXPECT_GE(Clock::now(), due) << "nobody has all rows before all have come";
+  EXPECT_EQ(got.recv_x.shape[0], kRanks * kMany);
+  std::int64_t wrong = 0;
+  for (std::int64_t i = 0; i < got.recv_x.numel(); ++i)
+    wrong += got.recv_x.as<float>()[i] != static_cast<float>(1 + i / (kMany * kHidden)) ? 1 : 0;
+  EXPECT_EQ(wrong, 0) << "of " << got.recv_x.numel() << " elements";
+  bootstrap->barrier();
+  return !testing::Test::HasFailure();
+}
+
+TEST(TroubleBetweenNodes, ARankThatIsLateForADispatchByHandleHoldsUpAllAndNothingIsWrong) {
+  NEEDS_NAMESPACES();
+  const Namespaces nodes(kNodes);
+  const auto exits = run_forked(kRanks, [&](const std::shared_ptr<Bootstrap>& bootstrap) {
+    net::live_on(nodes, node_of(bootstrap->rank()));
+    return dispatch_with_a_late_rank(bootstrap) ? 0 : 1;
+  });
+  for (const RankExit& exit : exits) EXPECT_EQ(exit.status, 0) << "rank " << exit.rank;
 }
 
 TEST(TroubleBetweenNodes, ANetworkWithoutRoomLosesPacketsAndNothingIsWrong) {

@@ -24,6 +24,16 @@ std::string describe_pair(int from, int to) {
   return fmt::format("GPUs {} and {}: {}", from, to, verdict);
 }
 
+/// The same for all processes that see the GPU.
+std::string name_of(int device) {
+  cudaDeviceProp properties{};
+  cuda::check(cudaGetDeviceProperties(&properties, device), "cudaGetDeviceProperties");
+  std::string name;
+  for (const char byte : properties.uuid.bytes)
+    name += fmt::format("{:02x}", static_cast<unsigned char>(byte));
+  return name;
+}
+
 class Parts final : public CudaParts {
  public:
   std::unique_ptr<Backend> make_backend(const BackendOptions& options) override {
@@ -89,6 +99,19 @@ class Parts final : public CudaParts {
     }
     if (lines.empty()) lines.emplace_back("no GPU, or no driver for it");
     return lines;
+  }
+
+  std::string reach(int device) override {
+    const int count = num_devices();
+    if (device < 0 || device >= count) return {};
+    std::string text = name_of(device);
+    for (int other = 0; other < count; ++other) {
+      int access = 0;
+      if (other == device) continue;
+      cuda::check(cudaDeviceCanAccessPeer(&access, device, other), "cudaDeviceCanAccessPeer");
+      if (access == 0) text += " " + name_of(other);
+    }
+    return text;
   }
 
   std::string why_no_nvshmem() override {

@@ -53,6 +53,34 @@ TEST(Topology, WhatCannotBeDividedIsRefusedByName) {
               testing::HasSubstr("DEEP_EP_RANKS_PER_NODE is 8, but the 4 ranks are on 2 hosts"));
 }
 
+TEST(Topology, GpusThatMapEachOtherStayOneNode) {
+  const Hosts hosts{"a", "a", "b", "b"};
+  EXPECT_EQ(split_hosts(hosts, {"0", "1", "2", "3"}), hosts);
+  EXPECT_EQ(split_hosts(hosts, {"", "", "", ""}), hosts) << "of hosts nothing is said";
+  EXPECT_EQ(split_hosts(hosts, {"0 2", "1 3", "2", "3"}), hosts) << "not of their host";
+  EXPECT_EQ(split_hosts(Hosts(4, "a"), {"0", "0", "1", "1"}), Hosts(4, "a"));
+}
+
+TEST(Topology, GpusWithoutPeerAccessAreNodes) {
+  const auto nodes = [](const Hosts& hosts, const std::vector<std::string>& gpus) {
+    return find_topology(split_hosts(hosts, gpus), 0);
+  };
+  EXPECT_EQ(nodes(Hosts(2, "a"), {"0 1", "1 0"}), (Topology{2, 1}));
+  EXPECT_EQ(nodes(Hosts(2, "a"), {"0", "1 0"}), (Topology{2, 1})) << "one way is not enough";
+  // Pairs with links of their own, on each of two hosts.
+  EXPECT_EQ(nodes({"a", "a", "a", "a", "b", "b", "b", "b"},
+                  {"0 2 3", "1 2 3", "2 0 1", "3 0 1", "4 6 7", "5 6 7", "6 4 5", "7 4 5"}),
+            (Topology{8, 2}));
+  // Rank 2 maps rank 1, but not rank 0, which is of its node.
+  EXPECT_EQ(nodes(Hosts(4, "a"), {"0 2 3", "1", "2 0", "3 0"}), (Topology{4, 2}));
+  EXPECT_THAT(refusal(
+                  [] {
+                    find_topology(split_hosts(Hosts(2, "a"), {"0 1", "1 0"}), 2);
+                  },
+                  ErrorCode::kInvalidArgument),
+              testing::HasSubstr("DEEP_EP_RANKS_PER_NODE is 2"));
+}
+
 TEST(Topology, UnevenHostsAreNotSupported) {
   for (const Hosts& hosts : {Hosts{"a", "a", "b"}, Hosts{"a", "b", "b"}, Hosts{"a", "b", "a"}}) {
     try {

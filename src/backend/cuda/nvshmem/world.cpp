@@ -72,13 +72,11 @@ void require_even(const std::vector<std::string>& gpus) {
 
 class World::PieceHeap final : public Heap {
  public:
-  PieceHeap(World& world, int number) : world_(world), number_(number) {
-    base_ = world.pieces_[number].base;
-    bytes_ = world.pieces_[number].bytes;
-  }
+  PieceHeap(World& world, int number, const Pieces::Piece& piece)
+      : world_(world), number_(number), base_(piece.base), bytes_(piece.bytes) {}
   ~PieceHeap() override {
     const std::lock_guard lock(world_.mutex_);
-    world_.pieces_[number_].free = !abandoned_;
+    world_.pieces_.give_back(number_, abandoned_);
   }
   std::byte* base() const noexcept override { return base_; }
   std::int64_t bytes() const noexcept override { return bytes_; }
@@ -104,9 +102,8 @@ std::unique_ptr<Heap> World::allocate(Bootstrap& bootstrap, int device, std::int
   const DeviceGuard guard(device);
   const std::lock_guard lock(mutex_);
   join(bootstrap, device);
-  int number = find_free(bootstrap, bytes);
+  int number = pieces_.find_free(bootstrap, bytes);
   if (number < 0) {
-    number = static_cast<int>(pieces_.size());
     auto* base = static_cast<std::byte*>(
         nvshmem_align(kAlignment, static_cast<std::size_t>(bytes)));  // collective
     fabric::together(bootstrap, [&] {
@@ -116,24 +113,11 @@ std::unique_ptr<Heap> World::allocate(Bootstrap& bootstrap, int device, std::int
                               "cannot grow, NVSHMEM_SYMMETRIC_SIZE says how large it is",
                               bytes, device));
     });
-    pieces_.push_back({base, bytes, false});
+    number = pieces_.add(base, bytes);
   }
-  Piece& piece = pieces_[number];
-  piece.free = false;
+  const Pieces::Piece& piece = pieces_.take(number);
   fabric::together(bootstrap, [&] { zero(piece.base, static_cast<std::size_t>(piece.bytes)); });
-  return std::make_unique<PieceHeap>(*this, number);
-}
-
-int World::find_free(Bootstrap& bootstrap, std::int64_t bytes) const {
-  std::string mine;
-  for (const Piece& piece : pieces_) mine += piece.free && piece.bytes >= bytes ? '1' : '0';
-  const std::vector<std::string> all = bootstrap.all_gather(mine);
-  for (std::size_t i = 0; i < mine.size(); ++i) {
-    if (std::all_of(all.begin(), all.end(),
-                    [&](const std::string& one) { return i < one.size() && one[i] == '1'; }))
-      return static_cast<int>(i);
-  }
-  return -1;
+  return std::make_unique<PieceHeap>(*this, number, piece);
 }
 
 void World::join(Bootstrap& bootstrap, int device) {

@@ -4,9 +4,9 @@
 #include <memory>
 #include <mutex>
 #include <string>
-#include <vector>
 
 #include "backend/cuda/nvshmem/heap.hpp"
+#include "backend/cuda/nvshmem/pieces.hpp"
 #include "deep_ep/bootstrap.hpp"
 
 namespace deep_ep::cuda::nvshmem {
@@ -23,24 +23,17 @@ class World {
   std::unique_ptr<Heap> allocate(Bootstrap& bootstrap, int device, std::int64_t bytes);
 
  private:
-  struct Piece {
-    std::byte* base = nullptr;
-    std::int64_t bytes = 0;
-    bool free = false;
-  };
   class PieceHeap;
 
   void join(Bootstrap& bootstrap, int device);
   void init(Bootstrap& bootstrap, int device, const std::string& unique_id);
-  /// A piece that is free and large enough on all ranks, or -1. Pieces are numbered alike.
-  int find_free(Bootstrap& bootstrap, std::int64_t bytes) const;
 
   std::mutex mutex_;  // one collective call at a time; guards what follows
   std::string name_;  // the same on all its ranks; empty before joining
   int rank_ = 0;
   int size_ = 0;
   int device_ = 0;
-  std::vector<Piece> pieces_;
+  Pieces pieces_;
 };
 
 }  // namespace deep_ep::cuda::nvshmem
