@@ -46,10 +46,6 @@ cudaError_t launch_kernel(void (*kernel)(Params...), std::int64_t blocks, int th
   return status;
 }
 
-/// A high-throughput call of so few tokens is so short that the kernel behind may wait on the SMs
-/// that it leaves free (allow_kernel_behind()).
-constexpr std::int64_t kShortCallTokens = 512;
-
 /// Each of the kernels, up to the first that fails.
 template <auto... kKernels>
 cudaError_t load() {

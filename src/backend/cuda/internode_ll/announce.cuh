@@ -109,7 +109,7 @@ DEEP_EP_HD inline bool uses_packets(const plan::MessageArea& area, std::int64_t 
 }
 /// The same of this rank's tokens.
 __device__ inline bool sends_packets(const auto& args, const plan::MessageArea& area) {
-  return std::remove_cvref_t<decltype(args)>::kFewTokens || uses_packets(area, args.num_tokens);
+  return std::remove_cvref_t<decltype(args)>::kIsOfFewTokens || uses_packets(area, args.num_tokens);
 }
 
 }  // namespace deep_ep::cuda::internode_ll

@@ -190,7 +190,7 @@ __device__ bool receive(const auto& args, const Ticket& ticket, bool good, const
   if (args.is_rank_major() && keeps_books()) good = all_agree(args, ticket) && good;
   // A block that has sent the weights of one token knows its route; of few tokens all do.
   const bool known =
-      !args.is_rank_major() && (args.kFewTokens || (args.sends && has_slice_each(args)));
+      !args.is_rank_major() && (args.kIsOfFewTokens || (args.sends && has_slice_each(args)));
 #pragma unroll 1
   for (std::int64_t number = first_slice(); number >> args.slice_shift < args.num_tokens;
        number += gridDim.x) {
@@ -200,12 +200,12 @@ __device__ bool receive(const auto& args, const Ticket& ticket, bool good, const
       if (__syncthreads_and(good) == 0) return false;
     } else {
       const bool loaded =
-          args.kFewTokens || (args.kFew && args.is_rank_major() && number == first_slice());
+          args.kIsOfFewTokens || (args.kFew && args.is_rank_major() && number == first_slice());
       const RouteIds ids = loaded ? first : RouteIds(args, token);
       if (!find_route(args, token, ids, good, route)) return false;
     }
     if (!Rows::sum_token(args, ticket, token, slice, route)) return false;
-    if (args.kFewTokens) break;
+    if (args.kIsOfFewTokens) break;
   }
   return __syncthreads_and(good) != 0;
 }
@@ -226,17 +226,15 @@ __device__ __noinline__ void fill_nan(const auto& args) {
 /// A kernel: sends, receives, or both.
 template <class Rows>
 __device__ void run_combine(const auto& args) {
-  // Of few tokens: what comes behind finds its place and its first code meanwhile.
-  if constexpr (std::remove_cvref_t<decltype(args)>::kFewTokens) allow_kernel_behind();
   wait_for_kernel_before();
   // All that the first token needs is on its way before anything is waited for.
-  const bool begins = args.kFewTokens || (args.is_rank_major() ? args.receives : args.sends);
+  const bool begins = args.kIsOfFewTokens || (args.is_rank_major() ? args.receives : args.sends);
   const TicketWords ticket_words(args);
   const BeginWords words(args);
   const RawWeightIds raw(args, begins ? first_slice() >> args.slice_shift : args.num_tokens);
   const Ranges ranges(args);
   const Route route(args.shared);
-  if (!args.kFewTokens && warp_id() == 0) clear_marks(args);
+  if (!args.kIsOfFewTokens && warp_id() == 0) clear_marks(args);
   const WeightIds first(args, raw);
   Ticket ticket = take_ticket(args, ticket_words);
   ticket.keeps_own = Rows::kKeepsOwn && can_keep_own(args) && has_slice_each(args);
@@ -245,7 +243,7 @@ __device__ void run_combine(const auto& args) {
   if (keeps_books() && warp_id() == kWarps - 2) count_for_absent(args, ticket);
   bool good = warp_id() != kWarps - 1 || may_begin(args, ticket, words);
   const std::int64_t token = first_slice() >> args.slice_shift;
-  if (args.kFewTokens && !args.is_rank_major() && token < args.num_tokens)
+  if (args.kIsOfFewTokens && !args.is_rank_major() && token < args.num_tokens)
     good = find_route(args, token, first.ids, good, route);
   if (args.sends) good = send<Rows>(args, ticket, good, first, route);
   // Without sending the threads of the block have not agreed yet.

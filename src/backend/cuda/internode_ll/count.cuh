@@ -75,8 +75,8 @@ __device__ inline bool count_all(const auto& args, const SomeIds& first, std::in
 #pragma unroll 1
   for (std::int64_t base = warp_id() * 32; base < args.num_tokens; base += kThreads) {
     const std::int64_t token = base + lane_id();
-    if (args.kFewTokens || (args.kFew && args.shape.num_topk <= SomeIds::kSize)) {
-      if (!args.kFewTokens && base >= kThreads) some = load_ids(args, token, 0);
+    if (args.kIsOfFewTokens || (args.kFew && args.shape.num_topk <= SomeIds::kSize)) {
+      if (!args.kIsOfFewTokens && base >= kThreads) some = load_ids(args, token, 0);
       if (!some.good) raise_bad_id(args, token);
       good = good && some.good;
       count_tokens(args, some, messages, rows);

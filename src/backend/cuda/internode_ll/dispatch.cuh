@@ -180,7 +180,7 @@ __device__ bool send(const Args& args, const Ticket& ticket, bool good, const Ro
     if (!find_route(args, token, ids, good, route)) return false;
     if constexpr (Args::kPuts) put_row(args, ticket, token, route);
     send_row(args, ticket, token, slice, route);
-    if constexpr (Args::kFewTokens) break;
+    if constexpr (Args::kIsOfFewTokens) break;
     number += gridDim.x;
     if (number >> shift >= args.num_tokens) break;
     ids = RouteIds(args, number >> shift);
@@ -193,8 +193,6 @@ __device__ bool send(const Args& args, const Ticket& ticket, bool good, const Ro
 template <bool kQuantize, Form kForm, class Args>
 __global__ void __launch_bounds__(kThreads, kBlocksAnSm<Args>)
     dispatch(const __grid_constant__ Formed<Args, kForm> args) {
-  // Of few tokens: what comes behind finds its place and its first code meanwhile.
-  if constexpr (std::remove_cvref_t<decltype(args)>::kFewTokens) allow_kernel_behind();
   wait_for_kernel_before();
   // All that the first token needs is on its way before anything is waited for.
   const std::int64_t number = args.sends ? first_slice() : args.num_tokens << args.slice_shift;
@@ -202,7 +200,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSm<Args>)
   const BeginWords words(args);
   const RawRouteIds raw_ids(args, number >> args.slice_shift);
   const RowUnits<kQuantize> units = first_units_of<kQuantize>(args, number);
-  if (!args.kFewTokens && warp_id() == 0) clear_marks(args);
+  if (!args.kIsOfFewTokens && warp_id() == 0) clear_marks(args);
   const RouteIds ids(args, raw_ids);
   bool good = true;
   // Behind nothing but the ids: the others' rows find no place before.
@@ -211,7 +209,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSm<Args>)
                      shared_at<std::int32_t>(args.shared.counts));
   Ticket ticket = take_ticket(args, ticket_words);
   // With blocks to spare a block that has nothing else to do is done with the row sooner.
-  ticket.keeps_own = !args.kFewTokens && can_keep_own(args) && args.num_tokens <= gridDim.x &&
+  ticket.keeps_own = !args.kIsOfFewTokens && can_keep_own(args) && args.num_tokens <= gridDim.x &&
                      args.num_tokens * (args.comm.num_ranks + 1) > gridDim.x;
   if (keeps_books() && warp_id() == 0) tell_consumed(args);
   if (keeps_books() && warp_id() == kWarps - 2) count_for_absent(args, ticket);

@@ -7,10 +7,13 @@
 // The forms that a kernel is compiled for, and which one a call takes.
 namespace deep_ep::cuda::internode_ll {
 
+/// So few that a warp finds where one of them goes.
+constexpr std::int64_t kFewTokens = 64;
+
 /// What a kernel is compiled for: less code, which a kernel that runs once has to fetch from afar,
 /// and less to jump over. All special forms are for fewer than 32 experts a token and at most 32
-/// ranks, so that a warp holds them. Those of few tokens: at most one for each lane of a warp, with
-/// all ids of one loaded at once, at most one slice of one for each block, and rows in packets.
+/// ranks, so that a warp holds them. Those of few tokens: at most kFewTokens, with all ids of one
+/// loaded at once, at most one slice of one for each block, and rows in packets.
 enum class Form : std::uint8_t {
   kAny,
   kExpertMajor,
@@ -27,7 +30,7 @@ constexpr bool is_of_few_tokens(Form form) {
 template <class Args, Form kForm>
 struct Formed : Args {
   static constexpr bool kFew = kForm != Form::kAny;
-  static constexpr bool kFewTokens = is_of_few_tokens(kForm);
+  static constexpr bool kIsOfFewTokens = is_of_few_tokens(kForm);
   static constexpr bool kRankMajor = kForm == Form::kRankMajor || kForm == Form::kFewRankMajor;
   __device__ bool is_rank_major() const {
     if constexpr (kForm == Form::kAny) return Args::rank_major;
@@ -38,7 +41,7 @@ struct Formed : Args {
 /// Of a kernel of so many blocks. `packeted`: this rank's rows travel in packets.
 inline Form form_of(const StepArgs& args, unsigned blocks, bool packeted) {
   if (args.shape.num_topk >= 32 || args.shape.num_ranks > 32) return Form::kAny;
-  const bool few = packeted && args.num_tokens <= 64 && args.loads_whole_ids() &&
+  const bool few = packeted && args.num_tokens <= kFewTokens && args.loads_whole_ids() &&
                    args.num_tokens << args.slice_shift <= blocks;
   if (args.rank_major) return few ? Form::kFewRankMajor : Form::kRankMajor;
   return few ? Form::kFewExpertMajor : Form::kExpertMajor;

@@ -10,7 +10,7 @@ namespace deep_ep::cuda::internode_ll {
 /// Whether a route is found so.
 template <class Args>
 __device__ bool fits_lanes(const Args& args) {
-  return Args::kFewTokens ||
+  return Args::kIsOfFewTokens ||
          (Args::kFew && args.shape.num_topk <= SomeIds::kSize && fits_a_warp(args));
 }
 

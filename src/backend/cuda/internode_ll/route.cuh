@@ -31,7 +31,7 @@ struct Route {
 
 /// So few tokens are one warp's work, beside the others', which in a dispatch stage a row.
 __device__ inline bool fits_a_warp(const auto& args) {
-  return std::remove_cvref_t<decltype(args)>::kFewTokens ||
+  return std::remove_cvref_t<decltype(args)>::kIsOfFewTokens ||
          args.num_tokens <= (args.kind == plan::LowLatencyKind::kDispatch ? 64 : 32);
 }
 
@@ -54,7 +54,7 @@ __device__ __noinline__ inline void raise_bad_id(const StepArgs& args, std::int6
 }
 
 __device__ inline bool loads_whole(const auto& args) {
-  return std::remove_cvref_t<decltype(args)>::kFewTokens || args.loads_whole_ids();
+  return std::remove_cvref_t<decltype(args)>::kIsOfFewTokens || args.loads_whole_ids();
 }
 
 /// Entries [from, from + kSize) of a token as they come from memory, none if there is no such

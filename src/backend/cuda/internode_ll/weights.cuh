@@ -197,7 +197,7 @@ __device__ inline bool send_all_weights(const auto& args, const Ticket& ticket, 
     const std::int64_t token = slice >> args.slice_shift;
     // Weights are sent once.
     const bool leads = (slice & ((1 << args.slice_shift) - 1)) == 0;
-    if constexpr (std::remove_cvref_t<decltype(args)>::kFewTokens) {
+    if constexpr (std::remove_cvref_t<decltype(args)>::kIsOfFewTokens) {
       if (!good) return false;  // the route is known, and all threads say the same
     } else {
       __syncthreads();  // the last route has been read
@@ -209,7 +209,7 @@ __device__ inline bool send_all_weights(const auto& args, const Ticket& ticket, 
              good;
       if (leads) put_weights(args, ticket, route);
     }
-    if (args.kFewTokens) break;
+    if (args.kIsOfFewTokens) break;
     slice += gridDim.x;
     const std::int64_t next = slice >> args.slice_shift;
     if (next < args.num_tokens) loaded = WeightIds(args, RawWeightIds(args, next));

@@ -262,7 +262,6 @@ __global__ void __launch_bounds__(kThreads, 1) combine(const __grid_constant__ C
   extern __shared__ __align__(128) std::byte memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   const Comm& comm = args.comm;
-  if (comm.record.num_tokens <= kShortCallTokens) allow_kernel_behind();
   wait_for_kernel_before();
   const std::uint64_t epoch = comm.local->epoch + 1;
   const bool good = find_others(args, epoch, shared);

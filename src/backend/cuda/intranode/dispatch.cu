@@ -336,7 +336,6 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   auto& all = *reinterpret_cast<RowShared<kRanksALane>*>(memory);
   Shared& shared = all.rest;
   const Comm& comm = args.comm;
-  if (comm.record.num_tokens <= kShortCallTokens) allow_kernel_behind();
   wait_for_kernel_before();
   // The others wait for this rank's place, which comes with the kernel that has room.
   if (args.tentative && num_received(args) > args.block_rows) return;
