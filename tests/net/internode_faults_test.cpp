@@ -332,8 +332,10 @@ bool dispatch_with_a_late_rank(const std::shared_ptr<Bootstrap>& bootstrap) {
   EXPECT_GE(Clock::now(), due) << "nobody has all rows before all have come";
   EXPECT_EQ(got.recv_x.shape[0], kRanks * kMany);
   std::int64_t wrong = 0;
-  for (std::int64_t i = 0; i < got.recv_x.numel(); ++i)
-    wrong += got.recv_x.as<float>()[i] != static_cast<float>(1 + i / (kMany * kHidden)) ? 1 : 0;
+  for (std::int64_t i = 0; i < got.recv_x.numel(); ++i) {
+    const std::int64_t source = i / (kMany * kHidden);
+    wrong += got.recv_x.as<float>()[i] != static_cast<float>(1 + source) ? 1 : 0;
+  }
   EXPECT_EQ(wrong, 0) << "of " << got.recv_x.numel() << " elements";
   bootstrap->barrier();
   return !testing::Test::HasFailure();
