@@ -20,7 +20,7 @@ RESULTS = ROOT / "bench/results"
 MACHINES = {"h100": "One H100, one rank", "h200-r2": "Two H200, a rank each"}
 INTRANODE = {"h100": "2026-11-24_h100_r1.json", "h200-r2": "2026-11-29_h200_r2.json"}
 LOW_LATENCY = {"h100": "2026-11-24_h100_low_latency_graph_r1.json",
-               "h200-r2": "2026-11-29_h200_low_latency_graph_r2.json"}
+               "h200-r2": "2026-11-30_h200_low_latency_graph_r2.json"}
 NETWORK = "2026-11-28_host_network_n2.json"
 INTERNODE = "2026-11-30_h200_internode_n2.json"
 LEAST_VS_PUT = 0.6  # of what NVSHMEM's puts reach by as many SMs

@@ -38,26 +38,28 @@ struct Formed : Args {
   }
 };
 
-/// Of a kernel of so many blocks. `packeted`: this rank's rows travel in packets.
-inline Form form_of(const StepArgs& args, unsigned blocks, bool packeted) {
-  if (args.shape.num_topk >= 32 || args.shape.num_ranks > 32) return Form::kAny;
-  const bool few = packeted && args.num_tokens <= kFewTokens && args.loads_whole_ids() &&
-                   args.num_tokens << args.slice_shift <= blocks;
-  if (args.rank_major) return few ? Form::kFewRankMajor : Form::kRankMajor;
-  return few ? Form::kFewExpertMajor : Form::kExpertMajor;
-}
-
 /// What puts has no forms of few tokens.
 template <class Args>
 constexpr bool has_form(Form form) {
   return !Args::kPuts || !is_of_few_tokens(form);
 }
 
+/// Of a kernel of so many blocks. `packeted`: this rank's rows travel in packets.
+template <class Args>
+Form form_of(const Args& args, unsigned blocks, bool packeted) {
+  if (args.shape.num_topk >= 32 || args.shape.num_ranks > 32) return Form::kAny;
+  const Form few = args.rank_major ? Form::kFewRankMajor : Form::kFewExpertMajor;
+  if (has_form<Args>(few) && packeted && args.num_tokens <= kFewTokens && args.loads_whole_ids() &&
+      args.num_tokens << args.slice_shift <= blocks)
+    return few;
+  return args.rank_major ? Form::kRankMajor : Form::kExpertMajor;
+}
+
 /// Calls `function` with the form as a type.
 template <class Args, Form kForm = Form::kAny>
 cudaError_t with_form(Form form, auto&& function) {
   if constexpr (kForm == Form::kCount) {
-    return cudaErrorInvalidValue;
+    return cudaErrorInvalidDeviceFunction;
   } else {
     if constexpr (has_form<Args>(kForm)) {
       if (form == kForm) return function(std::integral_constant<Form, kForm>{});
