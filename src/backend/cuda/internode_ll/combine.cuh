@@ -1,6 +1,6 @@
 #pragma once
 
-#include "backend/cuda/internode_ll/forms.cuh"
+#include "backend/cuda/internode_ll/forms.hpp"
 #include "backend/cuda/internode_ll/stage.cuh"
 #include "backend/cuda/internode_ll/weights.cuh"
 

@@ -2,7 +2,7 @@
 
 #include "backend/cuda/internode_ll/announce.cuh"
 #include "backend/cuda/internode_ll/count.cuh"
-#include "backend/cuda/internode_ll/forms.cuh"
+#include "backend/cuda/internode_ll/forms.hpp"
 #include "backend/cuda/internode_ll/lane_route.cuh"
 #include "backend/cuda/internode_ll/receive.cuh"
 #include "backend/cuda/internode_ll/stage.cuh"

@@ -4,7 +4,7 @@
 
 #include "backend/cuda/internode_ll/steps.hpp"
 
-// The forms that a kernel is compiled for, and which one a call takes.
+// The forms that a kernel is compiled for, and which one a call takes. Compiled by g++ and nvcc.
 namespace deep_ep::cuda::internode_ll {
 
 /// So few that a warp finds where one of them goes.
@@ -32,7 +32,7 @@ struct Formed : Args {
   static constexpr bool kFew = kForm != Form::kAny;
   static constexpr bool kIsOfFewTokens = is_of_few_tokens(kForm);
   static constexpr bool kRankMajor = kForm == Form::kRankMajor || kForm == Form::kFewRankMajor;
-  __device__ bool is_rank_major() const {
+  DEEP_EP_HD bool is_rank_major() const {
     if constexpr (kForm == Form::kAny) return Args::rank_major;
     return kRankMajor;
   }
