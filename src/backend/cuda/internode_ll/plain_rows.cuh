@@ -125,7 +125,8 @@ struct PlainRows {
   static __device__ bool sum_packets(const auto& args, const Ticket& ticket, const Slice& slice,
                                      const Route& route, std::byte* row) {
     // Five are all that a thread has of a row of 7168 values; elsewhere registers are too few.
-    constexpr int kSize = std::remove_cvref_t<decltype(args)>::kRankMajor ? 5 : 3;
+    using Known = std::remove_cvref_t<decltype(args)>;
+    constexpr int kSize = !Known::kRankMajor ? 3 : Known::kIsOfFewTokens ? 4 : 5;
     const Announced announced(args.shared, args.comm.num_ranks);
     const MessageArea& area = args.places.returns;
     const int ranks = *route.num_ranks;
