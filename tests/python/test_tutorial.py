@@ -39,7 +39,8 @@ def test_the_first_program_runs(tmp_path):
                           env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 0, done.stderr
     differences = [float(text) for text in re.findall(r"difference ([0-9.]+)", done.stdout)]
-    assert len(differences) == 4 and max(differences) < 0.1
+    # Of values below 6, doubled and weighted by at most 2: three roundings to bfloat16, 2^-9 each.
+    assert len(differences) == 4 and max(differences) < 3 * 24 / 512 + 0.001
 
 
 class _Reader:
