@@ -83,13 +83,13 @@ struct Problem {
   const std::int64_t output_bytes;
   HugeBuffer x_memory, y_memory;
   TensorView x, y;
-  TensorView y_in_place{};  // the same where a dispatch left its rows, if somebody says where
+  TensorView y_in_place{};  // the same where a dispatch left its rows, once it is said where
   int round = 0;
 };
 
 class Ours {
  public:
-  Ours(Buffer& buffer, Problem& problem) : buffer_(buffer), problem_(problem) {
+  Ours(Buffer& buffer, const Problem& problem) : buffer_(buffer), problem_(problem) {
     const Tensor ids = problem.inputs.topk_idx();
     DispatchArgs args;
     args.x = problem.x;
@@ -97,9 +97,9 @@ class Ours {
     args.topk_idx = ids;
     in_place_ = buffer.dispatch(args);
     handle_ = in_place_.handle;
-    problem.y_in_place = in_place_.recv_x;
-    problem.load(problem.round);
   }
+  /// Where experts that work in place leave their outputs.
+  TensorView place_of_outputs() const { return in_place_.recv_x; }
 
   void dispatch() {
     received_ = {};
@@ -186,7 +186,7 @@ std::vector<double> measure_small_pairs(Buffer& buffer, const Settings& settings
   constexpr int kChain = 200;
   Settings small = settings;
   small.tokens = 1;
-  Problem problem(small, mpi);
+  const Problem problem(small, mpi);
   Ours ours(buffer, problem);
   std::vector<double> times;
   for (int i = -1; i < settings.repeats; ++i) {
@@ -257,6 +257,8 @@ int run_worker(const Settings& settings) {
   Buffer buffer(bootstrap_callback(
       mpi.rank, mpi.size, [&](std::string_view bytes) { return all_gather(mpi.size, bytes); }));
   Ours ours(buffer, problem);
+  problem.y_in_place = ours.place_of_outputs();
+  problem.load(problem.round);
   MpiExchange exchange(problem.expected, problem.row_bytes);
   const HugeBuffer copy_of_y(problem.received_bytes), copy_of_x(problem.output_bytes);
 

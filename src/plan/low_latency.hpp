@@ -74,7 +74,6 @@ struct MessageArea {
   std::int64_t max_tokens = 0;    // messages of a source
   std::int64_t max_packeted = 0;  // of them the first ones have room in packets
 
-  DEEP_EP_HD int row_packets() const { return static_cast<int>(row_groups) * kGroupPackets; }
   DEEP_EP_HD Packet* head(int source, std::int64_t message) const {
     return heads + (source * max_tokens + message) * head_packets;
   }

@@ -5,18 +5,25 @@
 namespace deep_ep::test {
 namespace {
 
-Program two_nodes_of_two() {
-  Program program;
-  program.ranks = 4;
-  program.ranks_per_node = 2;
-  verify::Case c;
+/// A Case or a LowLatencyCase.
+template <class AnyCase>
+AnyCase over_two_nodes_of_two(std::int64_t hidden) {
+  AnyCase c;
   c.ranks = 4;
   c.ranks_per_node = 2;
   c.experts = 16;
   c.topk = 4;
   c.tokens = {3, 0, 5, 1};
-  c.hidden = 64;
+  c.hidden = hidden;
   c.routing = verify::Routing::kAllToAll;
+  return c;
+}
+
+Program two_nodes_of_two() {
+  Program program;
+  program.ranks = 4;
+  program.ranks_per_node = 2;
+  auto c = over_two_nodes_of_two<verify::Case>(64);
   c.cached_repeats = 2;
   c.combines = 1;
   program.steps.push_back({0, c});
@@ -41,14 +48,7 @@ TEST(NetworkPlan, WhatStaysOnItsNodeIsNotCounted) {
 // To both ranks of the other node, in each of two dispatches, and home three times.
 TEST(NetworkPlan, ALowLatencyTokenCrossesOnceToEachRank) {
   Program program = two_nodes_of_two();
-  verify::LowLatencyCase c;
-  c.ranks = 4;
-  c.ranks_per_node = 2;
-  c.experts = 16;
-  c.topk = 4;
-  c.tokens = {3, 0, 5, 1};
-  c.hidden = 128;
-  c.routing = verify::Routing::kAllToAll;
+  auto c = over_two_nodes_of_two<verify::LowLatencyCase>(128);
   c.payload = verify::LowLatencyPayload::kBfloat16;
   c.dispatches = 2;
   c.combines = 3;

@@ -1,6 +1,7 @@
 #include "backend/cuda/captured_calls.hpp"
 #include "backend/cuda/check.hpp"
 #include "backend/cuda/event.hpp"
+#include "backend/cuda/gpu_name.hpp"
 #include "backend/cuda/internode.hpp"
 #include "backend/cuda/make_backend.hpp"
 #include "backend/cuda/memory/memory.hpp"
@@ -22,16 +23,6 @@ std::string describe_pair(int from, int to) {
                         : atomics == 0           ? "access, but no native atomics: PCIe, not NVLink"
                                                  : "access with native atomics";
   return fmt::format("GPUs {} and {}: {}", from, to, verdict);
-}
-
-/// The same for all processes that see the GPU.
-std::string name_of(int device) {
-  cudaDeviceProp properties{};
-  cuda::check(cudaGetDeviceProperties(&properties, device), "cudaGetDeviceProperties");
-  std::string name;
-  for (const char byte : properties.uuid.bytes)
-    name += fmt::format("{:02x}", static_cast<unsigned char>(byte));
-  return name;
 }
 
 class Parts final : public CudaParts {
@@ -104,12 +95,12 @@ class Parts final : public CudaParts {
   std::string reach(int device) override {
     const int count = num_devices();
     if (device < 0 || device >= count) return {};
-    std::string text = name_of(device);
+    std::string text = cuda::gpu_name(device);
     for (int other = 0; other < count; ++other) {
       int access = 0;
       if (other == device) continue;
       cuda::check(cudaDeviceCanAccessPeer(&access, device, other), "cudaDeviceCanAccessPeer");
-      if (access == 0) text += " " + name_of(other);
+      if (access == 0) text += " " + cuda::gpu_name(other);
     }
     return text;
   }

@@ -1,6 +1,5 @@
 #pragma once
 
-#include "backend/cuda/internode_ll/forms.hpp"
 #include "backend/cuda/internode_ll/stage.cuh"
 #include "backend/cuda/internode_ll/weights.cuh"
 
@@ -251,16 +250,6 @@ __device__ void run_combine(const auto& args) {
     good = receive<Rows>(args, ticket, good, first.ids, route);
   if (args.receives && !good) fill_nan<Rows>(args);
   end_step(args, ticket, good);
-}
-
-/// Launches an instantiation of one of the kernels.
-template <auto kKernel, Form kForm, class Args>
-cudaError_t launch_combine_kernel(const Args& args, unsigned blocks, cudaStream_t stream) {
-  const cudaError_t status = allow_shared<kKernel>(kMaxSharedBytes);
-  if (status != cudaSuccess) return status;
-  if (args.shared.used > kMaxSharedBytes) return cudaErrorInvalidValue;
-  return launch_kernel(kKernel, blocks, kThreads, args.shared.used, stream,
-                       Formed<Args, kForm>{args});
 }
 
 }  // namespace deep_ep::cuda::internode_ll

@@ -2,7 +2,6 @@
 
 #include "backend/cuda/internode_ll/announce.cuh"
 #include "backend/cuda/internode_ll/count.cuh"
-#include "backend/cuda/internode_ll/forms.hpp"
 #include "backend/cuda/internode_ll/lane_route.cuh"
 #include "backend/cuda/internode_ll/receive.cuh"
 #include "backend/cuda/internode_ll/stage.cuh"
@@ -221,16 +220,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSm<Args>)
   if (args.receives && !good) void_counts(args);
 }
 
-template <bool kQuantize, Form kForm, class Args>
-cudaError_t launch_form(const Args& given, unsigned blocks, cudaStream_t stream) {
-  const Formed<Args, kForm> args{given};
-  constexpr auto kKernel = dispatch<kQuantize, kForm, Args>;
-  const cudaError_t status = allow_shared<kKernel>(kMaxSharedBytes);
-  if (status != cudaSuccess) return status;
-  if (args.shared.used > kMaxSharedBytes) return cudaErrorInvalidValue;
-  return launch_kernel(kKernel, blocks, kThreads, args.shared.used, stream, args);
-}
-
 template <class Args>
 cudaError_t launch_dispatch_kernel(const Args& given, int num_sms, cudaStream_t stream) {
   Args args = given;
@@ -242,8 +231,9 @@ cudaError_t launch_dispatch_kernel(const Args& given, int num_sms, cudaStream_t 
     args.slice_shift = find_slice_shift(args, num_sms);
   const unsigned blocks = num_blocks(args, num_sms, 1 << args.slice_shift);
   return with_form<Args>(form_of(args, blocks, packeted), [&](auto form) {
-    return args.quantize ? launch_form<true, form.value>(args, blocks, stream)
-                         : launch_form<false, form.value>(args, blocks, stream);
+    return args.quantize
+               ? launch_form<dispatch<true, form.value, Args>, form.value>(args, blocks, stream)
+               : launch_form<dispatch<false, form.value, Args>, form.value>(args, blocks, stream);
   });
 }
 

@@ -197,7 +197,7 @@ cudaError_t launch_plain_combine_kernel(const Args& given, int num_sms, cudaStre
   const unsigned blocks = num_blocks(args, num_sms, 1 << args.slice_shift);
   const bool packeted = uses_packets(args.places.returns, args.num_tokens);
   return with_form<Args>(form_of(args, blocks, packeted), [&](auto form) {
-    return launch_combine_kernel<combine<form.value, Args>, form.value>(args, blocks, stream);
+    return launch_form<combine<form.value, Args>, form.value>(args, blocks, stream);
   });
 }
 

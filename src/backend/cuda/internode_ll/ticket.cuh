@@ -5,6 +5,7 @@
 #include "backend/cuda/device/launch.cuh"
 #include "backend/cuda/device/packets.cuh"
 #include "backend/cuda/device/waiting.cuh"
+#include "backend/cuda/internode_ll/forms.hpp"
 #include "backend/cuda/internode_ll/steps.hpp"
 
 // What the steps of low latency have in common: which call a kernel belongs to, where its messages
@@ -42,6 +43,16 @@ unsigned num_blocks(const Args& args, int num_sms, int shared) {
       std::max<std::int64_t>(num_busy_blocks(args, args.num_tokens, shared), num_sms);
   return static_cast<unsigned>(std::min<std::int64_t>(
       {std::int64_t{num_sms} * std::max(here, 1), likely, most, LowLatencyState::kMaxBlocks}));
+}
+
+/// Launches an instantiation of a kernel, which is of this form.
+template <auto kKernel, Form kForm, class Args>
+cudaError_t launch_form(const Args& args, unsigned blocks, cudaStream_t stream) {
+  const cudaError_t status = allow_shared<kKernel>(kMaxSharedBytes);
+  if (status != cudaSuccess) return status;
+  if (args.shared.used > kMaxSharedBytes) return cudaErrorInvalidValue;
+  return launch_kernel(kKernel, blocks, kThreads, args.shared.used, stream,
+                       Formed<Args, kForm>{args});
 }
 
 /// Whether a warp that takes 32 of `count` at a time takes those from `base` on.

@@ -101,8 +101,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksAnSm<Args>)
 
 template <int kFormat, class Args>
 cudaError_t launch_format(const Args& args, int num_sms, cudaStream_t stream) {
-  return launch_combine_kernel<combine<kFormat, Args>, Form::kAny>(
-      args, num_blocks(args, num_sms, 1), stream);
+  return launch_form<combine<kFormat, Args>, Form::kAny>(args, num_blocks(args, num_sms, 1),
+                                                         stream);
 }
 
 template <class Args>

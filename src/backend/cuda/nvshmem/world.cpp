@@ -9,11 +9,13 @@
 #include <sstream>
 
 #include "backend/cuda/check.hpp"
+#include "backend/cuda/gpu_name.hpp"
 #include "backend/cuda/memory/zero.hpp"
 #include "base/error.hpp"
 #include "base/log.hpp"
 #include "fabric/agree.hpp"
 #include "fabric/mesh.hpp"
+#include "fabric/socket.hpp"
 
 namespace deep_ep::cuda::nvshmem {
 
@@ -25,13 +27,6 @@ constexpr std::int64_t kAlignment = 128;
 std::string describe(const std::string& world, int rank) {
   return fmt::format("{} {} {} {}", fabric::host_id(), fabric::process_id(),
                      world.empty() ? "-" : world, rank);
-}
-
-std::string hex(const char* bytes, std::size_t count) {
-  std::string text;
-  for (std::size_t i = 0; i < count; ++i)
-    text += fmt::format("{:02x}", static_cast<unsigned char>(bytes[i]));
-  return text;
 }
 
 void require_processes(const std::vector<std::string>& all) {
@@ -49,11 +44,7 @@ void require_processes(const std::vector<std::string>& all) {
 }
 
 /// This rank's GPU, alike on the ranks that share it.
-std::string describe_gpu(int device) {
-  cudaDeviceProp properties;
-  check(cudaGetDeviceProperties(&properties, device), "cudaGetDeviceProperties");
-  return fabric::host_id() + hex(properties.uuid.bytes, sizeof properties.uuid.bytes);
-}
+std::string describe_gpu(int device) { return fabric::host_id() + gpu_name(device); }
 
 /// NVSHMEM's initialisation was seen to wait for ever with three ranks on two GPUs.
 void require_even(const std::vector<std::string>& gpus) {
@@ -182,7 +173,7 @@ void World::init(Bootstrap& bootstrap, int device, const std::string& unique_id)
                               bootstrap.size(), nvshmem_my_pe(), nvshmem_n_pes()));
     }
   });
-  name_ = hex(unique_id.data(), unique_id.size());
+  name_ = fabric::to_hex(unique_id);
   rank_ = bootstrap.rank();
   size_ = bootstrap.size();
   device_ = device;
