@@ -39,7 +39,8 @@ def test_bench_takes_its_ranks_from_torchrun(network, tmp_path):
     file = tmp_path / "bench.json"
     answers = torchrun("bench", "internode", *SHAPE, "--iters", "2", "--warmup", "1",
                        "--json", str(file))
-    assert [status for status, _ in answers] == [0, 0], answers
+    if any(status != 0 for status, _ in answers):
+        pytest.fail("\n".join(text for _, text in answers))  # whole, unlike an assertion's
     assert sum(text.count("2 nodes of 2 ranks") for _, text in answers) == 1, answers
     found = json.loads(file.read_text())
     assert (found["args"]["ranks"], found["args"]["nodes"]) == (4, 2)
