@@ -74,7 +74,9 @@ struct LowLatencyDispatchArgs {
   CallOptions options{};
   /// The call only sends, and returns; the result's hook receives. On GPUs both run on
   /// options.stream. Excludes async_finish and previous_event. Sending waits only until the ranks
-  /// have received the dispatch before the last.
+  /// have received the dispatch before the last, and on GPUs begun another low-latency call behind
+  /// that: it is what tells the others. So between such a receive and its rank's next call nothing
+  /// may wait for a rank that sends.
   bool return_recv_hook = false;
 };
 

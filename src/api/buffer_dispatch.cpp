@@ -187,7 +187,8 @@ void Buffer::Impl::await_counts(DispatchJob& job) {
 
 bool Buffer::Impl::place_ahead(DispatchJob& job) {
   const DispatchArgs& args = job.args;
-  const std::int64_t room = row_forecast_.room(job.dispatch.call.record.num_tokens);
+  const std::int64_t room =
+      row_forecast_.room(job.dispatch.call.record.num_tokens, topology_.num_ranks);
   const bool brings_memory = args.recv_x.defined() || args.recv_x_scales.defined() ||
                              args.recv_topk_idx.defined() || args.recv_topk_weights.defined();
   if (!backend_->queues_steps() || room == 0 || brings_memory) return false;
@@ -292,9 +293,10 @@ DispatchResult Buffer::Impl::intranode_dispatch(const DispatchArgs& args) {
                 if (!queued) intranode::dispatch(*backend_, job->dispatch);
                 if (job->args.group_rows) intranode::group_rows(*backend_, job->group);
               }),
-        // Memory of a caller's allocator may have been in use on the
+        // Memory of a caller's allocator, the groups' too, may have been in use on the
         // caller's stream since the first part began.
-        queued || (counted && !options_.allocator) ? Backend::Part::kEnd : Backend::Part::kWhole);
+        (queued && !args.group_rows) || (counted && !options_.allocator) ? Backend::Part::kEnd
+                                                                         : Backend::Part::kWhole);
     return take_result(job);
   });
 }

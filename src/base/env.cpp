@@ -42,8 +42,8 @@ constexpr auto kVariables = std::to_array<Variable>({
      "keeps "
      "jobs apart, not eavesdroppers out."},
     {"DEEP_EP_RENDEZVOUS_PORT", "",
-     "Port of the TCP rendezvous. Empty: MASTER_PORT, or the port beside it under torchrun, whose "
-     "agent holds MASTER_PORT itself."},
+     "Port of the TCP rendezvous. Empty: MASTER_PORT, but under torchrun, whose agent holds that, "
+     "the next one, or from 32768 on, where systems take ports, 12288 + MASTER_PORT % 16384."},
     {"RANK", "", "Rank of this process (torchrun)."},
     {"WORLD_SIZE", "", "Number of ranks (torchrun)."},
     {"OMPI_COMM_WORLD_RANK", "", "Rank of this process (Open MPI), if RANK is not set."},
@@ -92,12 +92,19 @@ std::int64_t integer(std::string_view name, std::int64_t min, std::int64_t max) 
 
 constexpr int kMaxInt = std::numeric_limits<int>::max();
 
+/// From here on Linux takes ports for connections and for who listens anywhere.
+constexpr int kFirstSystemPort = 32768;
+
+/// Another port than torchrun's agent holds, by which all ranks find it. The neighbour of one that
+/// the system chose may be taken by any connection, so those have one where the system takes none.
+int port_beside(int port) { return port < kFirstSystemPort ? port + 1 : 12288 + port % 16384; }
+
 int port() {
   if (is_set("DEEP_EP_RENDEZVOUS_PORT"))
     return static_cast<int>(integer("DEEP_EP_RENDEZVOUS_PORT", 1, 65535));
   const int port = static_cast<int>(integer("MASTER_PORT", 1, 65535));
   if (text("TORCHELASTIC_USE_AGENT_STORE") != "True") return port;
-  return port < 65535 ? port + 1 : port - 1;
+  return port_beside(port);
 }
 
 /// From another machine nobody can guess where rank 0 listens, and ranks would wait for it in vain.

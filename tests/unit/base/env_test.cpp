@@ -157,6 +157,12 @@ TEST_F(Env, TorchrunsAgentKeepsItsPort) {
   set("MASTER_PORT", "29500");
   set("TORCHELASTIC_USE_AGENT_STORE", "True");
   EXPECT_EQ(env::launch()->port, 29501);
+  set("MASTER_PORT", "32768");
+  EXPECT_EQ(env::launch()->port, 12288);
+  set("MASTER_PORT", "37955");
+  EXPECT_EQ(env::launch()->port, 12288 + 37955 - 32768);
+  set("MASTER_PORT", "65535");
+  EXPECT_EQ(env::launch()->port, 28671);
   set("DEEP_EP_RENDEZVOUS_PORT", "4000");
   EXPECT_EQ(env::launch()->port, 4000);
 }

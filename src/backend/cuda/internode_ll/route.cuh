@@ -277,9 +277,10 @@ struct RawRouteIds {
   __device__ RawRouteIds(const auto& args, std::int64_t token)
       : first(args, is_needed(args, token) ? threadIdx.x : args.num_tokens, 0),
         own(load_own(args, token, threadIdx.x)) {}
-  /// The last block counts without a token, too.
+  /// The last block counts without a token, too; who only receives reads none, since the caller's
+  /// ids may be gone by then.
   __device__ static bool is_needed(const StepArgs& args, std::int64_t token) {
-    return token < args.num_tokens || counts_for_others();
+    return token < args.num_tokens || (args.sends && counts_for_others());
   }
   __device__ static std::int32_t load_own(const StepArgs& args, std::int64_t token, unsigned k) {
     const auto topk = static_cast<unsigned>(args.shape.num_topk);

@@ -52,7 +52,9 @@ __device__ inline bool count_rows_before(const auto& args, const Ticket& ticket,
 #pragma unroll
     for (int j = 0; j < kBatch; ++j)
       if (base + j < source)
-        here = take_packet(from + (base + j) * args.places.count_packets, ticket.tag, packets[j]) &&
+        // A masked rank may send, too: its rows are nowhere.
+        here = !is_masked(args, base + j) &&
+               take_packet(from + (base + j) * args.places.count_packets, ticket.tag, packets[j]) &&
                here;
     if (!here) {
       // One after the other, since each may be absent.
