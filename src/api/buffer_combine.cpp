@@ -20,7 +20,7 @@ void Buffer::Impl::reduce_first(AnyCombineJob& job, CombineStep& params,
   reduce.num_rows = params.handle_rows;
   reduce.num_topk = groups.grouped_rows.shape[1];
   const std::int64_t row_bytes = reduce.hidden * static_cast<std::int64_t>(size_of(reduce.dtype));
-  job.reduced = backend_->allocate_results(reduce.num_rows * row_bytes, backend_->comm_stream());
+  job.reduced = backend_->allocate_scratch(reduce.num_rows * row_bytes, job.args.options.stream);
   reduce.reduced = job.reduced.data;
   params.x = reduce.reduced;
   params.num_rows = reduce.num_rows;

@@ -124,7 +124,7 @@ void Buffer::Impl::place_results(AnyDispatchJob& job, DispatchStep& dispatch, st
   // A block without views is read by nobody but this call.
   const std::int64_t bytes =
       plan::RecvArrays::bytes(x == nullptr ? dispatch.format : dispatch.format.without_x(), rows);
-  job.block = all_given ? backend_->allocate_results(bytes, backend_->comm_stream())
+  job.block = all_given ? backend_->allocate_scratch(bytes, args.options.stream)
                         : allocate_results(bytes, args.options);
   Carver carver(job.block.data);
   const plan::RecvArrays arrays = plan::RecvArrays::carve(carver, dispatch.format, rows, x);

@@ -223,6 +223,9 @@ DispatchShape validate_dispatch(const DispatchArgs& args, int num_ranks, Device 
     expect_sends(handle, num_ranks, device);
     expect(handle.channel_prefix_matrix,
            {"handle.channel_prefix_matrix", device, {DType::kInt32}, {num_ranks, -1}});
+    require(handle.channel_prefix_matrix.shape[1] >= 1,
+            "handle.channel_prefix_matrix is {}, it needs at least one column",
+            handle.channel_prefix_matrix);
     expect_tokens(handle, args.x);
   } else if (args.handle) {
     refuse_with_handle(args, "handle");

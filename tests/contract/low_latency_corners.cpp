@@ -10,13 +10,16 @@ using verify::LowLatencyCase;
 using verify::LowLatencyPayload;
 using verify::Routing;
 
-LowLatencyCase small(int ranks) {
+LowLatencyCase small(int ranks, int topk = 4) {
   LowLatencyCase c;
   c.ranks = ranks;
   c.experts = ranks * 8;
-  c.topk = 4;
+  c.topk = topk;
   return c;
 }
+
+// On GPUs tokens of eight experts have kernels of their own.
+constexpr int kTopks[] = {4, 8};
 
 void add_shapes(CornerList& list) {
   for (int ranks = 1; ranks <= 8; ++ranks) {
@@ -155,22 +158,70 @@ void add_routings(CornerList& list) {
   }
 }
 
+/// Both sides of what GPUs decide by: 64 tokens of this rank for a kernel's form, 32 for who sums,
+/// how many groups of values a row has for who sends it. Ranks need not decide alike.
+void add_few_tokens(CornerList& list) {
+  for (const bool rank_major : {false, true}) {
+    const auto add = [&](const char* name, std::vector<LowLatencyCase> cases) {
+      for (LowLatencyCase& c : cases) c.rank_major = rank_major;
+      list.add(fmt::format("{}{}", name, rank_major ? "_rank_major" : ""), std::move(cases));
+    };
+    std::vector<LowLatencyCase> cases;
+    const std::vector<std::int64_t> counts[] = {{64}, {65}, {64, 65, 0, 1}, {33, 32, 31, 0}};
+    for (const std::vector<std::int64_t>& tokens : counts) {
+      LowLatencyCase c = small(4, 8);
+      c.tokens = tokens;
+      c.max_tokens = 65;
+      c.topk_dtype = cases.size() % 2 == 0 ? DType::kInt64 : DType::kInt32;
+      c.dispatches = 2;
+      cases.push_back(c);
+    }
+    add("around_few_tokens", cases);
+    LowLatencyCase c = small(4, 8);
+    c.tokens = {1, 1, 300, 0};
+    c.max_tokens = 300;
+    c.hidden = 16384;
+    add("few_tokens_beside_many", {c});
+    cases.clear();
+    for (const std::int64_t hidden : {8, 24}) {
+      c = small(2, 8);
+      c.tokens = {3};
+      c.payload = LowLatencyPayload::kBfloat16;
+      c.hidden = hidden;
+      cases.push_back(c);
+    }
+    for (const std::int64_t hidden : {128, 384}) {
+      for (const LowLatencyPayload payload :
+           {LowLatencyPayload::kFp8, LowLatencyPayload::kFp8Ue8m0, LowLatencyPayload::kScaledFp8,
+            LowLatencyPayload::kScaledPacked}) {
+        c = small(2, 8);
+        c.tokens = {16, 5};
+        c.payload = payload;
+        c.hidden = hidden;
+        cases.push_back(c);
+      }
+    }
+    add("few_tokens_of_short_rows", cases);
+  }
+}
+
 void add_reuse(CornerList& list) {
   for (const Hooks hooks : {Hooks::kEach, Hooks::kTwoInOrder, Hooks::kTwoReversed,
                             Hooks::kTwoByRank, Hooks::kCrossed}) {
-    for (const bool rank_major : {false, true}) {
-      LowLatencyCase c = small(4);
-      c.rank_major = rank_major;
-      c.hooks = hooks;
-      c.dispatches = 6;
-      c.combines = 9;
-      c.stats = true;
-      list.add(fmt::format("hooks_{}{}", verify::to_string(hooks), rank_major ? "_rank_major" : ""),
-               {c});
-      c.zero_copy = c.own_outputs = c.clone_handle = true;
-      list.add(fmt::format("hooks_{}{}_views", verify::to_string(hooks),
-                           rank_major ? "_rank_major" : ""),
-               {c});
+    for (const int topk : kTopks) {
+      for (const bool rank_major : {false, true}) {
+        LowLatencyCase c = small(4, topk);
+        c.rank_major = rank_major;
+        c.hooks = hooks;
+        c.dispatches = 6;
+        c.combines = 9;
+        c.stats = true;
+        const std::string name = fmt::format("hooks_{}_topk_{}{}", verify::to_string(hooks), topk,
+                                             rank_major ? "_rank_major" : "");
+        list.add(name, {c});
+        c.zero_copy = c.own_outputs = c.clone_handle = true;
+        list.add(name + "_views", {c});
+      }
     }
   }
   LowLatencyCase c = small(3);
@@ -244,27 +295,33 @@ void add_wraps(CornerList& list) {
       {"33_bits", std::int64_t{1} << 33},
   };
   for (const auto& [name, at] : wraps) {
-    LowLatencyCase c = small(4);
-    c.dispatches = 9;
-    c.combines = 9;
-    LowLatencyCase other = small(4);
-    other.hooks = Hooks::kTwoReversed;
-    other.rank_major = true;
-    other.dispatches = 4;
-    list.add(fmt::format("tickets_wrap_at_{}", name), {c, other}, at - 5);
+    for (const int topk : kTopks) {
+      LowLatencyCase c = small(4, topk);
+      c.dispatches = 9;
+      c.combines = 9;
+      LowLatencyCase other = small(4, topk);
+      other.hooks = Hooks::kTwoReversed;
+      other.rank_major = true;
+      other.dispatches = 4;
+      list.add(fmt::format("tickets_wrap_at_{}_topk_{}", name, topk), {c, other}, at - 5);
+    }
   }
 }
 
 void add_masks(CornerList& list) {
-  for (const bool rank_major : {false, true}) {
-    for (const int masked : {0, 2}) {
-      LowLatencyCase c = small(4);
-      c.rank_major = rank_major;
-      c.masked = masked;
-      c.dispatches = 5;
-      c.combines = 5;
-      c.hooks = masked == 0 ? Hooks::kNone : Hooks::kTwoByRank;
-      list.add(fmt::format("masked_rank_{}{}", masked, rank_major ? "_rank_major" : ""), {c});
+  for (const int topk : kTopks) {
+    for (const bool rank_major : {false, true}) {
+      for (const int masked : {0, 2}) {
+        LowLatencyCase c = small(4, topk);
+        c.rank_major = rank_major;
+        c.masked = masked;
+        c.dispatches = 5;
+        c.combines = 5;
+        c.hooks = masked == 0 ? Hooks::kNone : Hooks::kTwoByRank;
+        list.add(
+            fmt::format("masked_rank_{}_topk_{}{}", masked, topk, rank_major ? "_rank_major" : ""),
+            {c});
+      }
     }
   }
 }
@@ -276,6 +333,7 @@ std::vector<Program> low_latency_corner_programs(const Limits& limits) {
   add_shapes(list);
   add_wires(list);
   add_routings(list);
+  add_few_tokens(list);
   add_reuse(list);
   add_orders(list);
   add_wraps(list);

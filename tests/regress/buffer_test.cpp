@@ -64,6 +64,20 @@ TEST(Regress, AHugeNumSmsDoesNotMakeAHugeHandle) {
   EXPECT_EQ(dispatched.num_recv_tokens, kTokens);
 }
 
+// On GPUs every rank wrote bookkeeping to where no rank had placed any.
+TEST(Regress, APreparedHandleWithoutAColumnIsRefused) {
+  Buffer buffer(bootstrap_threads(1)[0]);
+  const Input input(1);
+  DispatchArgs args = input.args(buffer);
+  PreparedDispatch prepared = buffer.prepare_dispatch(args);
+  prepared.handle.channel_prefix_matrix.shape[1] = 0;
+  args.layout = {};
+  args.prepared = prepared;
+  EXPECT_THAT(
+      error_of([&] { buffer.dispatch(args); }),
+      HasSubstr("handle.channel_prefix_matrix is int32[1, 0], it needs at least one column"));
+}
+
 // The others were told "has destroyed its Buffer" when they saw the end before the reason.
 TEST(Regress, WhoRefusesAndLeavesAtOnceIsKnownForTheReason) {
   for (int round = 0; round < 20; ++round) {

@@ -70,6 +70,11 @@ class CudaBackend final : public Backend {
   Results allocate_results(std::int64_t bytes, Stream stream) override {
     return heap_->allocate(bytes, native(stream));
   }
+  Results allocate_scratch(std::int64_t bytes, Stream stream) override {
+    // The communication stream joins a capture with the work, which comes later.
+    const bool captured = is_capturing(native(stream));
+    return heap_->allocate(bytes, captured ? native(stream) : context_.comm_stream());
+  }
   Results allocate_mapped(std::int64_t bytes) override { return heap_->allocate_raw(bytes); }
   fabric::Block locate(const void* memory, std::int64_t bytes) const override {
     const fabric::Fabric::Spot spot = context_.fabric().locate(memory, bytes);

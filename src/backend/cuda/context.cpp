@@ -222,6 +222,7 @@ const HostStatus& Context::await_ticket(const char* operation, std::uint64_t tic
   while (protocol::load_acquire(&status.ticket) != ticket) {
     if (Clock::now() < next_look) continue;
     next_look += kLookEvery;
+    const RelaxedCapture relaxed;
     const cudaError_t running = cudaStreamQuery(comm_stream_);
     if (running == cudaErrorNotReady) continue;
     check(running, "notify");

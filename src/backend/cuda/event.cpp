@@ -34,6 +34,7 @@ void CudaEvent::stream_wait(Stream stream) {
 }
 
 void CudaEvent::host_wait() {
+  const RelaxedCapture relaxed;
   check(cudaEventSynchronize(event_.get()), "cudaEventSynchronize");
   if (!faults_) return;
   if (std::optional<Error> error = faults_->error("a queued call")) throw Error(*error);
@@ -50,6 +51,7 @@ CudaEvent& StreamEnd::recorded() {
 }
 
 bool CudaEvent::query() {
+  const RelaxedCapture relaxed;
   const cudaError_t status = cudaEventQuery(event_.get());
   if (status == cudaErrorNotReady) return false;
   check(status, "cudaEventQuery");

@@ -394,7 +394,9 @@ void Internode::tell(bool leaves) noexcept {
 }
 
 void Internode::tell_fault() noexcept {
-  if (heap_ != nullptr) tell(false);
+  if (heap_ == nullptr) return;
+  heap_->abandon();  // the other nodes' answers may still be on their way
+  tell(false);
 }
 
 }  // namespace deep_ep::cuda

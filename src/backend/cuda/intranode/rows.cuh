@@ -83,7 +83,8 @@ __device__ inline RowShare share_of(const DispatchArgs& args, int warp) {
     return share(of < size ? of : tokens, size, !remote, remote);
   }
   const float part = static_cast<float>(warps) * others / (own + others);
-  const int remote = max(1, static_cast<int>(min(kLinkWarps / copies, part)));
+  // Each kind has one at least, however little its part.
+  const int remote = min(warps - 1, max(1, static_cast<int>(min(kLinkWarps / copies, part))));
   return i < remote ? share(i, remote, false, true)
                     : share(i - remote, warps - remote, true, false);
 }
