@@ -1,11 +1,13 @@
 """Low-latency calls that leave ranks out, as they are told or because these do not come."""
 
+import time
+
 import pytest
 import torch
 
 import routing
-from routing import calc_diff
-from test_low_latency import HIDDEN, LOCAL, MAX_TOKENS, buffer_of, inputs_of
+from routing import calc_diff, make_inputs
+from test_low_latency import HIDDEN, LOCAL, MAX_TOKENS, buffer_of, inputs_of, rows_of
 
 
 def _masks(group):
@@ -58,3 +60,34 @@ def _one_leaves(group, at):
 @pytest.mark.parametrize("at", ["dispatch", "combine", "clean"])
 def test_who_does_not_come_is_left_out(ranks, at):
     ranks.run(3, _one_leaves, at)
+
+
+def _left_out_but_calls(group, topk):
+    """Rank 0, which rank 1 has left out, does not know: its counts and rows come all the same, and
+    are nowhere among those of rank 1. For rank 0 it is rank 1 that does not come."""
+    rank, size = group.rank(), group.size()
+    buffer = buffer_of(group, enable_shrink=True, timeout=1)
+    one = make_inputs(size, [9] * size, hidden=HIDDEN, topk=topk, experts=LOCAL * size)[rank]
+    if rank == 1:
+        buffer.low_latency_update_mask_buffer(0, True)
+    for again in range(3):
+        torch.distributed.barrier(group)
+        if rank == 1:
+            time.sleep(0.1)  # behind what rank 0 sends
+        recv_x, count, handle, _, _ = buffer.low_latency_dispatch(
+            one.x, one.topk_idx, MAX_TOKENS, one.experts, use_fp8=False)
+        for expert in range(LOCAL):
+            own = [token for _, token in rows_of([one], rank * LOCAL + expert)]
+            assert count[expert] == len(own)
+            assert torch.equal(recv_x[expert, :len(own)], one.x[own]), (again, expert)
+        combined = buffer.low_latency_combine(recv_x, one.topk_idx, one.topk_weights, handle)[0]
+        here = (one.topk_idx >= 0) & (one.topk_idx // LOCAL == rank)
+        kept = torch.where(here, one.topk_weights, 0.0).sum(1, keepdim=True)
+        assert calc_diff(combined, one.x.float() * kept) < 1e-5
+    torch.distributed.barrier(group)
+    buffer.destroy()
+
+
+@pytest.mark.parametrize("topk", [4, 8])
+def test_who_is_left_out_may_go_on_calling(ranks, topk):
+    ranks.run(2, _left_out_but_calls, topk)
