@@ -273,8 +273,9 @@ class DEEP_EP_API Buffer {
   void reserve(std::int64_t bytes);
   /// Memory that peers can write, for an Allocator to cut up: a block of this rank's segments,
   /// which grow if nothing fits. It goes back when it is released, on GPUs behind the work of the
-  /// streams named then and of no other. Local; may be called while a call of this Buffer asks its
-  /// allocator.
+  /// streams named then and of no other. On GPUs what had it before may still run on comm_stream():
+  /// use it behind that, as calls of this Buffer do. Local; may be called while a call of this
+  /// Buffer asks its allocator.
   Tensor allocate_mapped(std::int64_t bytes);
   /// Throws the Error that faulted this Buffer, if any.
   void check() const;
