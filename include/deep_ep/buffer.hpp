@@ -36,7 +36,7 @@ struct BufferOptions {
   bool explicitly_destroy =
       false;  ///< accepted for callers of DeepEP; the destructor always releases
   bool enable_shrink = false;
-  /// How long one wait for other ranks may take. 0: DEEP_EP_TIMEOUT_MS, else 100 s.
+  /// How long one wait for other ranks may take, a year at most. 0: DEEP_EP_TIMEOUT_MS, else 100 s.
   std::chrono::milliseconds timeout{0};
   /// Host worker threads of this rank. 0: DEEP_EP_NUM_THREADS, else the cores divided by the ranks
   /// of this machine.

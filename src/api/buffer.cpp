@@ -19,7 +19,7 @@ namespace deep_ep {
 namespace {
 
 std::chrono::milliseconds choose_timeout(std::chrono::milliseconds given) {
-  require(given.count() >= 0, "timeout is {} ms, must not be negative", given.count());
+  env::require_timeout(given, 0);
   return given.count() > 0 ? given : std::chrono::milliseconds(env::timeout_ms());
 }
 

@@ -1,6 +1,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <chrono>
 #include <climits>
 #include <functional>
 #include <memory>
@@ -51,6 +52,24 @@ std::string error_of(const std::function<void()>& call) {
     return error.what();
   }
   return "no Error";
+}
+
+// In nanoseconds it overflowed, and every wait ended at once.
+TEST(Regress, ATimeoutWithoutEndIsRefusedWhereverItIsGiven) {
+  constexpr auto kEndless = std::chrono::milliseconds::max();
+  constexpr std::chrono::milliseconds kYear = std::chrono::hours(365 * 24);
+  Buffer buffer(bootstrap_threads(1)[0], {.timeout = kYear});
+  buffer.barrier();
+  for (const auto bad : {kEndless, kYear + std::chrono::milliseconds(1), -kYear}) {
+    const std::string named = "timeout is " + std::to_string(bad.count()) + " ms, must be from";
+    for (const std::function<void()>& call : std::vector<std::function<void()>>{
+             [&] { Buffer(bootstrap_threads(1)[0], {.timeout = bad}); },
+             [&] { buffer.set_timeout(bad); }, [&] { (void)bootstrap_threads(2, bad); },
+             [&] { (void)bootstrap_tcp(0, 2, "127.0.0.1", 29477, bad); }})
+      EXPECT_THAT(error_of(call), HasSubstr(named));
+  }
+  EXPECT_EQ(buffer.timeout(), kYear);
+  buffer.barrier();
 }
 
 // The handle's matrices had a column for each of num_sms / 2 channels: 2^30 of them, 8 GiB.
