@@ -131,18 +131,14 @@ class HostBackend final : public Backend {
             mapping};
   }
 
-  // A later part need not wait for anything again: the stream keeps the order.
   EventHandle submit(const CallOptions& options, std::function<void()> work, Part) override {
-    if (options.async_finish) {
-      return stream_.enqueue([event = options.previous_event, work = std::move(work)] {
-        if (event) event->host_wait();
-        work();
-      });
-    }
+    if (options.async_finish) return stream_.enqueue(std::move(work));
     stream_.drain();
-    if (options.previous_event) options.previous_event->host_wait();
     work();
     return EventHandle();
+  }
+  void await(const CallOptions& options) override {
+    if (options.previous_event) options.previous_event->host_wait();
   }
 
   void run(const CallOptions&, std::function<void()> work) override {
