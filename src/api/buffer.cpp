@@ -130,11 +130,11 @@ Buffer::Impl::Usage::Usage(Impl& impl, const char* operation) : impl_(impl) {
 
 std::function<void()> Buffer::Impl::stage(std::uint64_t number, bool last,
                                           const CallOptions& options, std::function<void()> body) {
-  return [this, number, last, options, body = std::move(body)] {
-    fail_together("a queued call", [&] {
+  return [this, operation = log_.name(number), number, last, options, body = std::move(body)] {
+    fail_together(operation, [&] {
       try {
         backend_->await(options);
-        check_fault("a queued call");
+        check_fault(operation);
         body();
         if (last) log_.finish(number, "done");
       } catch (...) {

@@ -245,7 +245,7 @@ class HostBackend final : public Backend {
       const int last = num_segments[rank] - 1;
       context_.wait(
           call, "its memory to be mapped",
-          [&] { return context_.fabric().base(i, last) != nullptr; },
+          [&] { return context_.segment_base(call, i, last) != nullptr; },
           [&] {
             return std::vector<host::Missing>{{rank, std::uint64_t(last) + 1, 0}};
           });
