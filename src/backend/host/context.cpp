@@ -267,6 +267,7 @@ void Context::check_agreement(const Call& call, int source) {
               {global_rank(source)});
 }
 
+// A rank that is behind this has seen all others enter the call (I2).
 void Context::wait_posted(const Call& call, std::int64_t* wait_stats) {
   // acquire: pairs with publish() in post() of each rank.
   wait_flags(call, "the other ranks to call it", mailbox_of(rank_, call).posted, all_ranks_,
