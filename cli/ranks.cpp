@@ -2,16 +2,22 @@
 
 #include <fmt/format.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
 #include <csignal>
 #include <cstdio>
 #include <cstring>
+#include <optional>
 #include <string>
+#include <thread>
+#include <vector>
 
 #include "base/env.hpp"
 #include "base/error.hpp"
+#include "fabric/socket.hpp"
 
 namespace deep_ep::cli {
 namespace {
@@ -47,6 +53,47 @@ class SharedBoard {
 
  private:
   Board* board_;
+};
+
+/// Kills ranks that go on long after another one has failed: a stopped process, say, which no
+/// timeout of its own ends.
+class Watchdog {
+ public:
+  explicit Watchdog(const SharedBoard& board) : board_(board), timeout_(env::timeout_ms()) {}
+  ~Watchdog() {
+    over_ = true;
+    if (thread_.joinable()) thread_.join();
+  }
+  Watchdog(const Watchdog&) = delete;
+  Watchdog& operator=(const Watchdog&) = delete;
+
+  /// Descriptors, since numbers of processes that have ended may be others' by then.
+  void watch(std::span<const int> pids) {
+    for (const int pid : pids)
+      processes_.emplace_back(static_cast<int>(syscall(SYS_pidfd_open, pid, 0)));
+    thread_ = std::thread([this] { run(); });
+  }
+
+ private:
+  void run() {
+    std::optional<fabric::Deadline> deadline;
+    for (; !over_; std::this_thread::sleep_for(std::chrono::milliseconds(50))) {
+      if (board_->failures.load() == 0) continue;
+      if (!deadline) deadline.emplace(timeout_);
+      if (!deadline->expired()) continue;
+      fmt::print(stderr, "error: {} ms after the first failure the ranks that go on are killed\n",
+                 timeout_.count());
+      for (const fabric::Fd& process : processes_)
+        syscall(SYS_pidfd_send_signal, process.get(), SIGKILL, nullptr, 0);
+      return;
+    }
+  }
+
+  const SharedBoard& board_;
+  const std::chrono::milliseconds timeout_;
+  std::vector<fabric::Fd> processes_;
+  std::atomic<bool> over_{false};
+  std::thread thread_;
 };
 
 int report(const SharedBoard& board, const std::vector<RankExit>& exits) {
@@ -90,14 +137,19 @@ int run_ranks(int ranks, const std::function<int(std::shared_ptr<Bootstrap>)>& b
   const SharedBoard board;
   // Lines that are still in a buffer would be printed by every child.
   std::fflush(nullptr);
-  const auto exits = run_forked(ranks, [&](std::shared_ptr<Bootstrap> bootstrap) {
-    try {
-      return body(bootstrap);
-    } catch (const std::exception& error) {
-      board.write(bootstrap->rank(), error.what());
-      return 1;
-    }
-  });
+  std::optional<Watchdog> watchdog(std::in_place, board);
+  const auto exits = run_forked(
+      ranks,
+      [&](std::shared_ptr<Bootstrap> bootstrap) {
+        try {
+          return body(bootstrap);
+        } catch (const std::exception& error) {
+          board.write(bootstrap->rank(), error.what());
+          return 1;
+        }
+      },
+      [&](std::span<const int> pids) { watchdog->watch(pids); });
+  watchdog.reset();
   return report(board, exits);
 }
 

@@ -15,7 +15,8 @@ namespace deep_ep::cli {
 int count_ranks(int asked, int preset);
 
 /// Runs `body` on every rank: in this process with a launcher, else in forked ones. An exception is
-/// reported once for all ranks, and ranks that died by a signal are named. Returns the exit status.
+/// reported once for all ranks, and ranks that died by a signal are named. Forked ranks that go on
+/// for the timeout after one has failed are killed. Returns the exit status.
 int run_ranks(int ranks, const std::function<int(std::shared_ptr<Bootstrap>)>& body);
 
 }  // namespace deep_ep::cli

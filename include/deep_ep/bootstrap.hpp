@@ -34,7 +34,7 @@ class DEEP_EP_API Bootstrap {
 /// several machines and MASTER_ADDR is not set.
 DEEP_EP_API std::shared_ptr<Bootstrap> bootstrap_from_environment();
 
-/// Rendezvous over TCP at `address`:`port`, where rank 0 listens.
+/// Rendezvous over TCP at `address`:`port`, where rank 0 listens. `timeout` is from 1 ms to a year.
 DEEP_EP_API std::shared_ptr<Bootstrap> bootstrap_tcp(
     int rank, int size, const std::string& address, int port,
     std::chrono::milliseconds timeout = std::chrono::seconds(100));
@@ -44,6 +44,7 @@ DEEP_EP_API std::shared_ptr<Bootstrap> bootstrap_callback(
     int rank, int size, std::function<std::vector<std::string>(std::string_view)> all_gather);
 
 /// `size` ranks as threads of this process; element i belongs to the thread that plays rank i.
+/// `timeout` is from 1 ms to a year.
 DEEP_EP_API std::vector<std::shared_ptr<Bootstrap>> bootstrap_threads(
     int size, std::chrono::milliseconds timeout = std::chrono::seconds(100));
 

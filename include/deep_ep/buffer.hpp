@@ -36,7 +36,7 @@ struct BufferOptions {
   bool explicitly_destroy =
       false;  ///< accepted for callers of DeepEP; the destructor always releases
   bool enable_shrink = false;
-  /// How long one wait for other ranks may take. 0: DEEP_EP_TIMEOUT_MS, else 100 s.
+  /// How long one wait for other ranks may take, a year at most. 0: DEEP_EP_TIMEOUT_MS, else 100 s.
   std::chrono::milliseconds timeout{0};
   /// Host worker threads of this rank. 0: DEEP_EP_NUM_THREADS, else the cores divided by the ranks
   /// of this machine.
@@ -269,7 +269,8 @@ class DEEP_EP_API Buffer {
 
   /// All ranks have called it, and all earlier calls of this rank are done.
   void barrier();
-  /// Collective: maps memory ahead so that `bytes` of results fit without growth.
+  /// Collective: maps memory ahead so that `bytes` of results fit without growth. Throws on every
+  /// rank if it fails on one, which the text names; the Buffer goes on working.
   void reserve(std::int64_t bytes);
   /// Memory that peers can write, for an Allocator to cut up: a block of this rank's segments,
   /// which grow if nothing fits. It goes back when it is released, on GPUs behind the work of the

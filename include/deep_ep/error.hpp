@@ -20,7 +20,8 @@ enum class ErrorCode : std::uint32_t {
   kCapacity = 6,         ///< num_worst_tokens is below the number of received tokens
   kUsage = 7,            ///< use after destroy, overlapping calls; touches no peer
   kUnsupported = 8,      ///< this build or machine cannot do it; the text says what is missing
-  kSystem = 9,           ///< an operating system call failed; the text has its name and errno
+  kSystem = 9,           ///< an operating system call failed (the text has its name and errno), or
+                         ///< something else that threw an exception of its own
 };
 
 DEEP_EP_API const char* to_string(ErrorCode code);

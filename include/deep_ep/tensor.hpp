@@ -80,8 +80,9 @@ class DEEP_EP_API Tensor : public TensorView {
 /// DLPack, both ways. `to_dlpack` returns a new DLManagedTensor that shares the memory; its
 /// consumer calls its deleter. `from_dlpack` takes ownership of `managed` and calls its deleter
 /// when the last copy of the result goes away. Throws Error(kUnsupported) for a dtype or device
-/// that the other side cannot express; then ownership stays. float8_e4m3 uses the type code of
-/// DLPack 1.1.
+/// that the other side cannot express, Error(kInvalidArgument) for no tensor, a shape with a
+/// negative size or more than kMaxDims dimensions; then ownership stays. float8_e4m3 uses the type
+/// code of DLPack 1.1.
 DEEP_EP_API DLManagedTensor* to_dlpack(const Tensor& tensor);
 DEEP_EP_API Tensor from_dlpack(DLManagedTensor* managed);
 

@@ -19,7 +19,7 @@ namespace deep_ep {
 namespace {
 
 std::chrono::milliseconds choose_timeout(std::chrono::milliseconds given) {
-  require(given.count() >= 0, "timeout is {} ms, must not be negative", given.count());
+  env::require_timeout(given, 0);
   return given.count() > 0 ? given : std::chrono::milliseconds(env::timeout_ms());
 }
 
@@ -74,36 +74,10 @@ void Buffer::Impl::require_one_node(const char* operation) const {
                   operation, topology_.num_ranks, topology_.num_nodes(), topology_.ranks_per_node));
 }
 
-// A failure on one rank must fail all: what each exports begins with "+", or is "-" and the reason.
 void Buffer::Impl::sync() {
   const auto exchange = [this](const std::function<std::string()>& step,
                                const char* agreed = nullptr) {
-    std::string mine;
-    std::exception_ptr error;
-    try {
-      mine = "+" + step();
-    } catch (const std::exception& failure) {
-      error = std::current_exception();
-      mine = std::string("-") + failure.what();
-    }
-    std::vector<std::string> all = bootstrap_->all_gather(mine);
-    if (error) std::rethrow_exception(error);
-    for (int i = 0; i < static_cast<int>(all.size()); ++i) {
-      if (all[i].empty() || all[i][0] != '+') {
-        throw Error(ErrorCode::kPeerFailed,
-                    fmt::format("constructing the Buffer failed on rank {}: {}", i,
-                                all[i].empty() ? "" : all[i].substr(1)),
-                    {i});
-      }
-      all[i].erase(0, 1);
-      // Places of messages follow from it on all ranks.
-      if (agreed == nullptr || all[i] == all[0]) continue;
-      throw Error(ErrorCode::kDisagreement,
-                  fmt::format("{} is {} on rank 0 and {} on rank {}, must be the same on all ranks",
-                              agreed, all[0], all[i], i),
-                  {i});
-    }
-    return all;
+    return this->exchange("constructing the Buffer", step, agreed);
   };
   (void)exchange([this] { return std::to_string(options_.num_rdma_bytes); }, "num_rdma_bytes");
   (void)exchange([] { return std::to_string(env::ranks_per_node()); }, "DEEP_EP_RANKS_PER_NODE");
@@ -155,11 +129,12 @@ Buffer::Impl::Usage::Usage(Impl& impl, const char* operation) : impl_(impl) {
 }
 
 std::function<void()> Buffer::Impl::stage(std::uint64_t number, bool last,
-                                          std::function<void()> body) {
-  return [this, number, last, body = std::move(body)] {
-    fail_together("a queued call", [&] {
+                                          const CallOptions& options, std::function<void()> body) {
+  return [this, operation = log_.name(number), number, last, options, body = std::move(body)] {
+    fail_together(operation, [&] {
       try {
-        check_fault("a queued call");
+        backend_->await(options);
+        check_fault(operation);
         body();
         if (last) log_.finish(number, "done");
       } catch (...) {
@@ -173,6 +148,11 @@ std::function<void()> Buffer::Impl::stage(std::uint64_t number, bool last,
 Error Buffer::Impl::no_memory(const char* operation) {
   return {ErrorCode::kOutOfMemory,
           fmt::format("{}: the allocator has no memory for this rank's bookkeeping", operation)};
+}
+
+Error Buffer::Impl::failed(const char* operation, const char* what) const {
+  return {ErrorCode::kSystem,
+          fmt::format("{} on rank {}: {}", operation, bootstrap_->rank(), what)};
 }
 
 void Buffer::Impl::check_fault(const char* operation) const {
@@ -219,7 +199,7 @@ void Buffer::Impl::barrier() {
     Call call = make_call("barrier", {});
     call.record.kind = protocol::OpKind::kBarrier;
     const std::uint64_t number = log_.begin("barrier", epoch_, call.record);
-    backend_->submit({}, stage(number, true, [&] {
+    backend_->submit({}, stage(number, true, {}, [&] {
                        if (topology_.num_nodes() > 1) {
                          internode::barrier(*backend_, {call});
                        } else {
@@ -227,30 +207,6 @@ void Buffer::Impl::barrier() {
                        }
                      }));
   });
-}
-
-void Buffer::Impl::reserve(std::int64_t bytes) {
-  const Usage usage(*this, "reserve");
-  check_fault("reserve");
-  require(bytes >= 0, "bytes is {}, must not be negative", bytes);
-  std::string mine;
-  std::exception_ptr error;
-  try {
-    backend_->reserve(bytes);
-    mine = std::to_string(backend_->num_segments());
-  } catch (const Error&) {
-    error = std::current_exception();
-  }
-  std::vector<int> num_segments;
-  for (const std::string& one : bootstrap_->all_gather(mine)) {
-    if (one.empty() && !error) {
-      error = std::make_exception_ptr(
-          Error(ErrorCode::kPeerFailed, "reserve: another rank could not map so much memory"));
-    }
-    num_segments.push_back(one.empty() ? 0 : std::stoi(one));
-  }
-  if (error) std::rethrow_exception(error);
-  backend_->wait_mapped(num_segments);
 }
 
 internode::LayoutParams Buffer::Impl::allocate_layout(const TensorView& topk_idx, int num_experts,
@@ -290,7 +246,8 @@ DispatchLayout Buffer::Impl::get_dispatch_layout(const TensorView& topk_idx, int
   validate(options);
   DispatchLayout layout;
   const internode::LayoutParams params = allocate_layout(topk_idx, num_experts, options, layout);
-  layout.event = backend_->submit(options, [this, params, keep = layout] {
+  layout.event = backend_->submit(options, [this, options, params, keep = layout] {
+    backend_->await(options);
     internode::get_dispatch_layout(*backend_, params);
   });
   return layout;

@@ -68,7 +68,7 @@ CombineResult Buffer::Impl::intranode_combine(const CombineArgs& args) {
     params.window_rows = args.config.num_max_nvl_chunked_recv_tokens;
     if (args.groups) reduce_first(*job, params, num_received_rows(args.handle, bootstrap_->rank()));
 
-    result.event = backend_->submit(args.options, stage(number, true, [this, job] {
+    result.event = backend_->submit(args.options, stage(number, true, args.options, [this, job] {
                                       if (job->args.groups)
                                         intranode::reduce_rows(*backend_, job->reduce);
                                       intranode::cached_notify_combine(*backend_, job->params);

@@ -169,7 +169,7 @@ void Buffer::Impl::submit_now(const AnyDispatchJob& job, Backend::Part part,
                               std::function<void()> work) {
   CallOptions now = job.args.options;
   now.async_finish = false;
-  backend_->submit(now, stage(job.number, false, std::move(work)), part);
+  backend_->submit(now, stage(job.number, false, now, std::move(work)), part);
 }
 
 void Buffer::Impl::take_counts(AnyDispatchJob& job) {
@@ -181,7 +181,7 @@ void Buffer::Impl::take_counts(AnyDispatchJob& job) {
 }
 
 void Buffer::Impl::await_counts(DispatchJob& job) {
-  stage(job.number, false, [this, &job] { backend_->await_counts(job.notify); })();
+  stage(job.number, false, {}, [this, &job] { backend_->await_counts(job.notify); })();
   take_counts(job);
 }
 
@@ -287,7 +287,7 @@ DispatchResult Buffer::Impl::intranode_dispatch(const DispatchArgs& args) {
     const bool counted = !job->dispatch.cached && !counts_come_late;
     result.event = backend_->submit(
         args.options,
-        stage(job->number, true,
+        stage(job->number, true, args.options,
               [this, job, counts_come_late, queued] {
                 if (counts_come_late) notify(*job);
                 if (!queued) intranode::dispatch(*backend_, job->dispatch);

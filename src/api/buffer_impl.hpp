@@ -97,7 +97,7 @@ class __attribute__((visibility("hidden"))) Buffer::Impl {  // a member of an ex
     return fail_together(operation, body);
   }
 
-  /// Runs `body`; what it throws is told to the other ranks, std::bad_alloc too.
+  /// Runs `body`; what it throws, of whatever type, is told to the other ranks.
   template <class Body>
   auto fail_together(const char* operation, Body&& body) {
     try {
@@ -109,6 +109,12 @@ class __attribute__((visibility("hidden"))) Buffer::Impl {  // a member of an ex
       const Error error = no_memory(operation);
       fail(error);
       throw error;
+    } catch (const std::exception& error) {  // of a caller's allocator, say
+      fail(failed(operation, error.what()));
+      throw;
+    } catch (...) {
+      fail(failed(operation, "an exception that is no std::exception"));
+      throw;
     }
   }
 
@@ -142,13 +148,19 @@ class __attribute__((visibility("hidden"))) Buffer::Impl {  // a member of an ex
     return job->result;
   }
 
+  /// Collective: every rank's outcome of `step`, in rank order. A failure of it on one rank throws
+  /// on all, and so do outcomes that differ if they are what the ranks must have `agreed` on.
+  std::vector<std::string> exchange(const char* operation, const std::function<std::string()>& step,
+                                    const char* agreed = nullptr);
   /// Topology and transport, from every rank's unique id.
   void find_nodes(const std::vector<std::string>& ids);
   std::string allocate_and_export();
-  /// A stage of call `number` on the communication stream: its Error becomes a fault, and is
-  /// logged, wherever it runs.
-  std::function<void()> stage(std::uint64_t number, bool last, std::function<void()> body);
+  /// A stage of call `number` on the communication stream, which is submitted with `options`: its
+  /// Error becomes a fault, and is logged, wherever it runs.
+  std::function<void()> stage(std::uint64_t number, bool last, const CallOptions& options,
+                              std::function<void()> body);
   static Error no_memory(const char* operation);
+  Error failed(const char* operation, const char* what) const;
   void check_fault(const char* operation) const;
   void fail(const Error& error) noexcept;
   Call make_call(const char* operation, const Config& config) const;

@@ -182,7 +182,7 @@ DispatchResult Buffer::Impl::internode_dispatch(const DispatchArgs& args) {
     const bool counted = !job->dispatch.cached && !counts_come_late;
     result.event = backend_->submit(
         args.options,
-        stage(job->number, true,
+        stage(job->number, true, args.options,
               [this, job, counts_come_late] {
                 if (counts_come_late) internode_notify(*job);
                 internode::dispatch(*backend_, job->dispatch);
@@ -211,12 +211,12 @@ CombineResult Buffer::Impl::internode_combine(const CombineArgs& args) {
     params.window_rows = args.config.num_max_rdma_chunked_recv_tokens;
     params.nvl_window_rows = args.config.num_max_nvl_chunked_recv_tokens;
     if (args.groups) reduce_first(*job, params, num_received_rows(args.internode_handle));
-    job->result.event = backend_->submit(args.options, stage(number, true, [this, job] {
-                                           if (job->args.groups)
-                                             intranode::reduce_rows(*backend_, job->reduce);
-                                           internode::cached_notify(*backend_, job->params);
-                                           internode::combine(*backend_, job->params);
-                                         }));
+    job->result.event =
+        backend_->submit(args.options, stage(number, true, args.options, [this, job] {
+                           if (job->args.groups) intranode::reduce_rows(*backend_, job->reduce);
+                           internode::cached_notify(*backend_, job->params);
+                           internode::combine(*backend_, job->params);
+                         }));
     return take_result(job);
   });
 }

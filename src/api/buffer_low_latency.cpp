@@ -87,10 +87,11 @@ EventHandle Buffer::Impl::submit_low_latency(LowLatencyCalls& calls,
   const CallOptions& options = job->args.options;
   if (!job->args.return_recv_hook) {
     job->params.stream = backend_->comm_stream();
-    return backend_->submit(options, stage(job->number, true, [step] { step(Phases::kBoth); }));
+    return backend_->submit(options,
+                            stage(job->number, true, options, [step] { step(Phases::kBoth); }));
   }
   job->params.stream = options.stream;
-  backend_->run(options, stage(job->number, false, [step] { step(Phases::kSend); }));
+  backend_->run(options, stage(job->number, false, {}, [step] { step(Phases::kSend); }));
   bool& live = calls.live[calls.sent % 2];
   live = true;
   hook = [self = self_, job, step, &live, done = std::make_shared<bool>(false)] {
@@ -104,7 +105,7 @@ EventHandle Buffer::Impl::submit_low_latency(LowLatencyCalls& calls,
     live = false;
     impl->check_fault(operation);
     impl->backend_->run(job->args.options,
-                        impl->stage(job->number, true, [step] { step(Phases::kReceive); }));
+                        impl->stage(job->number, true, {}, [step] { step(Phases::kReceive); }));
   };
   return EventHandle();
 }

@@ -54,6 +54,51 @@ Backend::Results Buffer::Impl::allocate_results(std::int64_t bytes, const CallOp
   return results;
 }
 
+std::vector<std::string> Buffer::Impl::exchange(const char* operation,
+                                                const std::function<std::string()>& step,
+                                                const char* agreed) {
+  // What each rank gives begins with "+", or is "-" and the reason.
+  std::string mine;
+  std::exception_ptr error;
+  try {
+    mine = "+" + step();
+  } catch (const std::exception& failure) {
+    error = std::current_exception();
+    mine = std::string("-") + failure.what();
+  }
+  std::vector<std::string> all = bootstrap_->all_gather(mine);
+  if (error) std::rethrow_exception(error);
+  for (int i = 0; i < static_cast<int>(all.size()); ++i) {
+    if (all[i].empty() || all[i][0] != '+') {
+      throw Error(ErrorCode::kPeerFailed,
+                  fmt::format("{} failed on rank {}: {}", operation, i,
+                              all[i].empty() ? "" : all[i].substr(1)),
+                  {i});
+    }
+    all[i].erase(0, 1);
+    // Places of messages follow from it on all ranks.
+    if (agreed == nullptr || all[i] == all[0]) continue;
+    throw Error(ErrorCode::kDisagreement,
+                fmt::format("{} is {} on rank 0 and {} on rank {}, must be the same on all ranks",
+                            agreed, all[0], all[i], i),
+                {i});
+  }
+  return all;
+}
+
+void Buffer::Impl::reserve(std::int64_t bytes) {
+  const Usage usage(*this, "reserve");
+  check_fault("reserve");
+  std::vector<int> num_segments;
+  for (const std::string& one : exchange("reserve", [&] {
+         require(bytes >= 0, "bytes is {}, must not be negative", bytes);
+         backend_->reserve(bytes);
+         return std::to_string(backend_->num_segments());
+       }))
+    num_segments.push_back(std::stoi(one));
+  backend_->wait_mapped(num_segments);
+}
+
 Tensor Buffer::Impl::allocate_mapped(std::int64_t bytes) {
   if (!backend_) throw Error(ErrorCode::kUsage, "allocate_mapped: the Buffer is destroyed");
   require(bytes >= 1, "bytes is {}, must be at least 1", bytes);

@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "base/error.hpp"
+#include "base/saturate.hpp"
 #include "deep_ep/tensor.hpp"
 
 namespace deep_ep {
@@ -70,6 +71,8 @@ struct Exported {
 }  // namespace
 
 DLManagedTensor* to_dlpack(const Tensor& tensor) {
+  require(tensor.ndim >= 1 && tensor.ndim <= TensorView::kMaxDims,
+          "tensor has {} dimensions, allowed are 1 to {}", tensor.ndim, TensorView::kMaxDims);
   auto exported = std::make_unique<Exported>();
   exported->tensor = tensor;
   DLTensor& out = exported->managed.dl_tensor;
@@ -101,9 +104,11 @@ Tensor from_dlpack(DLManagedTensor* managed) {
   view.data = static_cast<std::byte*>(in.data) + in.byte_offset;
   std::int64_t stride = 1;
   for (int i = in.ndim - 1; i >= 0; --i) {
+    require(in.shape[i] >= 0, "shape[{}] of the DLPack tensor is {}, must not be negative", i,
+            in.shape[i]);
     view.shape[i] = in.shape[i];
     view.strides[i] = in.strides == nullptr ? stride : in.strides[i];
-    stride *= in.shape[i];
+    stride = saturated_product(stride, in.shape[i]);
   }
   return {view, std::shared_ptr<void>(managed, [](void* self) {
             auto* tensor = static_cast<DLManagedTensor*>(self);

@@ -33,6 +33,12 @@ void OperationLog::finish(std::uint64_t number, const char* state) {
   entry.end_ns = now_ns();
 }
 
+const char* OperationLog::name(std::uint64_t number) const {
+  const std::lock_guard lock(mutex_);
+  const Entry& entry = entries_[number % kSize];
+  return entry.number == number ? entry.name : "a queued call";
+}
+
 std::string OperationLog::to_json() const {
   const std::lock_guard lock(mutex_);
   nlohmann::ordered_json list = nlohmann::ordered_json::array();

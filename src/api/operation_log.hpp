@@ -17,6 +17,8 @@ class OperationLog {
   /// Returns the operation's number. `name` must live for ever.
   std::uint64_t begin(const char* name, std::uint64_t epoch, const protocol::CallRecord& record);
   void finish(std::uint64_t number, const char* state);
+  /// What call `number` is, for texts.
+  const char* name(std::uint64_t number) const;
   /// Oldest first.
   std::string to_json() const;
 

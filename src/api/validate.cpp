@@ -154,8 +154,6 @@ void validate(const BufferOptions& options, int rank, int num_ranks) {
   require(options.num_rdma_bytes >= 0, "num_rdma_bytes is {}, must not be negative",
           options.num_rdma_bytes);
   require(options.num_threads >= 0, "num_threads is {}, must not be negative", options.num_threads);
-  require(options.timeout.count() >= 0, "timeout is {} ms, must not be negative",
-          options.timeout.count());
 }
 
 void validate(const CallOptions& options) {

@@ -76,10 +76,13 @@ class Backend {
   enum class Part { kWhole, kBegin, kEnd };
   /// Runs `work` on the communication stream, behind options.previous_event or the caller's stream.
   /// On the host it returns when that is done, or, with async_finish, when it is queued; then the
-  /// event carries the Error of a work that threw. On GPUs `work` queues kernels, at once, and
-  /// without async_finish the caller's stream waits for them.
+  /// event carries the Error of a work that threw, and `work` begins with await(). On GPUs `work`
+  /// queues kernels, at once, and without async_finish the caller's stream waits for them.
   virtual EventHandle submit(const CallOptions& options, std::function<void()> work,
                              Part part = Part::kWhole) = 0;
+  /// What submit() cannot queue: on the host, waits for options.previous_event. Throws the Error of
+  /// that event's call, which then is one of `work` as well.
+  virtual void await(const CallOptions& options) { (void)options; }
   /// Runs `work`, whose steps name their stream, on the caller's: behind what this Buffer has
   /// queued.
   virtual void run(const CallOptions& options, std::function<void()> work) = 0;

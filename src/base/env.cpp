@@ -145,9 +145,13 @@ const char* value_of(const Variable& variable) {
   return std::getenv(variable.name);  // NOLINT(concurrency-mt-unsafe)
 }
 
-std::int64_t timeout_ms() {
-  constexpr std::int64_t kYear = 365ll * 24 * 3600 * 1000;  // deadlines in ns stay far from 2^63
-  return integer("DEEP_EP_TIMEOUT_MS", 1, kYear);
+std::int64_t timeout_ms() { return integer("DEEP_EP_TIMEOUT_MS", 1, kMaxTimeoutMs); }
+
+std::chrono::milliseconds require_timeout(std::chrono::milliseconds timeout, std::int64_t least) {
+  require(timeout.count() >= least && timeout.count() <= kMaxTimeoutMs,
+          "timeout is {} ms, must be from {} to {} (a year)", timeout.count(), least,
+          kMaxTimeoutMs);
+  return timeout;
 }
 
 int num_threads() { return static_cast<int>(integer("DEEP_EP_NUM_THREADS", 0, 4096)); }

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <optional>
 #include <span>
@@ -20,7 +21,12 @@ const char* value_of(const Variable& variable);
 
 // Read at each call, so that a Buffer sees what was set before its construction. Throw
 // Error(kInvalidArgument) naming the variable and its value.
-std::int64_t timeout_ms();   // DEEP_EP_TIMEOUT_MS
+std::int64_t timeout_ms();  // DEEP_EP_TIMEOUT_MS
+/// The most that a timeout may be, given here or by a caller: a year, so that deadlines in ns stay
+/// far from 2^63.
+constexpr std::int64_t kMaxTimeoutMs = std::int64_t{365} * 24 * 3600 * 1000;
+/// A caller's timeout; throws Error(kInvalidArgument) if it is not from `least` to the most.
+std::chrono::milliseconds require_timeout(std::chrono::milliseconds timeout, std::int64_t least);
 int num_threads();           // DEEP_EP_NUM_THREADS, 0: choose
 int ranks_per_node();        // DEEP_EP_RANKS_PER_NODE, 0: find
 std::int64_t inbox_bytes();  // DEEP_EP_INBOX_BYTES

@@ -12,7 +12,7 @@ std::shared_ptr<Bootstrap> bootstrap_tcp(int rank, int size, const std::string& 
   require(rank >= 0 && rank < size, "rank: {} is not allowed, must be from 0 to {}", rank,
           size - 1);
   require(port >= 1 && port <= 65535, "port: {} is not allowed, must be from 1 to 65535", port);
-  require(timeout.count() > 0, "timeout: {} ms is not allowed, must be positive", timeout.count());
+  env::require_timeout(timeout, 1);
   const fabric::Rendezvous rendezvous{rank, size, address, port, env::rendezvous_secret(), timeout};
   require(rendezvous.secret.size() <= fabric::Hello::kMaxSecret,
           "DEEP_EP_RENDEZVOUS_SECRET: {} bytes are not allowed, must be at most {}",

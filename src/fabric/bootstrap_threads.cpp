@@ -2,6 +2,7 @@
 #include <mutex>
 #include <optional>
 
+#include "base/env.hpp"
 #include "base/error.hpp"
 #include "deep_ep/bootstrap.hpp"
 #include "fabric/bootstrap_star.hpp"
@@ -124,6 +125,7 @@ class ThreadRank final : public Bootstrap {
 std::vector<std::shared_ptr<Bootstrap>> bootstrap_threads(int size,
                                                           std::chrono::milliseconds timeout) {
   require(size >= 1, "size: {} is not allowed, must be at least 1", size);
+  env::require_timeout(timeout, 1);
   const auto meeting = std::make_shared<Meeting>(size, timeout);
   std::vector<std::shared_ptr<Bootstrap>> ranks;
   for (int i = 0; i < size; ++i) ranks.push_back(std::make_shared<ThreadRank>(i, size, meeting));

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <condition_variable>
+#include <map>
 #include <mutex>
 #include <optional>
 #include <thread>
@@ -37,8 +38,8 @@ struct Fabric::State {
   std::condition_variable changed;
   std::vector<std::shared_ptr<Mapping>> own;
   std::optional<Door> door;
-  std::vector<Peer> peers;             // connected ones and those that have gone; fixed once made
-  std::optional<Error> mapping_error;  // the first segment that could not be mapped
+  std::vector<Peer> peers;  // connected ones and those that have gone; fixed once made
+  std::map<std::pair<int, int>, Error> unmappable;  // why, by rank and segment
   bool opened = false;
   bool closed = false;
 
@@ -156,6 +157,14 @@ std::byte* Fabric::base(int rank, int segment) const noexcept {
   return state_->table.get(rank, segment);
 }
 
+std::byte* Fabric::mapped_base(int rank, int segment) const {
+  if (std::byte* found = base(rank, segment)) return found;
+  const std::lock_guard lock(state_->mutex);
+  const auto why = state_->unmappable.find({rank, segment});
+  if (why != state_->unmappable.end()) throw Error(why->second);
+  return nullptr;
+}
+
 std::shared_ptr<Mapping> Fabric::own_segment(int segment) const {
   const std::lock_guard lock(state_->mutex);
   const int count = static_cast<int>(state_->own.size());
@@ -245,7 +254,7 @@ void Fabric::State::await_peers(milliseconds timeout) {
     for (const Peer& peer : peers) {
       if (!peer.ready) (peer.link ? waited_for : lost).push_back(peer.rank);
     }
-    return mapping_error || !lost.empty() || waited_for.empty();
+    return !unmappable.empty() || !lost.empty() || waited_for.empty();
   };
   std::unique_lock lock(mutex);
   changed.wait_until(lock, Deadline(timeout).end(), settled);
@@ -253,10 +262,10 @@ void Fabric::State::await_peers(milliseconds timeout) {
   if (!lost.empty()) {
     changed.wait_until(lock, Deadline(std::min(timeout, kCausePatience)).end(), [&] {
       settled();
-      return mapping_error || waited_for.empty();
+      return !unmappable.empty() || waited_for.empty();
     });
   }
-  if (mapping_error) throw *mapping_error;
+  if (!unmappable.empty()) throw unmappable.begin()->second;
   if (!lost.empty())
     throw Error(ErrorCode::kPeerFailed,
                 fmt::format("rank {}: {} left or died while the ranks were mapping memory", rank,
@@ -342,7 +351,7 @@ void Fabric::State::take_segment(Peer& peer, const Received& received) {
                                          rank, segment, peer.rank, error.what());
     log::warn("{}", text);
     const std::lock_guard lock(mutex);
-    if (!mapping_error) mapping_error.emplace(ErrorCode::kSystem, text);
+    unmappable.emplace(std::pair(peer.rank, segment), Error(ErrorCode::kSystem, text, {rank}));
     changed.notify_all();
     return;
   }

@@ -46,6 +46,8 @@ class Fabric {
 
   /// Base of a segment, own or a peer's; null while it is not mapped. Any thread, never blocks.
   std::byte* base(int rank, int segment) const noexcept;
+  /// The same, but throws the Error(kSystem) of a segment that could not be mapped here.
+  std::byte* mapped_base(int rank, int segment) const;
   /// Keeps an own segment mapped beyond this object's life.
   std::shared_ptr<Mapping> own_segment(int segment) const;
   int num_own_segments() const;

@@ -41,8 +41,8 @@ enum class Finding : std::uint32_t {
 enum class Wait : std::uint32_t { kCall, kPlace, kRows, kConsumed, kRoom };
 
 /// Why a rank's Buffer no longer works, in that rank's control block. Anyone may write it, once:
-/// the first writer wins, and everything that waits reads it at each turn. claim() needs memory
-/// with native atomics for all who call it: a GPU must not claim a record in host memory.
+/// the first writer wins, and everything that waits reads it at each turn (I10). claim() needs
+/// memory with native atomics for all who call it: a GPU must not claim a record in host memory.
 struct alignas(128) FaultRecord {
   static constexpr std::uint32_t kNone = 0;
   static constexpr std::uint32_t kClaimed = 1;  // being written; its writer may have died

@@ -7,8 +7,8 @@
 
 namespace deep_ep::protocol {
 
-// A bounded ring of bytes from one rank to another, kept over calls. Positions count bytes and only
-// grow, so calls with different row sizes follow each other without a reset. A record is
+// A bounded ring of bytes from one rank to another, kept over calls. Positions count bytes (I7) and
+// only grow, so calls with different row sizes follow each other without a reset. A record is
 // contiguous: one that would cross the end of the ring starts at its beginning instead. Both sides
 // know the sequence of record sizes, so both compute the same positions. A record's address is as
 // aligned as all sizes before it and the ring's own size are.

@@ -123,5 +123,22 @@ class Install(unittest.TestCase):
             self.assertRegex(path, r"^\$ORIGIN\b")
 
 
+class Configuration(unittest.TestCase):
+    PARTS = ("CUDA", "UCX", "NVSHMEM", "MPI comparison", "moe_layer")
+
+    def test_it_prints_which_parts_are_on_and_why_others_are_off(self):
+        with tempfile.TemporaryDirectory() as folder:
+            asked = ["-DDEEP_EP_CUDA=OFF", "-DDEEP_EP_UCX=OFF", "-DDEEP_EP_BUILD_TESTS=OFF"]
+            text = run("cmake", "-S", HERE.parents[1], "-B", folder, "-Wno-dev", *asked)
+        parts = {name.strip(): (state, reason) for name, state, reason in
+                 re.findall(r"^     (\S.{16}) (on|off) +(.*)$", text, re.M)}
+        self.assertEqual(parts["host backend"], ("on", "always"))
+        for name, option in (("CUDA", "DEEP_EP_CUDA"), ("UCX", "DEEP_EP_UCX"),
+                             ("tests", "DEEP_EP_BUILD_TESTS")):
+            self.assertEqual(parts[name], ("off", f"{option}=OFF"))
+        for name in self.PARTS:
+            self.assertGreater(len(parts[name][1]), 2, f"{name}: without a reason")
+
+
 if __name__ == "__main__":
     unittest.main(argv=sys.argv[:1], verbosity=2)

@@ -234,10 +234,26 @@ def variables_are_documented(sources):
         yield f"docs/env.md:1: {name} is in one of docs/env.md and src/base/env.cpp only"
 
 
+def invariants_are_cited(sources):
+    """Each invariant of ARCHITECTURE.md is named where the code keeps it, and no other is."""
+    by_path = {source.path: source.text for source in sources}
+    stated = set(re.findall(r"^- \*\*(I\d+)\*\*", by_path.get("ARCHITECTURE.md", ""), re.M))
+    cited = set()
+    for source in sources:
+        if source.path.startswith("src/") and source.is_code:
+            for line in source.text.splitlines():
+                cited.update(re.findall(r"\bI\d+\b", line.partition("//")[2]))
+    for name in sorted(stated - cited):
+        yield f"ARCHITECTURE.md:1: {name} is cited nowhere in src"
+    for name in sorted(cited - stated):
+        yield f"ARCHITECTURE.md:1: {name} is cited in src, but not stated"
+
+
 RULES = [
     includes_point_downwards, public_headers_stand_alone, only_backends_know_devices,
     files_are_short, functions_are_short, lines_are_short, assembly_lives_in_one_folder,
     of_nvshmem_only_what_is_documented, environment_is_read_in_one_file, fences_are_not_used,
     headers_are_well_formed, words_are_clean,
     plan_and_protocol_are_tested, no_file_is_dead, variables_are_documented,
+    invariants_are_cited,
 ]

@@ -105,6 +105,12 @@ class RuleExamples(unittest.TestCase):
         test = '#include "plan/a.hpp"\n'
         self.assertEqual(violations(rule, src__plan__a_cpp="", tests__a_cpp=test), [])
 
+    def test_invariants_without_code_and_code_without_invariants_are_found(self):
+        rule = rules.invariants_are_cited
+        stated = Source("ARCHITECTURE.md", "- **I1** A flag.\n- **I2** A box.\n")
+        code = Source("src/api/a.cpp", "f();  // one writer (I1)\nint I3;\n/// As I4 has it.\n")
+        self.assertEqual([text.split()[1] for text in rule([stated, code])], ["I2", "I4"])
+
     def test_a_header_that_nobody_includes_is_dead(self):
         self.assertEqual(len(violations(rules.no_file_is_dead, src__base__a_hpp="")), 1)
 

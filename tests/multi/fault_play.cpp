@@ -40,12 +40,16 @@ Exchange::Exchange(int rank, int ranks, std::int64_t num_tokens, std::int64_t nu
   }
 }
 
-DispatchArgs Exchange::dispatch_args(Buffer& buffer) const {
+DispatchArgs Exchange::dispatch_args(Buffer& buffer, bool with_layout) const {
   DispatchArgs args;
   args.x = {x.data(), DType::kFloat32, {tokens, hidden}};
   args.topk_idx = {topk_idx.data(), DType::kInt64, {tokens, num_ranks}};
   args.topk_weights = {topk_weights.data(), DType::kFloat32, {tokens, num_ranks}};
-  args.layout = buffer.get_dispatch_layout(args.topk_idx, num_ranks);
+  if (with_layout) {
+    args.layout = buffer.get_dispatch_layout(args.topk_idx, num_ranks);
+  } else {
+    args.num_experts = num_ranks;
+  }
   return args;
 }
 

@@ -32,7 +32,8 @@ class Exchange {
   static std::int64_t rdma_bytes(int num_ranks, std::int64_t tokens = kTokens,
                                  std::int64_t hidden = kHidden);
 
-  DispatchArgs dispatch_args(Buffer& buffer) const;
+  /// `with_layout`: it is found here; else the call is to find it.
+  DispatchArgs dispatch_args(Buffer& buffer, bool with_layout = true) const;
   /// `dispatched` must outlive the call.
   static CombineArgs combine_args(const DispatchResult& dispatched);
   static DispatchArgs cached_args(const Exchange& exchange, const DispatchResult& dispatched);

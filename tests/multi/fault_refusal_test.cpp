@@ -2,8 +2,10 @@
 #include <gtest/gtest.h>
 
 #include <atomic>
+#include <stdexcept>
 #include <string_view>
 #include <thread>
+#include <tuple>
 
 #include "multi/fault_situations.hpp"
 
@@ -116,6 +118,103 @@ std::string play_too_few_grouped_rows(Worker& worker) {
   return findings.text();
 }
 
+/// Results of which no machine has the memory.
+std::string play_shortage(Worker& worker) {
+  Findings findings;
+  Keepsakes kept;
+  const std::unique_ptr<Buffer> made = make_buffer(worker);
+  Buffer& buffer = *made;
+  kept.take(buffer);
+  const Exchange exchange(worker.rank(), worker.num_ranks());
+  DispatchArgs args = exchange.dispatch_args(buffer);
+  args.num_worst_tokens = worker.rank() == kVictim ? INT32_MAX : Exchange::kTokens * kRanks;
+  worker.bootstrap()->barrier();  // nobody is in a layout when the victim fails
+  const auto thrown = thrown_by([&] {
+    buffer.dispatch(args);
+    buffer.barrier();
+  });
+  if (!thrown) return "no Error";
+  findings.expect(thrown->code == ErrorCode::kOutOfMemory,
+                  fmt::format("code {}: {}", deep_ep::to_string(thrown->code), thrown->text));
+  for (const char* part : {"a segment of", "MiB", "leaves"})
+    findings.expect_contains(thrown->text, part);
+  if (worker.rank() != kVictim)
+    findings.expect_contains(thrown->text, fmt::format("rank {}", kVictim));
+  findings.expect(thrown->after < kAtOnce, "telling took too long");
+  check_aftermath(findings, buffer, kept, *thrown);
+  check_new_buffer(findings, worker, {0, 1, 2});
+  return findings.text();
+}
+
+class ThrowingAllocator final : public Allocator {
+ public:
+  std::shared_ptr<void> allocate(std::int64_t, bool, const CallOptions&) override {
+    throw std::range_error("the pool of tensors is empty");
+  }
+};
+
+/// What the victim's allocator throws is no Error, and is told all the same.
+std::string play_foreign_exception(Worker& worker) {
+  Findings findings;
+  BufferOptions options;
+  options.timeout = kTimeout;
+  if (worker.rank() == kVictim) options.allocator = std::make_shared<ThrowingAllocator>();
+  Buffer buffer(worker.bootstrap(), options);
+  const Exchange exchange(worker.rank(), worker.num_ranks());
+  DispatchArgs args = exchange.dispatch_args(buffer, false);
+  std::optional<Thrown> thrown;
+  try {
+    thrown = thrown_by([&] { buffer.dispatch(args); });
+  } catch (const std::range_error&) {
+    findings.expect(worker.rank() == kVictim, "an exception of another rank");
+  }
+  if (worker.rank() == kVictim) {
+    findings.expect(!thrown, "the caller does not get what its allocator threw");
+    thrown = thrown_by([&] { buffer.check(); });
+  }
+  if (!thrown) return "no Error";
+  findings.expect(thrown->code == ErrorCode::kSystem,
+                  fmt::format("code {}: {}", deep_ep::to_string(thrown->code), thrown->text));
+  findings.expect_contains(thrown->text, "the pool of tensors is empty");
+  findings.expect_contains(thrown->text, fmt::format("rank {}", kVictim));
+  findings.expect(thrown->after < kAtOnce, "telling took too long");
+  return findings.text();
+}
+
+/// Memory that is mapped ahead is used; whoever cannot reserve tells all, and nothing is broken.
+std::string play_reserve(Worker& worker) {
+  constexpr std::int64_t kReserved = 24 << 20, kTooMuch = std::int64_t{1} << 50;
+  Findings findings;
+  const std::unique_ptr<Buffer> made = make_buffer(worker);
+  Buffer& buffer = *made;
+  const Exchange exchange(worker.rank(), worker.num_ranks());
+  const std::int64_t before = buffer.mapped_bytes();
+  buffer.reserve(kReserved);
+  const std::int64_t mapped = buffer.mapped_bytes();
+  findings.expect(mapped >= before + kReserved, "nothing was mapped ahead");
+  DispatchArgs args = exchange.dispatch_args(buffer);
+  args.num_worst_tokens = 20'000;  // of 1 KiB and some
+  const DispatchResult held = buffer.dispatch(args);
+  findings.expect(buffer.live_bytes() > kReserved * 3 / 4, "the results are smaller than meant");
+  findings.expect(buffer.mapped_bytes() == mapped, "what was reserved was not used");
+
+  const bool victim = worker.rank() == kVictim;
+  for (const auto& [bytes, code, part] :
+       {std::tuple{std::int64_t{-1}, ErrorCode::kInvalidArgument, "bytes is -1"},
+        std::tuple{kTooMuch, ErrorCode::kOutOfMemory, "a segment of"}}) {
+    const auto thrown = thrown_by([&] { buffer.reserve(victim ? bytes : 1); });
+    if (!thrown) return "no Error";
+    findings.expect(thrown->code == (victim ? code : ErrorCode::kPeerFailed),
+                    fmt::format("code {}: {}", deep_ep::to_string(thrown->code), thrown->text));
+    findings.expect_contains(thrown->text, part);
+    if (!victim) findings.expect(thrown->ranks == std::vector{kVictim}, "ranks() is not it");
+    findings.expect(thrown->after < kAtOnce, "telling took too long");
+  }
+  const auto thrown = thrown_by([&] { buffer.dispatch(exchange.dispatch_args(buffer)); });
+  findings.expect(!thrown, "the Buffer is broken");
+  return findings.text();
+}
+
 /// Two threads of rank 0 call at once: one of them is refused, and the call goes on.
 std::string play_overlap(Worker& worker) {
   BufferOptions options;
@@ -205,6 +304,9 @@ std::string play(Worker& worker, const std::string& whole_job) {
   if (job == "leaver") return play_leaver(worker);
   if (job == "worst_on_one") return play_too_few_worst_tokens(worker, false);
   if (job == "worst_on_all") return play_too_few_worst_tokens(worker, true);
+  if (job == "shortage") return play_shortage(worker);
+  if (job == "foreign_exception") return play_foreign_exception(worker);
+  if (job == "reserve") return play_reserve(worker);
   if (job == "grouped") return play_too_few_grouped_rows(worker);
   return play_situation(worker, std::stoul(job));
 }
@@ -266,6 +368,9 @@ TEST_F(Refusal, BetweenNodesWhoLeavesIsNamed) { run(std::string(kSingleRanks) + 
 TEST_F(Refusal, TooFewWorstTokensOnOneRankFailsAll) { run("worst_on_one"); }
 TEST_F(Refusal, TooFewWorstTokensOnAllRanksFailsAll) { run("worst_on_all"); }
 TEST_F(Refusal, TooFewGroupedRowsOnOneRankFailsAll) { run("grouped"); }
+TEST_F(Refusal, AShortageOnOneRankIsToldWithItsSizes) { run("shortage"); }
+TEST_F(Refusal, AnExceptionOfOneRanksAllocatorIsTold) { run("foreign_exception"); }
+TEST_F(Refusal, ReservedMemoryIsUsedAndAFailureToReserveIsTold) { run("reserve"); }
 TEST_F(Refusal, OverlappingCallsAreRefusedAndHarmless) { run("overlap"); }
 TEST_F(Refusal, UseAfterDestroyTouchesNobody) { run("after_destroy"); }
 TEST_F(Refusal, WhoLeavesIsNamed) { run("leaver"); }

@@ -1,5 +1,7 @@
 #include "multi/fault_situations.hpp"
 
+#include "base/event_state.hpp"
+
 namespace deep_ep::test {
 namespace {
 
@@ -219,8 +221,31 @@ std::vector<Situation> grouped_refusals() {
            "grouped_rows", true}};
 }
 
+/// The event of a call that failed, of another Buffer say.
+class FailedCall final : public EventState {
+ public:
+  void stream_wait(Stream) override { host_wait(); }
+  void host_wait() override {
+    throw Error(ErrorCode::kInvalidArgument, "the call of previous_event failed");
+  }
+  bool query() override { return true; }
+};
+
 std::vector<Situation> other_refusals() {
   return {
+      {"previous_event", combine_with([](const Scene&, CombineArgs& args) {
+         args.options.previous_event = EventHandle(std::make_shared<FailedCall>());
+       }),
+       "previous_event"},
+      {"previous_event_async",
+       [](const Scene& scene) {
+         CombineArgs args = Exchange::combine_args(scene.dispatched);
+         args.options.async_finish = true;
+         if (scene.victim)
+           args.options.previous_event = EventHandle(std::make_shared<FailedCall>());
+         scene.buffer.combine(args).event.host_wait();
+       },
+       "previous_event"},
       {"handle_and_topk",
        [](const Scene& scene) {
          DispatchArgs args = Exchange::cached_args(scene.exchange, scene.dispatched);

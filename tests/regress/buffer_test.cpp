@@ -1,6 +1,8 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <atomic>
+#include <chrono>
 #include <climits>
 #include <functional>
 #include <memory>
@@ -8,6 +10,7 @@
 #include <thread>
 #include <vector>
 
+#include "base/event_state.hpp"
 #include "deep_ep/deep_ep.hpp"
 
 namespace deep_ep {
@@ -51,6 +54,24 @@ std::string error_of(const std::function<void()>& call) {
     return error.what();
   }
   return "no Error";
+}
+
+// In nanoseconds it overflowed, and every wait ended at once.
+TEST(Regress, ATimeoutWithoutEndIsRefusedWhereverItIsGiven) {
+  constexpr auto kEndless = std::chrono::milliseconds::max();
+  constexpr std::chrono::milliseconds kYear = std::chrono::hours(365 * 24);
+  Buffer buffer(bootstrap_threads(1)[0], {.timeout = kYear});
+  buffer.barrier();
+  for (const auto bad : {kEndless, kYear + std::chrono::milliseconds(1), -kYear}) {
+    const std::string named = "timeout is " + std::to_string(bad.count()) + " ms, must be from";
+    for (const std::function<void()>& call : std::vector<std::function<void()>>{
+             [&] { Buffer(bootstrap_threads(1)[0], {.timeout = bad}); },
+             [&] { buffer.set_timeout(bad); }, [&] { (void)bootstrap_threads(2, bad); },
+             [&] { (void)bootstrap_tcp(0, 2, "127.0.0.1", 29477, bad); }})
+      EXPECT_THAT(error_of(call), HasSubstr(named));
+  }
+  EXPECT_EQ(buffer.timeout(), kYear);
+  buffer.barrier();
 }
 
 // The handle's matrices had a column for each of num_sms / 2 channels: 2^30 of them, 8 GiB.
@@ -149,6 +170,44 @@ TEST(Regress, ARankWithoutRowsGroupsAndReducesNothing) {
     back.groups = got.groups;
     const CombineResult out = buffer.combine(back);
     for (std::int64_t i = 0; i < kTokens * 32; ++i) EXPECT_EQ(out.combined_x.as<float>()[i], 1.0F);
+  });
+}
+
+/// Happens when the test says so.
+class Gate final : public EventState {
+ public:
+  void stream_wait(Stream) override { host_wait(); }
+  void host_wait() override { open.wait(false); }
+  bool query() override { return open; }
+  std::atomic<bool> open{false};
+};
+
+// It said "a queued call".
+TEST(Regress, AQueuedCallThatMeetsAFaultSaysWhichItIs) {
+  const auto gate = std::make_shared<Gate>();
+  run_ranks(2, [&](const std::shared_ptr<Bootstrap>& bootstrap) {
+    Buffer buffer(bootstrap);
+    const Input input(2);
+    const DispatchResult got = buffer.dispatch(input.args(buffer));
+    CombineArgs back;
+    back.x = got.recv_x;
+    back.handle = got.handle;
+    if (bootstrap->rank() == 1) {
+      bootstrap->barrier();
+      back.config.num_sms = 0;
+      EXPECT_THAT(error_of([&] { buffer.combine(back); }), HasSubstr("num_sms"));
+    } else {
+      back.options.async_finish = true;
+      back.options.previous_event = EventHandle(gate);
+      const CombineResult sums = buffer.combine(back);
+      bootstrap->barrier();  // it is queued when rank 1 refuses its part
+      while (error_of([&] { buffer.check(); }) == "no Error") std::this_thread::yield();
+      gate->open = true;
+      gate->open.notify_all();
+      EXPECT_THAT(error_of([&] { sums.event.host_wait(); }),
+                  HasSubstr("intranode_combine on rank 0: rank 1 reported: num_sms is 0"));
+    }
+    bootstrap->barrier();
   });
 }
 

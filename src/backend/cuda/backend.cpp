@@ -95,7 +95,7 @@ class CudaBackend final : public Backend {
     const auto deadline = std::chrono::steady_clock::now() + options_.timeout;
     for (int i = 0; i < context_.num_ranks(); ++i) {
       const int rank = context_.global_rank() - context_.rank() + i;
-      while (context_.fabric().base(i, num_segments[rank] - 1) == nullptr) {
+      while (context_.fabric().mapped_base(i, num_segments[rank] - 1) == nullptr) {
         if (std::chrono::steady_clock::now() > deadline) {
           throw Error(
               ErrorCode::kTimeout,

@@ -131,18 +131,14 @@ class HostBackend final : public Backend {
             mapping};
   }
 
-  // A later part need not wait for anything again: the stream keeps the order.
   EventHandle submit(const CallOptions& options, std::function<void()> work, Part) override {
-    if (options.async_finish) {
-      return stream_.enqueue([event = options.previous_event, work = std::move(work)] {
-        if (event) event->host_wait();
-        work();
-      });
-    }
+    if (options.async_finish) return stream_.enqueue(std::move(work));
     stream_.drain();
-    if (options.previous_event) options.previous_event->host_wait();
     work();
     return EventHandle();
+  }
+  void await(const CallOptions& options) override {
+    if (options.previous_event) options.previous_event->host_wait();
   }
 
   void run(const CallOptions&, std::function<void()> work) override {
@@ -249,7 +245,7 @@ class HostBackend final : public Backend {
       const int last = num_segments[rank] - 1;
       context_.wait(
           call, "its memory to be mapped",
-          [&] { return context_.fabric().base(i, last) != nullptr; },
+          [&] { return context_.segment_base(call, i, last) != nullptr; },
           [&] {
             return std::vector<host::Missing>{{rank, std::uint64_t(last) + 1, 0}};
           });

@@ -224,6 +224,17 @@ void Context::choose_path(const std::vector<std::string>& why_no_pull) {
   log::debug("rank {}: combine {}", global_rank(), pulls_ ? "pulls rows" : "uses the inbox");
 }
 
+std::byte* Context::segment_base(const Call& call, int rank, int segment) const {
+  try {
+    return fabric_.mapped_base(rank, segment);
+  } catch (const Error& error) {
+    throw Error(error.code(),
+                fmt::format("{} (call {}) on rank {}: {}", call.operation, call.epoch,
+                            global_rank(), error.what()),
+                {global_rank()});
+  }
+}
+
 std::byte* Context::scratch(int thread) {
   std::shared_ptr<fabric::Mapping>& memory = scratch_[thread];
   if (!memory) memory = fabric::allocate_private(scratch_bytes_);
@@ -256,6 +267,7 @@ void Context::check_agreement(const Call& call, int source) {
               {global_rank(source)});
 }
 
+// A rank that is behind this has seen all others enter the call (I2).
 void Context::wait_posted(const Call& call, std::int64_t* wait_stats) {
   // acquire: pairs with publish() in post() of each rank.
   wait_flags(call, "the other ranks to call it", mailbox_of(rank_, call).posted, all_ranks_,

@@ -143,6 +143,9 @@ class Context {
     if (announced) announce_end_of_wait();
   }
 
+  /// Null while it is not mapped. Throws the Error for one that cannot be.
+  std::byte* segment_base(const Call& call, int rank, int segment) const;
+
   /// Throws the Error of this Buffer's fault, if there is one.
   void check_fault(const Call& call);
   /// Throws the Error for memory of `rank` that could not be read: that it died or gave up, which

@@ -51,8 +51,9 @@ void Landing::find_places() {
         [&] {
           // acquire: pairs with publish_places() of the receiver.
           if (!place.ready.reached(step_.call.epoch)) return false;
-          base = context_.fabric().base(rank, place.segment);
-          x_base = place.x_segment < 0 ? nullptr : context_.fabric().base(rank, place.x_segment);
+          base = context_.segment_base(step_.call, rank, place.segment);
+          x_base = place.x_segment < 0 ? nullptr
+                                       : context_.segment_base(step_.call, rank, place.x_segment);
           return base != nullptr && (place.x_segment < 0 || x_base != nullptr);
         },
         [&] {

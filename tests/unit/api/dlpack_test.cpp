@@ -181,5 +181,27 @@ TEST(Dlpack, TooManyDimensionsAreRefused) {
   EXPECT_EQ(deleted, 0);
 }
 
+TEST(Dlpack, ANegativeSizeIsRefusedAndAHugeOneDoesNotOverflow) {
+  int deleted = 0;
+  const std::unique_ptr<Foreign> foreign(Foreign::make(&deleted));
+  foreign->managed.deleter = nullptr;
+  foreign->managed.dl_tensor.strides = nullptr;
+  foreign->shape = {-1, 3};
+  EXPECT_EQ(code_of_from_dlpack(&foreign->managed), ErrorCode::kInvalidArgument);
+  std::array<std::int64_t, 3> huge{1, std::int64_t{1} << 40, std::int64_t{1} << 40};
+  foreign->managed.dl_tensor.ndim = 3;
+  foreign->managed.dl_tensor.shape = huge.data();
+  EXPECT_EQ(from_dlpack(&foreign->managed).strides[0], INT64_MAX);
+}
+
+TEST(Dlpack, NoTensorIsNotExported) {
+  try {
+    (void)to_dlpack(Tensor());
+    ADD_FAILURE() << "no Error";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), ErrorCode::kInvalidArgument);
+  }
+}
+
 }  // namespace
 }  // namespace deep_ep

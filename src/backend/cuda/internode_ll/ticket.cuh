@@ -295,7 +295,7 @@ __device__ inline unsigned first_behind(unsigned taken) {
 
 /// By one warp of block 0, before anything that waits: tells the sources what earlier kernels of
 /// this rank have received. So a ticket's memory is read for the last time before its reader's next
-/// kernel begins, and no kernel has to wait at its end until all its blocks have read.
+/// kernel begins (I15), and no kernel has to wait at its end until all its blocks have read.
 __device__ inline void tell_consumed(const StepArgs& args) {
   const Comm& comm = args.comm;
   LowLatencyState& state = comm.local->low_latency;

@@ -87,7 +87,7 @@ void State::publish_consumed(LowLatencyKind kind, std::uint64_t ticket) {
 }
 
 // A tag means a ticket of 2^32 - 1 calls ago as well: by then every packet that was not written
-// again has been cleared, a stripe at each call.
+// again has been cleared, a stripe at each call (I14).
 void State::scrub(LowLatencyKind kind, std::uint64_t ticket) {
   constexpr std::int64_t kCallsOfAParity = std::int64_t{1} << 16;
   const std::int64_t packets =

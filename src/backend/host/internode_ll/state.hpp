@@ -45,8 +45,8 @@ class State {
   /// Under whose index it does so: as this source's, or in the mirror as that receiver's.
   int index_at(int rank) const { return remote(rank) ? rank : this->rank(); }
 
-  /// Waits until every rank has read what the ticket before the last put into the same memory, and
-  /// the mirror of that may be written.
+  /// Waits until every rank has read what the ticket before the last put into the same memory
+  /// (I13), and the mirror of that may be written.
   void wait_consumed(const Call& call, plan::LowLatencyKind kind, std::uint64_t ticket);
   /// This rank has read all of the ticket.
   void publish_consumed(plan::LowLatencyKind kind, std::uint64_t ticket);

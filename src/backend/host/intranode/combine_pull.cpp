@@ -208,7 +208,7 @@ std::vector<int> find_readers(Context& context, const CombineParams& params) {
 
 /// What was read is what the peers had for this call: none of them has ended (another process may
 /// have its number by now) or given up (its caller may have written to the rows) before the last
-/// read. Whoever gives up writes the fault record of this rank before its caller goes on.
+/// read (I11). Whoever gives up writes the fault record of this rank before its caller goes on.
 void check_sources(Context& context, const CombineParams& params, const std::vector<int>& sources) {
   for (const int rank : sources) {
     if (!context.memory_of(rank).alive()) {
