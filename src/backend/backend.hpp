@@ -45,8 +45,8 @@ class Backend {
     std::shared_ptr<void> owner;
   };
   virtual Results allocate_results(std::int64_t bytes, Stream stream) = 0;
-  /// The same for what nobody but the work of this call uses. Where `stream`, the caller's, is being
-  /// captured, the graph has it for good.
+  /// The same for what nobody but the work of this call uses. Where `stream`, the caller's, is
+  /// being captured, the graph has it for good.
   virtual Results allocate_scratch(std::int64_t bytes, Stream stream) {
     return allocate_results(bytes, stream);
   }

@@ -72,10 +72,9 @@ void Internode::alloc(Bootstrap& bootstrap, std::int64_t bytes) {
   fabric::together(bootstrap, [&] { parts_ = &nvshmem_parts(); });
   shape_ = fit(shape_, bytes);
   const std::int64_t needed = internode::RailBlock::bytes(shape_);
-  if (bytes < needed && bootstrap.rank() == 0) {
+  if (bytes < needed && bootstrap.rank() == 0)
     log::info("num_rdma_bytes raised from {} to {}: rings between {} nodes of {} ranks need that",
               bytes, needed, shape_.topology.num_nodes(), shape_.topology.ranks_per_node);
-  }
   fabric::together(bootstrap, [&] {
     const DeviceGuard guard(context_.device());
     state_base_ = static_cast<std::byte*>(state_.get(internode::RailState::bytes(shape_)));
@@ -130,11 +129,10 @@ void Internode::find_mapped(Bootstrap& bootstrap) {
 
 Comm Internode::comm_of_all(const Call& call) const {
   const plan::Topology& topology = shape_.topology;
-  if (topology.num_ranks > kMaxRanks) {
+  if (topology.num_ranks > kMaxRanks)
     throw Error(ErrorCode::kUnsupported,
                 fmt::format("{}: {} ranks; low latency of GPUs has {} at most", call.operation,
                             topology.num_ranks, kMaxRanks));
-  }
   Comm comm = context_.comm(call);
   const std::ptrdiff_t begin = low_latency_.near_base - heap_->base();
   comm.rank = context_.global_rank();
