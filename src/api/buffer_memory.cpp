@@ -68,6 +68,9 @@ std::vector<std::string> Buffer::Impl::exchange(const char* operation,
   }
   std::vector<std::string> all = bootstrap_->all_gather(mine);
   if (error) std::rethrow_exception(error);
+  require(all.size() == static_cast<std::size_t>(bootstrap_->size()),
+          "bootstrap: all_gather returned {} elements, must be one for each of {} ranks",
+          all.size(), bootstrap_->size());
   for (int i = 0; i < static_cast<int>(all.size()); ++i) {
     if (all[i].empty() || all[i][0] != '+') {
       throw Error(ErrorCode::kPeerFailed,

@@ -85,6 +85,19 @@ class Install(unittest.TestCase):
                     "-Werror", "-x", "c++", "-include", header, "/dev/null",
                     f"-I{self.prefix}/include")
 
+    def test_the_first_dispatch_of_the_readme_compiles(self):
+        readme = (HERE.parents[1] / "README.md").read_text()
+        code = re.search(r"## First dispatch\n+```cpp\n(.*?)```", readme, re.S).group(1)
+        head, body = code.split("using namespace deep_ep;\n")
+        around = ("using namespace deep_ep;\n"
+                  "void run_experts(const Tensor&, const Tensor&, const Tensor&);\n"
+                  "void f(const void* x_data, const void* ids, const void* w, long num_tokens,\n"
+                  "       long hidden, long topk, int num_experts) {\n")
+        program = self.folder / "first_dispatch.cpp"
+        program.write_text(head + around + body + "}\n")
+        run(COMPILER, "-std=c++20", "-fsyntax-only", "-Wall", "-Werror", "-Wno-unused-variable",
+            "-Wno-unused-but-set-variable", program, f"-I{self.prefix}/include")
+
     def test_exactly_the_declared_names_are_exported(self):
         types, functions = declared_names()
         exported = set()

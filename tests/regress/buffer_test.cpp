@@ -56,6 +56,20 @@ std::string error_of(const std::function<void()>& call) {
   return "no Error";
 }
 
+/// Whose ranks have not all come.
+class ShortAnswer final : public Bootstrap {
+ public:
+  int rank() const override { return 1; }
+  int size() const override { return 2; }
+  std::vector<std::string> all_gather(std::string_view) override { return {"+0"}; }
+};
+
+// Elements that were not there were read.
+TEST(Regress, AnAllGatherWithoutAllRanksIsRefused) {
+  EXPECT_THAT(error_of([] { Buffer(std::make_shared<ShortAnswer>()); }),
+              HasSubstr("all_gather returned 1 elements, must be one for each of 2 ranks"));
+}
+
 // In nanoseconds it overflowed, and every wait ended at once.
 TEST(Regress, ATimeoutWithoutEndIsRefusedWhereverItIsGiven) {
   constexpr auto kEndless = std::chrono::milliseconds::max();
