@@ -205,7 +205,9 @@ class DEEP_EP_API Buffer {
   /// Opens the peers' memory. The constructor calls it; calling it again does nothing.
   void sync();
   /// Releases everything but memory under live results. Local, idempotent, never throws for a
-  /// faulted Buffer.
+  /// faulted Buffer. Any thread but in a call of this Buffer: one that another thread is in ends
+  /// with an Error first, on all ranks. In a process that was forked from the Buffer's: does
+  /// nothing.
   void destroy();
   bool is_available() const;
 

@@ -3,6 +3,8 @@
 #include <unistd.h>
 
 #include <fstream>
+#include <thread>
+#include <vector>
 
 #include "api/buffer_impl.hpp"
 #include "api/validate.hpp"
@@ -103,8 +105,29 @@ void Buffer::Impl::sync() {
 
 Buffer::Impl::~Impl() { destroy(); }
 
+/// Takes the turn of calls. One that runs on another thread would go on in memory that is gone: it
+/// is ended by a fault first.
+void Buffer::Impl::end_calls() {
+  for (bool told = false; in_call_.exchange(true, std::memory_order_acquire);
+       std::this_thread::sleep_for(std::chrono::microseconds(100))) {
+    if (std::exchange(told, true)) continue;
+    fail({ErrorCode::kPeerFailed,
+          fmt::format("destroy on rank {}: the Buffer is destroyed while a call on it runs",
+                      bootstrap_->rank()),
+          {bootstrap_->rank()}});
+  }
+}
+
 void Buffer::Impl::destroy() {
+  if (getpid() != pid_) {
+    // A fork's copy: its threads are not here, what is mapped is the parent's.
+    static auto* const inherited = new std::vector<std::unique_ptr<Backend>>;
+    inherited->push_back(std::move(backend_));
+    return;
+  }
+  const std::lock_guard lock(destroy_mutex_);
   if (!backend_) return;
+  end_calls();
   *self_ = nullptr;
   trace::step("synchronize");
   backend_->synchronize();
@@ -113,6 +136,7 @@ void Buffer::Impl::destroy() {
   backend_->close();
   internode::finalize(*backend_);
   backend_.reset();
+  in_call_.store(false, std::memory_order_release);
 }
 
 Buffer::Impl::Usage::Usage(Impl& impl, const char* operation) : impl_(impl) {

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <unistd.h>
+
 #include <atomic>
 #include <cstdint>
 #include <functional>
@@ -159,6 +161,7 @@ class __attribute__((visibility("hidden"))) Buffer::Impl {  // a member of an ex
   /// Error becomes a fault, and is logged, wherever it runs.
   std::function<void()> stage(std::uint64_t number, bool last, const CallOptions& options,
                               std::function<void()> body);
+  void end_calls();
   static Error no_memory(const char* operation);
   Error failed(const char* operation, const char* what) const;
   void check_fault(const char* operation) const;
@@ -224,6 +227,8 @@ class __attribute__((visibility("hidden"))) Buffer::Impl {  // a member of an ex
   std::uint64_t zero_copy_for_ = 0;  // the combine for which one was asked for last
   std::shared_ptr<Impl*> self_ = std::make_shared<Impl*>(this);  // null in hooks once destroyed
   std::atomic<bool> in_call_{false};
+  std::mutex destroy_mutex_;
+  const pid_t pid_ = getpid();
   std::atomic<bool> dumped_{false};
   // What the call threw that failed here, so that later ones throw the same, whatever else was
   // reported meanwhile.

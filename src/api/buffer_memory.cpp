@@ -99,7 +99,10 @@ void Buffer::Impl::reserve(std::int64_t bytes) {
          return std::to_string(backend_->num_segments());
        }))
     num_segments.push_back(std::stoi(one));
-  backend_->wait_mapped(num_segments);
+  (void)exchange("reserve", [&] {
+    backend_->wait_mapped(num_segments);
+    return std::string();
+  });
 }
 
 Tensor Buffer::Impl::allocate_mapped(std::int64_t bytes) {

@@ -56,12 +56,15 @@ std::string play(Worker& worker, const std::string& job) {
     check_thrown(findings, worker.rank(), thrown, "dispatch");
   } else {
     const auto thrown = thrown_by([&] { buffer.reserve(worker.rank() == 0 ? 64 << 20 : 1); });
-    if (worker.rank() == kVictim) check_thrown(findings, kVictim, thrown, "reserve");
+    check_thrown(findings, worker.rank(), thrown, "reserve");
   }
   return findings.text();
 }
 
 void run(const std::string& job) {
+#if defined(__SANITIZE_ADDRESS__)
+  GTEST_SKIP() << "UBSan looks at objects through a pipe, for which no descriptor is left here";
+#endif
   Pool pool(kRanks, play);
   const auto outcomes = pool.run(kRanks, job, 60s);
   for (std::size_t rank = 0; rank < outcomes.size(); ++rank) {

@@ -32,8 +32,8 @@ struct Input {
   }
 };
 
-/// Every rank adds 1 to every token.
-void exchange(Buffer& buffer, const Input& input, int ranks_here) {
+/// Every rank adds 1 to every token. Of those that dispatch so many are here when rows come home.
+void exchange(Buffer& buffer, const Input& input, int ranks_here, int ranks_home) {
   LowLatencyDispatchArgs dispatch;
   dispatch.x = {input.x.data(), DType::kBfloat16, {kTokens, kHidden}};
   dispatch.topk_idx = {input.ids.data(), DType::kInt64, {kTokens, kRanks}};
@@ -53,19 +53,34 @@ void exchange(Buffer& buffer, const Input& input, int ranks_here) {
   combine.topk_weights = {input.weights.data(), DType::kFloat32, {kTokens, kRanks}};
   combine.handle = got.handle;
   const Tensor sums = buffer.low_latency_combine(combine).combined_x;
-  const std::uint16_t expected = ranks_here == kRanks ? 0x4080 : 0x4040;
+  const std::uint16_t expected = ranks_home == kRanks ? 0x4080 : 0x4040;
   for (std::int64_t i = 0; i < sums.numel(); ++i)
     ASSERT_EQ(sums.as<std::uint16_t>()[i], expected) << i;
 }
 
-void play(Bootstrap& bootstrap, const std::shared_ptr<Bootstrap>& shared, bool dies) {
+void exchange(Buffer& buffer, const Input& input, int ranks_here) {
+  exchange(buffer, input, ranks_here, ranks_here);
+}
+
+BufferOptions options_of(std::chrono::milliseconds timeout) {
   BufferOptions options;
   options.enable_shrink = options.low_latency_mode = true;
   options.num_threads = 1;
-  options.timeout = dies ? 20'000ms : 2000ms;
+  options.timeout = timeout;
   options.num_rdma_bytes =
       Buffer::get_low_latency_rdma_size_hint(static_cast<int>(kTokens), kHidden, kRanks, kRanks);
-  Buffer buffer(shared, options);
+  return options;
+}
+
+void expect_one_lost(Buffer& buffer) {
+  std::vector<std::int32_t> masks(kRanks, 7);
+  buffer.low_latency_query_mask_buffer({masks.data(), DType::kInt32, {kRanks}});
+  EXPECT_EQ(masks, (std::vector<std::int32_t>{0, 0, 1, 0}));
+  buffer.check();  // no fault
+}
+
+void play(Bootstrap& bootstrap, const std::shared_ptr<Bootstrap>& shared, bool dies) {
+  Buffer buffer(shared, options_of(dies ? 20'000ms : 2000ms));
   const Input input;
   for (int i = 0; i < kCallsBefore; ++i) exchange(buffer, input, kRanks);
   if (bootstrap.rank() == kLost) {
@@ -74,10 +89,26 @@ void play(Bootstrap& bootstrap, const std::shared_ptr<Bootstrap>& shared, bool d
     _exit(0);
   }
   for (int i = 0; i < kCallsAfter; ++i) exchange(buffer, input, kRanks - 1);
-  std::vector<std::int32_t> masks(kRanks, 7);
-  buffer.low_latency_query_mask_buffer({masks.data(), DType::kInt32, {kRanks}});
-  EXPECT_EQ(masks, (std::vector<std::int32_t>{0, 0, 1, 0}));
-  buffer.check();  // no fault
+  expect_one_lost(buffer);
+}
+
+/// A rank is stopped while it waits for rank 0, and says so for ever; the others wait for it then.
+void play_stopped(const std::shared_ptr<Bootstrap>& bootstrap) {
+  Buffer buffer(bootstrap, options_of(1000ms));
+  const Input input;
+  exchange(buffer, input, kRanks);
+  const std::vector<std::string> pids = bootstrap->all_gather(std::to_string(getpid()));
+  if (bootstrap->rank() == 0) usleep(300'000);
+  if (bootstrap->rank() == kLost) {
+    (void)std::signal(SIGALRM, [](int) { (void)raise(SIGSTOP); });
+    ualarm(100'000, 0);
+  }
+  exchange(buffer, input, kRanks, kRanks - 1);
+  for (int i = 0; i < kCallsAfter; ++i) exchange(buffer, input, kRanks - 1);
+  expect_one_lost(buffer);
+  if (bootstrap->rank() != 0) return;
+  usleep(500'000);  // the others are done, too
+  kill(std::stoi(pids[kLost]), SIGKILL);
 }
 
 /// Of so many ranks a node; 0: all are of one.
@@ -95,6 +126,15 @@ void play_all(bool dies, int ranks_per_node) {
 
 TEST(LowLatencyShrink, TheOthersGoOnWithoutARankThatDied) { play_all(true, 0); }
 TEST(LowLatencyShrink, TheOthersGoOnWithoutARankThatDoesNotCome) { play_all(false, 0); }
+
+TEST(LowLatencyShrink, ARankThatIsStoppedInAWaitTakesNobodyAlong) {
+  const auto exits = run_forked(kRanks, [](const std::shared_ptr<Bootstrap>& bootstrap) {
+    play_stopped(bootstrap);
+    return testing::Test::HasFailure() ? 1 : 0;
+  });
+  for (const RankExit& exit : exits)
+    EXPECT_EQ(exit.status, exit.rank == kLost ? 128 + SIGKILL : 0) << "rank " << exit.rank;
+}
 
 #if defined(DEEP_EP_HAS_UCX)
 TEST(LowLatencyShrink, BetweenNodesTheOthersGoOnWithoutARankThatDied) {

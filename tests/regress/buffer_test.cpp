@@ -1,9 +1,13 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <chrono>
 #include <climits>
+#include <cstdlib>
+#include <cstring>
 #include <functional>
 #include <memory>
 #include <string>
@@ -111,6 +115,95 @@ TEST(Regress, APreparedHandleWithoutAColumnIsRefused) {
   EXPECT_THAT(
       error_of([&] { buffer.dispatch(args); }),
       HasSubstr("handle.channel_prefix_matrix is int32[1, 0], it needs at least one column"));
+}
+
+// Stores past the caches, which so many rows take, crashed at such addresses.
+TEST(Regress, OutputsMayBeginAnywhere) {
+  constexpr std::int64_t kRows = 512, kBytes = 16384;
+  Buffer buffer(bootstrap_threads(1)[0]);
+  std::vector<std::uint8_t> x(kRows * kBytes);
+  for (std::size_t i = 0; i < x.size(); ++i) x[i] = static_cast<std::uint8_t>(i * 7 + i / 253);
+  const std::vector<std::int32_t> ids(kRows, 0);
+  const Tensor memory = buffer.allocate_mapped(kRows * kBytes + 16);
+  DispatchArgs args;
+  args.x = {x.data(), DType::kUint8, {kRows, kBytes}};
+  args.topk_idx = {ids.data(), DType::kInt32, {kRows, 1}};
+  args.layout = buffer.get_dispatch_layout(args.topk_idx, 1);
+  args.group_rows = true;
+  args.num_worst_tokens = kRows;
+  std::vector<std::uint8_t> grouped(x.size() + 16);
+  for (const int offset : {1, 8, 15}) {
+    args.recv_x = {memory.as<std::uint8_t>() + offset, DType::kUint8, {kRows, kBytes}};
+    args.grouped_x = {grouped.data() + offset, DType::kUint8, {kRows, kBytes}};
+    const DispatchResult result = buffer.dispatch(args);
+    EXPECT_EQ(std::memcmp(result.recv_x.data, x.data(), x.size()), 0) << offset;
+    EXPECT_EQ(std::memcmp(result.grouped_x.data, x.data(), x.size()), 0) << offset;
+  }
+}
+
+// Each took its own size for where the other's outputs are staged, and summed other rows.
+TEST(Regress, InboxesOfSizesThatRoundToTheSameAreNotTheSame) {
+  const auto exits = run_forked(2, [](const std::shared_ptr<Bootstrap>& bootstrap) {
+    setenv("DEEP_EP_INBOX_BYTES", bootstrap->rank() == 0 ? "65536" : "131072", 1);
+    try {
+      Buffer buffer(bootstrap);
+    } catch (const Error& error) {
+      return error.code() == ErrorCode::kDisagreement ? 0 : 2;
+    }
+    return 1;
+  });
+  for (const RankExit& exit : exits) EXPECT_EQ(exit.status, 0) << "rank " << exit.rank;
+}
+
+// The child waited for threads that a fork does not copy.
+TEST(Regress, AForkedChildDropsItsCopy) {
+  const std::shared_ptr<Bootstrap> bootstrap = bootstrap_threads(1)[0];
+  BufferOptions options;
+  options.num_threads = 2;
+  auto buffer = std::make_unique<Buffer>(bootstrap, options);
+  const Input input(1);
+  DispatchArgs args = input.args(*buffer);
+  args.options.async_finish = true;
+  buffer->dispatch(args).event.host_wait();
+  const pid_t child = fork();
+  if (child == 0) {
+    alarm(20);
+    buffer.reset();
+    std::_Exit(0);
+  }
+  int status = -1;
+  EXPECT_EQ(waitpid(child, &status, 0), child);
+  EXPECT_EQ(status, 0);
+  args.options.async_finish = false;
+  EXPECT_EQ(buffer->dispatch(args).num_recv_tokens, kTokens);
+}
+
+// The call went on in memory that was gone.
+TEST(Regress, ACallEndsWhenItsBufferIsDestroyedMeanwhile) {
+  run_ranks(2, [](const std::shared_ptr<Bootstrap>& bootstrap) {
+    using std::chrono_literals::operator""s;
+    BufferOptions options;
+    options.timeout = 100s;
+    Buffer buffer(bootstrap, options);
+    const Input input(2);
+    const DispatchArgs args = input.args(buffer);
+    const auto begin = std::chrono::steady_clock::now();
+    if (bootstrap->rank() == 0) {
+      std::thread caller([&] {
+        // Rank 1 does not come.
+        EXPECT_THAT(error_of([&] { buffer.dispatch(args); }), HasSubstr("is destroyed while"));
+      });
+      std::this_thread::sleep_for(std::chrono::milliseconds(200));
+      buffer.destroy();
+      caller.join();
+      EXPECT_THAT(error_of([&] { buffer.barrier(); }), HasSubstr("the Buffer is destroyed"));
+    }
+    bootstrap->barrier();
+    if (bootstrap->rank() == 1) {
+      EXPECT_THAT(error_of([&] { buffer.barrier(); }), HasSubstr("is destroyed while"));
+    }
+    EXPECT_LT(std::chrono::steady_clock::now() - begin, 50s);
+  });
 }
 
 // The others were told "has destroyed its Buffer" when they saw the end before the reason.

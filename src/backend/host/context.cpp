@@ -109,7 +109,7 @@ std::string Context::export_handles(std::int64_t heap_bytes) {
   fabric_.add_segment(heap_bytes);
   Carver carver(fabric_.base(rank_, 0));
   own_doorbell_ = protocol::ControlBlock::carve(carver, control_shape(topology_)).doorbell;
-  const Introduction intro{pool_.size(), path_, inbox_bytes(topology_), env::first_ticket(),
+  const Introduction intro{pool_.size(), path_, env::inbox_bytes(), env::first_ticket(),
                            beacon_.sight()};
   return std::string(reinterpret_cast<const char*>(&intro), sizeof intro) +
          fabric_.export_handles();
@@ -119,7 +119,7 @@ void Context::open_handles(const std::vector<std::string>& exported,
                            std::chrono::milliseconds timeout) {
   std::vector<std::string> handles;
   int most_threads = 1;
-  const std::int64_t inbox = inbox_bytes(topology_);
+  const std::int64_t inbox = env::inbox_bytes();
   for (int i = 0; i < topology_.num_ranks; ++i) {
     Introduction intro{};
     require(exported[i].size() >= sizeof intro, "rank {} sent {} bytes to sync, at least {} needed",
@@ -127,8 +127,8 @@ void Context::open_handles(const std::vector<std::string>& exported,
     std::memcpy(&intro, exported[i].data(), sizeof intro);
     if (intro.inbox != inbox) {
       throw Error(ErrorCode::kDisagreement,
-                  fmt::format("DEEP_EP_INBOX_BYTES gives {} bytes on rank {} and {} on rank {}",
-                              inbox, global_rank(), intro.inbox, i),
+                  fmt::format("DEEP_EP_INBOX_BYTES is {} on rank {} and {} on rank {}", inbox,
+                              global_rank(), intro.inbox, i),
                   {i});
     }
     if (intro.first_ticket != env::first_ticket()) {

@@ -143,6 +143,9 @@ class Context {
     if (announced) announce_end_of_wait();
   }
 
+  /// For who goes on though a wait() threw: takes its mark away.
+  void announce_end_of_wait();
+
   /// Null while it is not mapped. Throws the Error for one that cannot be.
   std::byte* segment_base(const Call& call, int rank, int segment) const;
 
@@ -162,7 +165,6 @@ class Context {
   // Long against any wait of ranks that work, short against any timeout.
   static constexpr std::chrono::milliseconds kAnnounceAfter{1};
   void announce_wait(const std::vector<Missing>& missing);
-  void announce_end_of_wait();
   /// Of a rank of any node: the rank, plus 1, that it has been waiting for a while now.
   int waiting_for(int global_rank);
   /// Index in this node of a rank of any node, -1 for others.

@@ -30,6 +30,10 @@ void copy_streaming(std::byte* to, const std::byte* from, std::int64_t bytes) {
   const auto few = static_cast<std::int64_t>(hn::Lanes(narrow));
   auto* out = reinterpret_cast<std::uint8_t*>(to);
   const auto* in = reinterpret_cast<const std::uint8_t*>(from);
+  if (reinterpret_cast<std::uintptr_t>(out) % few != 0) {  // a caller's
+    std::memcpy(to, from, static_cast<std::size_t>(bytes));
+    return;
+  }
   std::int64_t i = 0;
   for (; i < bytes && reinterpret_cast<std::uintptr_t>(out + i) % lanes != 0; i += few) {
     hn::Stream(hn::LoadU(narrow, in + i), narrow, out + i);

@@ -105,10 +105,18 @@ bool State::mask_missing(const Error& error, const std::vector<Missing>& missing
   if (!enable_shrink_ || !absent || missing.empty() ||
       context_.own().fault->load() != protocol::FaultRecord::kNone)
     return false;
-  // Those that keep the others from coming, as far as that is known.
+  // Those that keep the others from coming, as far as that is known; of these who is missing here,
+  // if any is: in a round of marks, one of which is old, there may be a rank that waits as this
+  // one.
+  const auto is_missing = [&](int rank) {
+    return std::any_of(missing.begin(), missing.end(),
+                       [&](const Missing& one) { return one.rank == rank; });
+  };
   std::vector<int> ranks;
   for (const int rank : error.ranks())
     if (rank != this->rank() && !masked(rank)) ranks.push_back(rank);
+  if (std::any_of(ranks.begin(), ranks.end(), is_missing))
+    std::erase_if(ranks, [&](int rank) { return !is_missing(rank); });
   if (ranks.empty()) {
     for (const Missing& one : missing)
       if (one.rank != this->rank()) ranks.push_back(one.rank);

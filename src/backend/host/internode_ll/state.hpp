@@ -82,6 +82,7 @@ class State {
         return context_.wait(call, what, ready, missing);
       } catch (const Error& error) {
         if (!mask_missing(error, missing())) throw;
+        context_.announce_end_of_wait();  // it need not have to wait again
       }
     }
   }
