@@ -1,0 +1,67 @@
+"""Numbers and flags that are none, each named, and the odd argument of a Buffer."""
+
+import pytest
+
+import deep_ep
+from routing import dispatch_arguments, make_inputs
+from test_low_latency import MAX_TOKENS, buffer_of, inputs_of
+
+# Keywords of a dispatch that are no numbers, and what is said of them.
+DISPATCH = {
+    "expert_alignment": ("x", "must be an int of 32 bits"),
+    "num_worst_tokens": (2.5, "must be an int of 64 bits"),
+    "num_experts": (1 << 31, "must be an int of 32 bits"),
+    "async_finish": ("yes", "must be True or False"),
+}
+
+
+def _high_throughput(group):
+    for name in ("num_sms", "num_max_nvl_chunked_send_tokens", "num_max_rdma_chunked_recv_tokens"):
+        with pytest.raises(TypeError, match=f"^{name} is 20.5, must be an int of 32 bits"):
+            deep_ep.Config(**{name: 20.5})
+    with pytest.raises(TypeError, match="^num_threads is 'two', must be an int of 32 bits"):
+        deep_ep.Buffer(group, 1 << 20, num_threads="two")
+    buffer = deep_ep.Buffer(group, 1 << 20, timeout=5)
+    one = make_inputs(group.size(), experts=2 * group.size())[group.rank()]
+    arguments = dispatch_arguments(buffer, one)
+    for name, (value, allowed) in DISPATCH.items():
+        with pytest.raises(TypeError, match=f"^{name} is {value!r}, {allowed}"):
+            buffer.dispatch(**arguments | {name: value})
+    ahead = buffer.prepare_dispatch(one.x, topk_idx=one.topk_idx, num_experts=one.experts)
+    with pytest.raises(TypeError, match="^prepared.num_experts is None, must be an int"):
+        buffer.dispatch(one.x, topk_idx=one.topk_idx, prepared=ahead._replace(num_experts=None))
+    got = buffer.dispatch(**arguments)
+    buffer.combine(got[0], got[4])
+    buffer.destroy()
+
+
+def test_numbers_and_flags_are_named_and_touch_nobody(ranks):
+    ranks.run(2, _high_throughput)
+
+
+def _low_latency(group):
+    buffer = buffer_of(group, timeout=5)
+    one = inputs_of(group)[group.rank()]
+
+    def dispatch(max_tokens=MAX_TOKENS, **options):
+        return buffer.low_latency_dispatch(one.x, one.topk_idx, max_tokens, one.experts,
+                                           **{"use_fp8": False} | options)
+
+    with pytest.raises(TypeError, match="^num_max_dispatch_tokens_per_rank is 'many', must be an"):
+        dispatch("many")
+    for name in ("use_fp8", "round_scale", "use_ue8m0", "return_recv_hook"):
+        with pytest.raises(TypeError, match=f"^{name} is 'yes', must be True or False"):
+            dispatch(**{name: "yes"})
+    recv_x, _, handle, *_ = dispatch()
+    for name in ("use_logfmt", "use_fp8", "zero_copy", "return_recv_hook"):
+        with pytest.raises(TypeError, match=f"^{name} is 1, must be True or False"):
+            buffer.low_latency_combine(recv_x, one.topk_idx, one.topk_weights, handle, **{name: 1})
+    with pytest.raises(TypeError, match=r"^handle\[3\] is None, must be an int of 64 bits"):
+        buffer.low_latency_combine(recv_x, one.topk_idx, one.topk_weights,
+                                   (*handle[:3], None, handle[4]))
+    buffer.low_latency_combine(recv_x, one.topk_idx, one.topk_weights, handle)
+    buffer.destroy()
+
+
+def test_those_of_low_latency_too(ranks):
+    ranks.run(2, _low_latency)
