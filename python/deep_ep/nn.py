@@ -22,15 +22,16 @@ class _Dispatch(torch.autograd.Function):
             is_token_in_rank=in_rank, num_tokens_per_expert=per_expert, topk_idx=topk_idx,
             topk_weights=topk_weights, config=config)
         ctx.buffer, ctx.counts = buffer, counts
-        ctx.save_for_backward(recv_topk_idx, *handle)
+        # Not the ids themselves, which would keep the received rows: they lie in one block.
+        ctx.save_for_backward(recv_topk_idx >= 0, *handle)
         ctx.mark_non_differentiable(recv_topk_idx, *handle)
         return recv_x, recv_topk_weights, recv_topk_idx, counts, *handle
 
     @staticmethod
     def backward(ctx, grad_x, grad_weights, *_):
-        recv_topk_idx, *handle = ctx.saved_tensors
+        is_local, *handle = ctx.saved_tensors
         # An entry of another rank's expert counts there.
-        grad_weights = torch.where(recv_topk_idx >= 0, grad_weights, 0.0)
+        grad_weights = torch.where(is_local, grad_weights, 0.0)
         grad_x, grad_weights, _ = ctx.buffer.combine(grad_x.contiguous(), tuple(handle),
                                                      topk_weights=grad_weights)
         return grad_x, grad_weights, None, None, None, None

@@ -58,6 +58,21 @@ def test_gradients_are_those_of_one_process(ranks, size):
     ranks.run(size, _gradients)
 
 
+def _saved(group):
+    buffer = deep_ep.Buffer(group, 1 << 20)
+    one = make_inputs(group.size(), experts=2 * group.size(), dtype=torch.float32)[group.rank()]
+    x, weights = one.x.clone().requires_grad_(), one.topk_weights.clone().requires_grad_()
+    received = dispatch(buffer, x, one.topk_idx, weights, one.experts)[:3]
+    saved = received[0].grad_fn.saved_tensors
+    assert len(saved) == 7 and saved[0].shape == received[1].shape
+    assert not {one.data_ptr() for one in received} & {one.data_ptr() for one in saved}
+    buffer.destroy()
+
+
+def test_the_received_rows_are_not_kept_for_backward(ranks):
+    ranks.run(2, _saved)
+
+
 def _example():
     spec = importlib.util.spec_from_file_location("train_moe", EXAMPLE)
     module = importlib.util.module_from_spec(spec)
