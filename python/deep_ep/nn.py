@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from . import Buffer, Config
 
@@ -28,6 +29,7 @@ class _Dispatch(torch.autograd.Function):
         return recv_x, recv_topk_weights, recv_topk_idx, counts, *handle
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_x, grad_weights, *_):
         is_local, *handle = ctx.saved_tensors
         # An entry of another rank's expert counts there.
@@ -47,6 +49,7 @@ class _Combine(torch.autograd.Function):
         return buffer.combine(x, handle, config=config)[0]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         handle = tuple(ctx.saved_tensors)
         grad_x = ctx.buffer.dispatch(grad.contiguous(), handle=handle)[0]
@@ -56,7 +59,8 @@ class _Combine(torch.autograd.Function):
 def dispatch(buffer: Buffer, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, num_experts: int,
              config: Config | None = None) -> tuple[Tensor, Tensor, Tensor, list[int], Handle]:
     """`Buffer.dispatch` of `x` [N, H] with the layout of `topk_idx`; gradients flow to `x` and to
-    `topk_weights`. Forward and backward are collective.
+    `topk_weights`, once: backward of a backward is a RuntimeError. Forward and backward are
+    collective.
 
     Returns (recv_x, recv_topk_idx, recv_topk_weights, rows for each local expert, handle).
     """
@@ -66,8 +70,8 @@ def dispatch(buffer: Buffer, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, 
 
 
 def combine(buffer: Buffer, x: Tensor, handle: Handle, config: Config | None = None) -> Tensor:
-    """`Buffer.combine` of `x` [Nr, H], a row for each received one; gradients flow to `x`. Forward
-    and backward are collective. Returns [N, H]."""
+    """`Buffer.combine` of `x` [Nr, H], a row for each received one; gradients flow to `x`, once.
+    Forward and backward are collective. Returns [N, H]."""
     return _Combine.apply(x, buffer, config, *handle)
 
 

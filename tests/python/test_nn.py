@@ -73,6 +73,25 @@ def test_the_received_rows_are_not_kept_for_backward(ranks):
     ranks.run(2, _saved)
 
 
+def _twice(group):
+    """A penalty on gradients: refused where it would be without those of the rows."""
+    buffer = deep_ep.Buffer(group, 1 << 20)
+    one = make_inputs(group.size(), experts=2 * group.size(), dtype=torch.float32)[group.rank()]
+    x, weights = one.x.clone().requires_grad_(), one.topk_weights.clone().requires_grad_()
+    recv_x, _, recv_weights, _, handle = dispatch(buffer, x, one.topk_idx, weights, one.experts)
+    combined = combine(buffer, recv_x.square(), handle)
+    whole = combined.square().sum() + recv_weights.square().sum()
+    for output, inputs in (combined, [recv_x]), (whole, [x]), (whole, [weights]):
+        grads = torch.autograd.grad(output.square().sum(), inputs, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            grads[0].square().sum().backward(retain_graph=True)
+    buffer.destroy()
+
+
+def test_second_derivatives_are_refused(ranks):
+    ranks.run(2, _twice)
+
+
 def _example():
     spec = importlib.util.spec_from_file_location("train_moe", EXAMPLE)
     module = importlib.util.module_from_spec(spec)
