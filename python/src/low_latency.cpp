@@ -62,8 +62,8 @@ nb::tuple dispatch(OwnedBuffer& self, const Library& library, const nb::tuple& a
   const nb::object handle =
       nb::make_tuple(library.make(result.handle.src_info), library.make(result.handle.layout_range),
                      shape[0], result.handle.hidden, shape[1]);
-  return nb::make_tuple(library.make(result.recv_x), library.make(result.recv_x_scales),
-                        library.make(result.recv_count), handle,
+  return nb::make_tuple(library.make_like(result.recv_x, arrays[0]),
+                        library.make(result.recv_x_scales), library.make(result.recv_count), handle,
                         event_of(args.options, result.event), hook_of(std::move(result.recv_hook)));
 }
 
