@@ -128,12 +128,12 @@ void set_extras(const Library& library, DispatchArgs& args, const nb::tuple& ext
   args.num_experts = scalar_of<int>(extras[0], "num_experts");
   if (!extras[1].is_none()) args.prepared = prepared_of(library, nb::cast<nb::tuple>(extras[1]));
   const auto outputs = nb::cast<nb::tuple>(extras[2]);
-  args.recv_x = library.view(outputs[0], "recv_x");
-  args.recv_x_scales = library.view(outputs[1], "recv_x_scales");
-  args.recv_topk_idx = library.view(outputs[2], "recv_topk_idx");
-  args.recv_topk_weights = library.view(outputs[3], "recv_topk_weights");
-  args.grouped_x = library.view(outputs[4], "grouped_x");
-  args.grouped_x_scales = library.view(outputs[5], "grouped_x_scales");
+  args.recv_x = library.output(outputs[0], "recv_x");
+  args.recv_x_scales = library.output(outputs[1], "recv_x_scales");
+  args.recv_topk_idx = library.output(outputs[2], "recv_topk_idx");
+  args.recv_topk_weights = library.output(outputs[3], "recv_topk_weights");
+  args.grouped_x = library.output(outputs[4], "grouped_x");
+  args.grouped_x_scales = library.output(outputs[5], "grouped_x_scales");
   args.group_rows = nb::cast<bool>(extras[3]);
   if (!extras[4].is_none()) args.groups = groups_of(library, extras[4]);
 }
@@ -182,7 +182,7 @@ nb::tuple dispatch(OwnedBuffer& self, const Library& library, const nb::tuple& p
   args.expert_alignment = scalar_of<int>(numbers[0], "expert_alignment");
   args.num_worst_tokens = scalar_of<std::int64_t>(numbers[1], "num_worst_tokens");
   args.config = config_of(config);
-  args.dispatch_wait_recv_cost_stats = library.view(wait_stats, kWaitStats);
+  args.dispatch_wait_recv_cost_stats = library.output(wait_stats, kWaitStats);
   args.options = options_of(self, options);
   if (!extras.is_none()) set_extras(library, args, nb::cast<nb::tuple>(extras));
   DispatchResult result;
@@ -236,7 +236,7 @@ nb::tuple combine(OwnedBuffer& self, const Library& library, const nb::tuple& pa
   set_handle(library, require_handle(handle, self.get().num_nodes()), args.handle,
              args.internode_handle, used_of_handle);
   args.config = config_of(config);
-  args.combine_wait_recv_cost_stats = library.view(wait_stats, kWaitStats);
+  args.combine_wait_recv_cost_stats = library.output(wait_stats, kWaitStats);
   args.options = options_of(self, options);
   if (!groups.is_none()) args.groups = groups_of(library, groups);
   CombineResult result;

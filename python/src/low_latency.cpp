@@ -44,8 +44,8 @@ nb::tuple dispatch(OwnedBuffer& self, const Library& library, const nb::tuple& a
   args.x = library.view(arrays[0], "x");
   args.topk_idx = library.view(arrays[1], "topk_idx");
   args.cumulative_local_expert_recv_stats =
-      library.view(arrays[2], "cumulative_local_expert_recv_stats");
-  args.dispatch_wait_recv_cost_stats = library.view(arrays[3], kWaitStats);
+      library.output(arrays[2], "cumulative_local_expert_recv_stats");
+  args.dispatch_wait_recv_cost_stats = library.output(arrays[3], kWaitStats);
   args.num_max_dispatch_tokens_per_rank =
       scalar_of<int>(shape[0], "num_max_dispatch_tokens_per_rank");
   args.num_experts = scalar_of<int>(shape[1], "num_experts");
@@ -75,8 +75,8 @@ nb::tuple combine(OwnedBuffer& self, const Library& library, const nb::tuple& ar
   args.x = library.view(arrays[0], "x");
   args.topk_idx = library.view(arrays[1], "topk_idx");
   args.topk_weights = library.view(arrays[2], "topk_weights");
-  args.out = library.view(arrays[3], "out");
-  args.combine_wait_recv_cost_stats = library.view(arrays[4], kWaitStats);
+  args.out = library.output(arrays[3], "out");
+  args.combine_wait_recv_cost_stats = library.output(arrays[4], kWaitStats);
   args.handle = handle_of(library, handle);
   args.use_logfmt = scalar_of<bool>(flags[0], "use_logfmt");
   args.use_fp8 = scalar_of<bool>(flags[1], "use_fp8");
@@ -120,7 +120,7 @@ void bind_low_latency(nb::module_& module, nb::class_<OwnedBuffer>& buffer) {
            })
       .def("low_latency_query_mask_buffer",
            [](OwnedBuffer& self, const Library& library, nb::handle mask) {
-             const TensorView view = library.view(mask, "mask_status");
+             const TensorView view = library.output(mask, "mask_status");
              const Stream stream = self.current_stream();
              const NoGil no_gil;
              self.get().low_latency_query_mask_buffer(view, stream);
