@@ -1,6 +1,9 @@
 """Numbers and flags that are none, each named, and the odd argument of a Buffer."""
 
+from unittest import mock
+
 import pytest
+import torch
 
 import deep_ep
 from routing import dispatch_arguments, make_inputs
@@ -65,3 +68,27 @@ def _low_latency(group):
 
 def test_those_of_low_latency_too(ranks):
     ranks.run(2, _low_latency)
+
+
+class _Wrapped(torch.distributed.ProcessGroup):
+    """A process group of torch's that is no class of torch's."""
+
+    def __init__(self, inner):
+        super().__init__(inner.rank(), inner.size())
+        self.inner = inner
+
+
+def _subclass(group):
+    gather = torch.distributed.all_gather_object
+
+    def through(everyone, value, group):
+        gather(everyone, value, group=group.inner)
+
+    with mock.patch.object(torch.distributed, "all_gather_object", through):
+        buffer = deep_ep.Buffer(_Wrapped(group), 1 << 20)
+    assert (buffer.rank, buffer.group_size) == (group.rank(), group.size())
+    buffer.destroy()
+
+
+def test_a_group_may_be_of_a_subclass_made_elsewhere(cpu_ranks):
+    cpu_ranks.run(2, _subclass)
