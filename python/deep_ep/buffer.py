@@ -6,7 +6,7 @@ import weakref
 
 from . import _C
 from ._arrays import library_of, library_of_dtype
-from ._cuda import CudaMemory, comm_stream_of
+from ._cuda import CudaMemory, comm_stream_of, require_gpu
 from ._groups import bootstrap_of, rank_and_size
 from ._low_latency import LowLatency
 from ._rows import Extras, Rows
@@ -37,7 +37,7 @@ def _choose_device(device):
         return -1
     if kind != "cuda":
         raise ValueError(f"device is {device!r}, must be None, 'cpu', 'cuda', 'cuda:N' or N")
-    return int(index) if index else torch.cuda.current_device()
+    return int(index) if index else require_gpu().cuda.current_device()
 
 
 def _event_of(previous_event):

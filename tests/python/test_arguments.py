@@ -8,6 +8,7 @@ import torch
 import deep_ep
 from routing import dispatch_arguments, make_inputs
 from test_low_latency import MAX_TOKENS, buffer_of, inputs_of
+from test_surface import in_fresh_python
 
 # Keywords of a dispatch that are no numbers, and what is said of them.
 DISPATCH = {
@@ -92,3 +93,14 @@ def _subclass(group):
 
 def test_a_group_may_be_of_a_subclass_made_elsewhere(cpu_ranks):
     cpu_ranks.run(2, _subclass)
+
+
+def test_a_missing_torch_is_told_where_a_gpu_is_asked_for():
+    out = in_fresh_python("""
+import deep_ep
+try:
+    deep_ep.Buffer(deep_ep.Group.tcp(0, 1), device="cuda")
+except RuntimeError as error:
+    print(error)
+""")
+    assert "pass device='cpu' for a Buffer of the host" in out
