@@ -40,6 +40,12 @@ def _choose_device(device):
     return int(index) if index else require_gpu().cuda.current_device()
 
 
+def _milliseconds(timeout):
+    if not 0 < timeout < float("inf"):
+        raise ValueError(f"timeout is {timeout!r}, must be more than 0 seconds, or None")
+    return max(1, round(timeout * 1000))
+
+
 def _event_of(previous_event):
     """The native event of an EventOverlap or EventHandle, if there is one."""
     if previous_event is None:
@@ -100,7 +106,7 @@ class Buffer(LowLatency, Rows):
             "use_fabric": bool(use_fabric),
             "explicitly_destroy": bool(explicitly_destroy),
             "enable_shrink": bool(enable_shrink),
-            "timeout_ms": 0 if timeout is None else max(1, round(timeout * 1000)),
+            "timeout_ms": 0 if timeout is None else _milliseconds(timeout),
             "num_threads": num_threads,
         }
         allocator = None if self._memory is None else self._memory.allocator()

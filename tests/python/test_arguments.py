@@ -104,3 +104,14 @@ except RuntimeError as error:
     print(error)
 """)
     assert "pass device='cpu' for a Buffer of the host" in out
+
+
+def _timeouts(group):
+    for timeout in (-5, 0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"^timeout is {timeout}, must be more than 0"):
+            deep_ep.Buffer(group, 1 << 20, timeout=timeout)
+    deep_ep.Buffer(group, 1 << 20, timeout=1e-4).destroy()
+
+
+def test_a_timeout_is_more_than_nothing(cpu_ranks):
+    cpu_ranks.run(1, _timeouts)
