@@ -4,6 +4,7 @@ from functools import partial
 
 from . import _C
 from ._arrays import library_of
+from .config import clamped
 from .event import no_event
 
 
@@ -25,8 +26,9 @@ class LowLatency:
                                        num_experts):
         """Bytes to pass as `num_rdma_bytes` of a Buffer for calls of this shape. Never raises for
         numbers."""
-        return _C.get_low_latency_rdma_size_hint(int(num_max_dispatch_tokens_per_rank),
-                                                 int(hidden), int(num_ranks), int(num_experts))
+        return _C.get_low_latency_rdma_size_hint(clamped(num_max_dispatch_tokens_per_rank, 32),
+                                                 clamped(hidden, 64), clamped(num_ranks, 32),
+                                                 clamped(num_experts, 32))
 
     def low_latency_dispatch(self, x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts,
                              cumulative_local_expert_recv_stats=None,

@@ -115,3 +115,10 @@ def _timeouts(group):
 
 def test_a_timeout_is_more_than_nothing(cpu_ranks):
     cpu_ranks.run(1, _timeouts)
+
+
+@pytest.mark.parametrize("number", [1 << 31, -1 << 31, 1 << 80, float("inf"), -float("inf"), 2.5])
+def test_hints_do_not_raise_for_numbers_of_any_size(number):
+    assert deep_ep.Config().get_nvl_buffer_size_hint(number, number) > 0
+    assert deep_ep.Config().get_rdma_buffer_size_hint(number, number) >= 0
+    assert deep_ep.Buffer.get_low_latency_rdma_size_hint(number, number, number, number) > 0
