@@ -21,8 +21,14 @@ _PLAIN = (None, False, False)  # previous_event, async_finish, allocate_on_comm_
 @atexit.register
 def _destroy_all():
     """Before the interpreter goes: what the library's threads hold of it goes now."""
+    failure = None
     for buffer in list(_alive):
-        buffer.destroy()
+        try:
+            buffer.destroy()
+        except Exception as error:  # said when all the others are destroyed
+            failure = failure or error
+    if failure is not None:
+        raise failure
 
 
 def _choose_device(device):

@@ -122,3 +122,21 @@ def test_hints_do_not_raise_for_numbers_of_any_size(number):
     assert deep_ep.Config().get_nvl_buffer_size_hint(number, number) > 0
     assert deep_ep.Config().get_rdma_buffer_size_hint(number, number) >= 0
     assert deep_ep.Buffer.get_low_latency_rdma_size_hint(number, number, number, number) > 0
+
+
+class _Alive:
+    def __init__(self, error=None):
+        self.error, self.destroyed = error, False
+
+    def destroy(self):
+        self.destroyed = True
+        if self.error is not None:
+            raise self.error
+
+
+def test_at_the_end_all_buffers_are_destroyed_though_one_fails(monkeypatch):
+    everyone = [_Alive(), _Alive(OSError("first")), _Alive(OSError("second")), _Alive()]
+    monkeypatch.setattr(deep_ep.buffer, "_alive", everyone)
+    with pytest.raises(OSError, match="first"):
+        deep_ep.buffer._destroy_all()
+    assert all(one.destroyed for one in everyone)
