@@ -155,6 +155,10 @@ class Buffer(LowLatency, Rows):
 
     # -- the Buffer itself
 
+    def __deepcopy__(self, memo):
+        """Itself: a copy of a module shares its Buffer, since making one is collective."""
+        return self
+
     def destroy(self):
         """Releases everything but memory under live results. Local; idempotent."""
         self.runtime.destroy()

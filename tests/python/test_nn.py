@@ -1,5 +1,6 @@
 """Gradients through dispatch and combine, and the layer of experts."""
 
+import copy
 import importlib.util
 import os
 import subprocess
@@ -141,6 +142,26 @@ def _uneven(group):
 
 def test_experts_must_divide_among_the_ranks(cpu_ranks):
     cpu_ranks.run(2, _uneven)
+
+
+def _copied(group):
+    """As weights are averaged: the copy has parameters of its own, and works."""
+    buffer = deep_ep.Buffer(group, 1 << 20)
+    torch.manual_seed(group.rank())
+    layer = MoE(buffer, 16, 2 * group.size(), 2, lambda expert: nn.Linear(16, 16))
+    nn.init.ones_(layer.gate.weight)
+    layer.to(routing.DEVICE)
+    twin = copy.deepcopy(layer)
+    assert twin.buffer is buffer
+    x = torch.randn(5, 16).to(routing.DEVICE)
+    assert torch.equal(twin(x), layer(x))
+    nn.init.zeros_(twin.experts[0].weight)
+    assert layer.experts[0].weight.any()
+    buffer.destroy()
+
+
+def test_a_copy_of_a_layer_shares_its_buffer(ranks):
+    ranks.run(2, _copied)
 
 
 def _train(device, ranks, steps):
