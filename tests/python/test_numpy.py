@@ -104,6 +104,13 @@ def test_numpy_arrays_go_round(tmp_path, nodes, request):
         assert json.loads(out)[0] == rank
 
 
+class _Old(foreign.Foreign):
+    """Of a DLPack that cannot say whether memory is read-only: NumPy then takes it for that."""
+
+    def __dlpack__(self, **_):
+        return self.array.__dlpack__()
+
+
 def _frozen(*arguments):
     array = np.zeros(*arguments)
     array.flags.writeable = False
@@ -142,6 +149,7 @@ def _arrays(group):
     recv_x, _, _, _, handle, _ = buffer.dispatch(**given)
     with pytest.raises(ValueError, match="wait_recv_cost_stats is read-only"):
         buffer.combine(recv_x, handle, combine_wait_recv_cost_stats=_frozen(1, "i8"))
+    buffer.combine(recv_x, handle, combine_wait_recv_cost_stats=_Old(np.zeros(1, "i8")))
     for array in given["x"], given["topk_idx"]:  # inputs may be
         array.flags.writeable = False
     assert np.array_equal(buffer.combine(buffer.dispatch(**given)[0], handle)[0], given["x"])
