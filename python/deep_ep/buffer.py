@@ -57,7 +57,13 @@ def _event_of(previous_event):
     if previous_event is None:
         return None
     event = getattr(previous_event, "event", previous_event)
-    return None if event is None else event._event
+    if event is None:
+        return None
+    native = getattr(event, "_event", None)
+    if native is None:
+        raise TypeError(f"previous_event is {previous_event!r}, must be an EventOverlap, an "
+                        "EventHandle or None")
+    return native
 
 
 class Buffer(LowLatency, Rows):

@@ -31,6 +31,9 @@ def _high_throughput(group):
     for name, (value, allowed) in DISPATCH.items():
         with pytest.raises(TypeError, match=f"^{name} is {value!r}, {allowed}"):
             buffer.dispatch(**arguments | {name: value})
+    for event in "soon", deep_ep.EventOverlap(3):
+        with pytest.raises(TypeError, match="^previous_event is .*, must be an EventOverlap"):
+            buffer.dispatch(**arguments, previous_event=event)
     ahead = buffer.prepare_dispatch(one.x, topk_idx=one.topk_idx, num_experts=one.experts)
     with pytest.raises(TypeError, match="^prepared.num_experts is None, must be an int"):
         buffer.dispatch(one.x, topk_idx=one.topk_idx, prepared=ahead._replace(num_experts=None))
