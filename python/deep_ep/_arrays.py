@@ -56,14 +56,14 @@ class TorchLibrary:
             str(Path(torch.__file__).parent / "lib" / "libtorch_python.so"))
         self.native = _C.Library(torch.Tensor, self.view, self.make, self.typed)
 
-    def view(self, tensor, name):
+    def view(self, tensor, name, is_output=False):
         try:
             return (tensor.data_ptr(), _TORCH_CODES[tensor.dtype], tensor.shape, tensor.stride(),
                     tensor.get_device())
         except AttributeError:
             if not _is_foreign(tensor):
                 raise _not_an_array(name, tensor, "torch.Tensor") from None
-        return self.view(_exchanged(self.torch.from_dlpack, tensor, name), name)
+        return self.view(_exchanged(self.torch.from_dlpack, tensor, name), name, is_output)
 
     def make(self, result, code):
         """The tensor of a result: a view of the memory that torch gave, or of the library's."""
@@ -102,13 +102,23 @@ class NumpyLibrary:
         self.is_tensor = numpy.ndarray
         self.native = _C.Library(numpy.ndarray, self.view, self.make, self.typed)
 
-    def view(self, array, name):
+    def view(self, array, name, is_output=False):
         if not isinstance(array, self.numpy.ndarray):
             if not _is_foreign(array):
                 raise _not_an_array(name, array, "numpy.ndarray")
-            array = _exchanged(self.numpy.from_dlpack, array, name)
-        size = array.itemsize
-        return (array.__array_interface__["data"][0], self.code(array.dtype), array.shape,
+            # What NumPy makes of these may be read-only because it was not told.
+            array, is_output = _exchanged(self.numpy.from_dlpack, array, name), False
+        if is_output and not array.flags.writeable:
+            raise ValueError(f"{name} is read-only, must be writeable: the call writes to it")
+        if not array.dtype.isnative:
+            raise TypeError(f"{name} is of {array.dtype.str}, must be in the byte order of this "
+                            "machine")
+        code, size = self.code(array.dtype), array.itemsize
+        if any(stride % size and length > 1
+               for stride, length in zip(array.strides, array.shape)):
+            raise ValueError(f"{name} has strides of {array.strides} bytes, must be multiples of "
+                             f"its items' {size}")
+        return (array.__array_interface__["data"][0], code, array.shape,
                 tuple(stride // size for stride in array.strides), -1)
 
     def make(self, result, code):

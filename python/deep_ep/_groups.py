@@ -44,6 +44,17 @@ def _number(group, *names):
     return None
 
 
+def _distributed_of(group):
+    """torch.distributed of a ProcessGroup of torch, also of a subclass made elsewhere; Paddle's
+    groups work alike. None if there is none."""
+    for kind in type(group).__mro__:
+        framework = sys.modules.get(kind.__module__.split(".")[0])
+        distributed = getattr(framework, "distributed", None)
+        if hasattr(distributed, "all_gather_object"):
+            return distributed
+    return None
+
+
 def _gather_of(group, size):
     """A function that gives every rank's bytes, in rank order."""
     if hasattr(group, "Get_rank"):  # mpi4py
@@ -54,10 +65,8 @@ def _gather_of(group, size):
             group.all_gather_object(everyone, mine)
             return everyone
         return gather
-    # A ProcessGroup of torch; Paddle's groups work alike.
-    framework = type(group).__module__.split(".")[0]
-    distributed = getattr(sys.modules.get(framework), "distributed", None)
-    if distributed is None or not hasattr(distributed, "all_gather_object"):
+    distributed = _distributed_of(group)
+    if distributed is None:
         raise TypeError(
             f"group is {type(group).__module__}.{type(group).__qualname__}, must be a process "
             "group of torch.distributed, an mpi4py communicator, a deep_ep.Group, or have rank(), "

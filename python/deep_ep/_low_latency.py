@@ -4,6 +4,7 @@ from functools import partial
 
 from . import _C
 from ._arrays import library_of
+from .config import clamped
 from .event import no_event
 
 
@@ -25,8 +26,9 @@ class LowLatency:
                                        num_experts):
         """Bytes to pass as `num_rdma_bytes` of a Buffer for calls of this shape. Never raises for
         numbers."""
-        return _C.get_low_latency_rdma_size_hint(int(num_max_dispatch_tokens_per_rank),
-                                                 int(hidden), int(num_ranks), int(num_experts))
+        return _C.get_low_latency_rdma_size_hint(clamped(num_max_dispatch_tokens_per_rank, 32),
+                                                 clamped(hidden, 64), clamped(num_ranks, 32),
+                                                 clamped(num_experts, 32))
 
     def low_latency_dispatch(self, x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts,
                              cumulative_local_expert_recv_stats=None,
@@ -35,15 +37,16 @@ class LowLatency:
         """Sends every token's row to the ranks of its experts and packs what arrives by expert.
         Collective.
 
-        `x`: [N, H] bfloat16, or float16 or float32 without `use_fp8`, N at most M; `topk_idx`:
-        [N, K] int64 or int32, -1 for none. With `use_fp8` rows are quantised, 128 values with one
-        scale; `round_scale` makes scales powers of two, `use_ue8m0` packs these, four to an int32.
+        `x`: [N, H] bfloat16, or float16 or float32 without `use_fp8`, or any type of one byte,
+        moved as it is, N at most M; `topk_idx`: [N, K] int64 or int32, -1 for none. With `use_fp8`
+        rows of bfloat16 are quantised, 128 values with one scale; `round_scale` makes scales powers
+        of two, `use_ue8m0` packs these, four to an int32.
         `cumulative_local_expert_recv_stats` int32 [L]: += rows of each local expert;
         `dispatch_wait_recv_cost_stats` int64 [R]: += the longest wait for each source, in ns (host)
         or SM cycles.
 
-        Returns (recv_x [L, R * M, H] or (recv_x, scales [L, R * M, H / 128], column by column),
-        rows of each local expert int32 [L], handle, event, hook or None).
+        Returns (recv_x [L, R * M, H] or, of quantised rows, (recv_x, scales [L, R * M, H / 128],
+        column by column), rows of each local expert int32 [L], handle, event, hook or None).
         """
         library = library_of(x, "x")
         used = (x, topk_idx, cumulative_local_expert_recv_stats, dispatch_wait_recv_cost_stats)
@@ -51,7 +54,7 @@ class LowLatency:
             library.native, used, (num_max_dispatch_tokens_per_rank, num_experts),
             (use_fp8, round_scale, use_ue8m0, return_recv_hook),
             self._options(None, True, False) if async_finish else ())
-        if use_fp8:
+        if scales is not None:
             recv_x = (recv_x, scales)
         return (recv_x, count, handle,
                 self._end(event, used, (recv_x, count, handle)) if async_finish else no_event(),

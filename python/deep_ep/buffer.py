@@ -6,7 +6,7 @@ import weakref
 
 from . import _C
 from ._arrays import library_of, library_of_dtype
-from ._cuda import CudaMemory, comm_stream_of
+from ._cuda import CudaMemory, comm_stream_of, require_gpu
 from ._groups import bootstrap_of, rank_and_size
 from ._low_latency import LowLatency
 from ._rows import Extras, Rows
@@ -21,8 +21,14 @@ _PLAIN = (None, False, False)  # previous_event, async_finish, allocate_on_comm_
 @atexit.register
 def _destroy_all():
     """Before the interpreter goes: what the library's threads hold of it goes now."""
+    failure = None
     for buffer in list(_alive):
-        buffer.destroy()
+        try:
+            buffer.destroy()
+        except Exception as error:  # said when all the others are destroyed
+            failure = failure or error
+    if failure is not None:
+        raise failure
 
 
 def _choose_device(device):
@@ -37,7 +43,13 @@ def _choose_device(device):
         return -1
     if kind != "cuda":
         raise ValueError(f"device is {device!r}, must be None, 'cpu', 'cuda', 'cuda:N' or N")
-    return int(index) if index else torch.cuda.current_device()
+    return int(index) if index else require_gpu().cuda.current_device()
+
+
+def _milliseconds(timeout):
+    if not 0 < timeout < float("inf"):
+        raise ValueError(f"timeout is {timeout!r}, must be more than 0 seconds, or None")
+    return max(1, round(timeout * 1000))
 
 
 def _event_of(previous_event):
@@ -45,7 +57,13 @@ def _event_of(previous_event):
     if previous_event is None:
         return None
     event = getattr(previous_event, "event", previous_event)
-    return None if event is None else event._event
+    if event is None:
+        return None
+    native = getattr(event, "_event", None)
+    if native is None:
+        raise TypeError(f"previous_event is {previous_event!r}, must be an EventOverlap, an "
+                        "EventHandle or None")
+    return native
 
 
 class Buffer(LowLatency, Rows):
@@ -100,7 +118,7 @@ class Buffer(LowLatency, Rows):
             "use_fabric": bool(use_fabric),
             "explicitly_destroy": bool(explicitly_destroy),
             "enable_shrink": bool(enable_shrink),
-            "timeout_ms": 0 if timeout is None else max(1, round(timeout * 1000)),
+            "timeout_ms": 0 if timeout is None else _milliseconds(timeout),
             "num_threads": num_threads,
         }
         allocator = None if self._memory is None else self._memory.allocator()
@@ -142,6 +160,10 @@ class Buffer(LowLatency, Rows):
         return combine_config(Buffer.num_sms, num_ranks)
 
     # -- the Buffer itself
+
+    def __deepcopy__(self, memo):
+        """Itself: a copy of a module shares its Buffer, since making one is collective."""
+        return self
 
     def destroy(self):
         """Releases everything but memory under live results. Local; idempotent."""

@@ -5,6 +5,12 @@ from functools import lru_cache
 from . import _C
 
 
+def clamped(number, bits):
+    """The nearest int of so many bits, for hints, which do not raise; of NaN the largest."""
+    most = (1 << (bits - 1)) - 1
+    return int(max(-most, min(most, number)))
+
+
 class Config:
     """How much of the machine a high-throughput call may take, and how it chunks its traffic.
 
@@ -32,12 +38,14 @@ class Config:
     def get_nvl_buffer_size_hint(self, hidden_bytes, num_ranks):
         """Bytes to pass as `num_nvl_bytes` of a Buffer for rows of `hidden_bytes` bytes. Never
         raises for numbers."""
-        return _C.get_nvl_buffer_size_hint(self._values(), int(hidden_bytes), int(num_ranks))
+        return _C.get_nvl_buffer_size_hint(self._values(), clamped(hidden_bytes, 64),
+                                           clamped(num_ranks, 32))
 
     def get_rdma_buffer_size_hint(self, hidden_bytes, num_ranks):
         """Bytes to pass as `num_rdma_bytes`; 0 while all ranks are of one node. Never raises for
         numbers."""
-        return _C.get_rdma_buffer_size_hint(self._values(), int(hidden_bytes), int(num_ranks))
+        return _C.get_rdma_buffer_size_hint(self._values(), clamped(hidden_bytes, 64),
+                                            clamped(num_ranks, 32))
 
     def __repr__(self):
         return f"Config{self._values()}"

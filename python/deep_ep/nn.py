@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from . import Buffer, Config
 
@@ -22,15 +23,17 @@ class _Dispatch(torch.autograd.Function):
             is_token_in_rank=in_rank, num_tokens_per_expert=per_expert, topk_idx=topk_idx,
             topk_weights=topk_weights, config=config)
         ctx.buffer, ctx.counts = buffer, counts
-        ctx.save_for_backward(recv_topk_idx, *handle)
+        # Not the ids themselves, which would keep the received rows: they lie in one block.
+        ctx.save_for_backward(recv_topk_idx >= 0, *handle)
         ctx.mark_non_differentiable(recv_topk_idx, *handle)
         return recv_x, recv_topk_weights, recv_topk_idx, counts, *handle
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_x, grad_weights, *_):
-        recv_topk_idx, *handle = ctx.saved_tensors
+        is_local, *handle = ctx.saved_tensors
         # An entry of another rank's expert counts there.
-        grad_weights = torch.where(recv_topk_idx >= 0, grad_weights, 0.0)
+        grad_weights = torch.where(is_local, grad_weights, 0.0)
         grad_x, grad_weights, _ = ctx.buffer.combine(grad_x.contiguous(), tuple(handle),
                                                      topk_weights=grad_weights)
         return grad_x, grad_weights, None, None, None, None
@@ -46,6 +49,7 @@ class _Combine(torch.autograd.Function):
         return buffer.combine(x, handle, config=config)[0]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         handle = tuple(ctx.saved_tensors)
         grad_x = ctx.buffer.dispatch(grad.contiguous(), handle=handle)[0]
@@ -55,7 +59,8 @@ class _Combine(torch.autograd.Function):
 def dispatch(buffer: Buffer, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, num_experts: int,
              config: Config | None = None) -> tuple[Tensor, Tensor, Tensor, list[int], Handle]:
     """`Buffer.dispatch` of `x` [N, H] with the layout of `topk_idx`; gradients flow to `x` and to
-    `topk_weights`. Forward and backward are collective.
+    `topk_weights`, once: backward of a backward is a RuntimeError. Forward and backward are
+    collective.
 
     Returns (recv_x, recv_topk_idx, recv_topk_weights, rows for each local expert, handle).
     """
@@ -65,8 +70,8 @@ def dispatch(buffer: Buffer, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, 
 
 
 def combine(buffer: Buffer, x: Tensor, handle: Handle, config: Config | None = None) -> Tensor:
-    """`Buffer.combine` of `x` [Nr, H], a row for each received one; gradients flow to `x`. Forward
-    and backward are collective. Returns [N, H]."""
+    """`Buffer.combine` of `x` [Nr, H], a row for each received one; gradients flow to `x`, once.
+    Forward and backward are collective. Returns [N, H]."""
     return _Combine.apply(x, buffer, config, *handle)
 
 

@@ -112,12 +112,12 @@ Library::Library(nb::type_object type, nb::callable view, nb::callable make, nb:
       make_(std::move(make)),
       typed_(std::move(typed)) {}
 
-TensorView Library::view(nb::handle array, const char* name) const {
+TensorView Library::view(nb::handle array, const char* name, bool is_output) const {
   if (array.is_none()) return {};
   if (exchange_ != nullptr &&
       PyObject_TypeCheck(array.ptr(), reinterpret_cast<PyTypeObject*>(type_.ptr())) != 0)
     return exchanged_view(*exchange_, array);
-  return view_of_parts(nb::cast<nb::tuple>(view_(array, name)));
+  return view_of_parts(nb::cast<nb::tuple>(view_(array, name, is_output)));
 }
 
 nb::object Library::make(const Tensor& tensor) const {

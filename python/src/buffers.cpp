@@ -9,6 +9,7 @@
 #include "handles.hpp"
 #include "low_latency.hpp"
 #include "owned_buffer.hpp"
+#include "scalars.hpp"
 
 namespace deep_ep::python {
 
@@ -16,11 +17,15 @@ namespace {
 
 Config config_of(const nb::tuple& parts) {
   Config config;
-  config.num_sms = nb::cast<int>(parts[0]);
-  config.num_max_nvl_chunked_send_tokens = nb::cast<int>(parts[1]);
-  config.num_max_nvl_chunked_recv_tokens = nb::cast<int>(parts[2]);
-  config.num_max_rdma_chunked_send_tokens = nb::cast<int>(parts[3]);
-  config.num_max_rdma_chunked_recv_tokens = nb::cast<int>(parts[4]);
+  config.num_sms = scalar_of<int>(parts[0], "num_sms");
+  config.num_max_nvl_chunked_send_tokens =
+      scalar_of<int>(parts[1], "num_max_nvl_chunked_send_tokens");
+  config.num_max_nvl_chunked_recv_tokens =
+      scalar_of<int>(parts[2], "num_max_nvl_chunked_recv_tokens");
+  config.num_max_rdma_chunked_send_tokens =
+      scalar_of<int>(parts[3], "num_max_rdma_chunked_send_tokens");
+  config.num_max_rdma_chunked_recv_tokens =
+      scalar_of<int>(parts[4], "num_max_rdma_chunked_recv_tokens");
   return config;
 }
 
@@ -56,32 +61,33 @@ PreparedDispatch prepared_of(const Library& library, const nb::tuple& parts) {
   PreparedDispatch prepared;
   set_handle(library, nb::cast<nb::tuple>(parts[0]), prepared.handle, prepared.internode_handle,
              intranode_handle_of);
-  prepared.num_recv_tokens = nb::cast<std::int64_t>(parts[1]);
+  prepared.num_recv_tokens = scalar_of<std::int64_t>(parts[1], "prepared.num_recv_tokens");
   prepared.num_recv_tokens_per_expert_list = nb::cast<std::vector<std::int32_t>>(parts[2]);
-  prepared.num_experts = nb::cast<int>(parts[3]);
-  prepared.expert_alignment = nb::cast<int>(parts[4]);
-  prepared.num_rdma_recv_tokens = nb::cast<std::int64_t>(parts[5]);
+  prepared.num_experts = scalar_of<int>(parts[3], "prepared.num_experts");
+  prepared.expert_alignment = scalar_of<int>(parts[4], "prepared.expert_alignment");
+  prepared.num_rdma_recv_tokens =
+      scalar_of<std::int64_t>(parts[5], "prepared.num_rdma_recv_tokens");
   return prepared;
 }
 
 void construct(OwnedBuffer* self, std::shared_ptr<Bootstrap> bootstrap, const nb::dict& given,
                const std::shared_ptr<TorchAllocator>& allocator) {
   BufferOptions options;
-  const auto number = [&](const char* name) { return nb::cast<std::int64_t>(given[name]); };
-  const auto flag = [&](const char* name) { return nb::cast<bool>(given[name]); };
-  if (const std::int64_t device = number("device"); device >= 0)
-    options.device = {DeviceType::kCuda, static_cast<int>(device)};
+  const auto number = [&](const char* name) { return scalar_of<std::int64_t>(given[name], name); };
+  const auto small = [&](const char* name) { return scalar_of<int>(given[name], name); };
+  const auto flag = [&](const char* name) { return scalar_of<bool>(given[name], name); };
+  if (const int device = small("device"); device >= 0) options.device = {DeviceType::kCuda, device};
   options.num_nvl_bytes = number("num_nvl_bytes");
   options.num_rdma_bytes = number("num_rdma_bytes");
   options.low_latency_mode = flag("low_latency_mode");
-  options.num_qps_per_rank = static_cast<int>(number("num_qps_per_rank"));
+  options.num_qps_per_rank = small("num_qps_per_rank");
   options.allow_nvlink_for_low_latency_mode = flag("allow_nvlink_for_low_latency_mode");
   options.allow_mnnvl = flag("allow_mnnvl");
   options.use_fabric = flag("use_fabric");
   options.explicitly_destroy = flag("explicitly_destroy");
   options.enable_shrink = flag("enable_shrink");
   options.timeout = std::chrono::milliseconds(number("timeout_ms"));
-  options.num_threads = static_cast<int>(number("num_threads"));
+  options.num_threads = small("num_threads");
   new (self) OwnedBuffer(std::move(bootstrap), options, allocator);
 }
 
@@ -119,15 +125,15 @@ void set_layout(const Library& library, DispatchArgs& args, const nb::tuple& lay
 /// What few calls give: (num_experts, prepared, outputs, group_rows, groups). `outputs`: recv_x,
 /// its scales, recv_topk_idx, recv_topk_weights, grouped_x, its scales.
 void set_extras(const Library& library, DispatchArgs& args, const nb::tuple& extras) {
-  args.num_experts = nb::cast<int>(extras[0]);
+  args.num_experts = scalar_of<int>(extras[0], "num_experts");
   if (!extras[1].is_none()) args.prepared = prepared_of(library, nb::cast<nb::tuple>(extras[1]));
   const auto outputs = nb::cast<nb::tuple>(extras[2]);
-  args.recv_x = library.view(outputs[0], "recv_x");
-  args.recv_x_scales = library.view(outputs[1], "recv_x_scales");
-  args.recv_topk_idx = library.view(outputs[2], "recv_topk_idx");
-  args.recv_topk_weights = library.view(outputs[3], "recv_topk_weights");
-  args.grouped_x = library.view(outputs[4], "grouped_x");
-  args.grouped_x_scales = library.view(outputs[5], "grouped_x_scales");
+  args.recv_x = library.output(outputs[0], "recv_x");
+  args.recv_x_scales = library.output(outputs[1], "recv_x_scales");
+  args.recv_topk_idx = library.output(outputs[2], "recv_topk_idx");
+  args.recv_topk_weights = library.output(outputs[3], "recv_topk_weights");
+  args.grouped_x = library.output(outputs[4], "grouped_x");
+  args.grouped_x_scales = library.output(outputs[5], "grouped_x_scales");
   args.group_rows = nb::cast<bool>(extras[3]);
   if (!extras[4].is_none()) args.groups = groups_of(library, extras[4]);
 }
@@ -173,10 +179,10 @@ nb::tuple dispatch(OwnedBuffer& self, const Library& library, const nb::tuple& p
     set_handle(library, require_handle(handle, self.get().num_nodes()), args.handle,
                args.internode_handle, used_of_handle);
   set_layout(library, args, layout);
-  args.expert_alignment = nb::cast<int>(numbers[0]);
-  args.num_worst_tokens = nb::cast<std::int64_t>(numbers[1]);
+  args.expert_alignment = scalar_of<int>(numbers[0], "expert_alignment");
+  args.num_worst_tokens = scalar_of<std::int64_t>(numbers[1], "num_worst_tokens");
   args.config = config_of(config);
-  args.dispatch_wait_recv_cost_stats = library.view(wait_stats, kWaitStats);
+  args.dispatch_wait_recv_cost_stats = library.output(wait_stats, kWaitStats);
   args.options = options_of(self, options);
   if (!extras.is_none()) set_extras(library, args, nb::cast<nb::tuple>(extras));
   DispatchResult result;
@@ -230,7 +236,7 @@ nb::tuple combine(OwnedBuffer& self, const Library& library, const nb::tuple& pa
   set_handle(library, require_handle(handle, self.get().num_nodes()), args.handle,
              args.internode_handle, used_of_handle);
   args.config = config_of(config);
-  args.combine_wait_recv_cost_stats = library.view(wait_stats, kWaitStats);
+  args.combine_wait_recv_cost_stats = library.output(wait_stats, kWaitStats);
   args.options = options_of(self, options);
   if (!groups.is_none()) args.groups = groups_of(library, groups);
   CombineResult result;

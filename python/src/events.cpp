@@ -1,5 +1,7 @@
 #include "events.hpp"
 
+#include "scalars.hpp"
+
 namespace deep_ep::python {
 
 Stream stream_of(std::uintptr_t native, int device) {
@@ -17,8 +19,8 @@ CallOptions options_of(const OwnedBuffer& buffer, const nb::tuple& parts) {
   }
   options.stream = stream_of(nb::cast<std::uintptr_t>(parts[0]), nb::cast<int>(parts[1]));
   if (!parts[2].is_none()) options.previous_event = nb::cast<EventHandle>(parts[2]);
-  options.async_finish = nb::cast<bool>(parts[3]);
-  options.allocate_on_comm_stream = nb::cast<bool>(parts[4]);
+  options.async_finish = scalar_of<bool>(parts[3], "async_finish");
+  options.allocate_on_comm_stream = scalar_of<bool>(parts[4], "allocate_on_comm_stream");
   return options;
 }
 

@@ -2,6 +2,7 @@
 
 #include "arrays.hpp"
 #include "events.hpp"
+#include "scalars.hpp"
 
 namespace deep_ep::python {
 
@@ -29,9 +30,9 @@ LowLatencyHandle handle_of(const Library& library, nb::handle given) {
   LowLatencyHandle handle;
   handle.src_info = library.view(parts[0], "handle[0]");
   handle.layout_range = library.view(parts[1], "handle[1]");
-  handle.num_max_dispatch_tokens_per_rank = nb::cast<int>(parts[2]);
-  handle.hidden = nb::cast<std::int64_t>(parts[3]);
-  handle.num_experts = nb::cast<int>(parts[4]);
+  handle.num_max_dispatch_tokens_per_rank = scalar_of<int>(parts[2], "handle[2]");
+  handle.hidden = scalar_of<std::int64_t>(parts[3], "handle[3]");
+  handle.num_experts = scalar_of<int>(parts[4], "handle[4]");
   return handle;
 }
 
@@ -43,14 +44,15 @@ nb::tuple dispatch(OwnedBuffer& self, const Library& library, const nb::tuple& a
   args.x = library.view(arrays[0], "x");
   args.topk_idx = library.view(arrays[1], "topk_idx");
   args.cumulative_local_expert_recv_stats =
-      library.view(arrays[2], "cumulative_local_expert_recv_stats");
-  args.dispatch_wait_recv_cost_stats = library.view(arrays[3], kWaitStats);
-  args.num_max_dispatch_tokens_per_rank = nb::cast<int>(shape[0]);
-  args.num_experts = nb::cast<int>(shape[1]);
-  args.use_fp8 = nb::cast<bool>(flags[0]);
-  args.round_scale = nb::cast<bool>(flags[1]);
-  args.use_ue8m0 = nb::cast<bool>(flags[2]);
-  args.return_recv_hook = nb::cast<bool>(flags[3]);
+      library.output(arrays[2], "cumulative_local_expert_recv_stats");
+  args.dispatch_wait_recv_cost_stats = library.output(arrays[3], kWaitStats);
+  args.num_max_dispatch_tokens_per_rank =
+      scalar_of<int>(shape[0], "num_max_dispatch_tokens_per_rank");
+  args.num_experts = scalar_of<int>(shape[1], "num_experts");
+  args.use_fp8 = scalar_of<bool>(flags[0], "use_fp8");
+  args.round_scale = scalar_of<bool>(flags[1], "round_scale");
+  args.use_ue8m0 = scalar_of<bool>(flags[2], "use_ue8m0");
+  args.return_recv_hook = scalar_of<bool>(flags[3], "return_recv_hook");
   args.options = options_of(self, options);
   LowLatencyDispatchResult result;
   {
@@ -60,8 +62,8 @@ nb::tuple dispatch(OwnedBuffer& self, const Library& library, const nb::tuple& a
   const nb::object handle =
       nb::make_tuple(library.make(result.handle.src_info), library.make(result.handle.layout_range),
                      shape[0], result.handle.hidden, shape[1]);
-  return nb::make_tuple(library.make(result.recv_x), library.make(result.recv_x_scales),
-                        library.make(result.recv_count), handle,
+  return nb::make_tuple(library.make_like(result.recv_x, arrays[0]),
+                        library.make(result.recv_x_scales), library.make(result.recv_count), handle,
                         event_of(args.options, result.event), hook_of(std::move(result.recv_hook)));
 }
 
@@ -73,13 +75,13 @@ nb::tuple combine(OwnedBuffer& self, const Library& library, const nb::tuple& ar
   args.x = library.view(arrays[0], "x");
   args.topk_idx = library.view(arrays[1], "topk_idx");
   args.topk_weights = library.view(arrays[2], "topk_weights");
-  args.out = library.view(arrays[3], "out");
-  args.combine_wait_recv_cost_stats = library.view(arrays[4], kWaitStats);
+  args.out = library.output(arrays[3], "out");
+  args.combine_wait_recv_cost_stats = library.output(arrays[4], kWaitStats);
   args.handle = handle_of(library, handle);
-  args.use_logfmt = nb::cast<bool>(flags[0]);
-  args.use_fp8 = nb::cast<bool>(flags[1]);
-  args.zero_copy = nb::cast<bool>(flags[2]);
-  args.return_recv_hook = nb::cast<bool>(flags[3]);
+  args.use_logfmt = scalar_of<bool>(flags[0], "use_logfmt");
+  args.use_fp8 = scalar_of<bool>(flags[1], "use_fp8");
+  args.zero_copy = scalar_of<bool>(flags[2], "zero_copy");
+  args.return_recv_hook = scalar_of<bool>(flags[3], "return_recv_hook");
   args.options = options_of(self, options);
   LowLatencyCombineResult result;
   {
@@ -118,7 +120,7 @@ void bind_low_latency(nb::module_& module, nb::class_<OwnedBuffer>& buffer) {
            })
       .def("low_latency_query_mask_buffer",
            [](OwnedBuffer& self, const Library& library, nb::handle mask) {
-             const TensorView view = library.view(mask, "mask_status");
+             const TensorView view = library.output(mask, "mask_status");
              const Stream stream = self.current_stream();
              const NoGil no_gil;
              self.get().low_latency_query_mask_buffer(view, stream);

@@ -100,6 +100,25 @@ def _round_trips(group):
     buffer.destroy()
 
 
+def _opaque(group):
+    """Types of one byte are moved as they are, whether or not `use_fp8` is left at its default."""
+    buffer, everyone = buffer_of(group), inputs_of(group)
+    for one in everyone:
+        one.x = one.x.to(torch.int8)
+    one = everyone[group.rank()]
+    dtypes = torch.int8, torch.uint8, torch.float8_e5m2, torch.float8_e4m3fn
+    for dtype, options in itertools.product(dtypes, ({}, {"use_fp8": False})):
+        recv_x, count, handle, *_ = buffer.low_latency_dispatch(
+            one.x.view(dtype), one.topk_idx, MAX_TOKENS, one.experts, **options)
+        assert recv_x.dtype == dtype
+        _check_rows(everyone, group.rank(), recv_x.view(torch.int8), count, handle, exact=True)
+    buffer.destroy()
+
+
+def test_any_type_of_one_byte_is_moved_untouched(ranks):
+    ranks.run(2, _opaque)
+
+
 def _check_combine(buffer, one, rank, rows, handle, hook, exact):
     kept = sum(kept_weights(one).unbind(1))
     wanted = one.x.float() * kept.unsqueeze(1)

@@ -1,5 +1,6 @@
 """Gradients through dispatch and combine, and the layer of experts."""
 
+import copy
 import importlib.util
 import os
 import subprocess
@@ -58,6 +59,40 @@ def test_gradients_are_those_of_one_process(ranks, size):
     ranks.run(size, _gradients)
 
 
+def _saved(group):
+    buffer = deep_ep.Buffer(group, 1 << 20)
+    one = make_inputs(group.size(), experts=2 * group.size(), dtype=torch.float32)[group.rank()]
+    x, weights = one.x.clone().requires_grad_(), one.topk_weights.clone().requires_grad_()
+    received = dispatch(buffer, x, one.topk_idx, weights, one.experts)[:3]
+    saved = received[0].grad_fn.saved_tensors
+    assert len(saved) == 7 and saved[0].shape == received[1].shape
+    assert not {one.data_ptr() for one in received} & {one.data_ptr() for one in saved}
+    buffer.destroy()
+
+
+def test_the_received_rows_are_not_kept_for_backward(ranks):
+    ranks.run(2, _saved)
+
+
+def _twice(group):
+    """A penalty on gradients: refused where it would be without those of the rows."""
+    buffer = deep_ep.Buffer(group, 1 << 20)
+    one = make_inputs(group.size(), experts=2 * group.size(), dtype=torch.float32)[group.rank()]
+    x, weights = one.x.clone().requires_grad_(), one.topk_weights.clone().requires_grad_()
+    recv_x, _, recv_weights, _, handle = dispatch(buffer, x, one.topk_idx, weights, one.experts)
+    combined = combine(buffer, recv_x.square(), handle)
+    whole = combined.square().sum() + recv_weights.square().sum()
+    for output, inputs in (combined, [recv_x]), (whole, [x]), (whole, [weights]):
+        grads = torch.autograd.grad(output.square().sum(), inputs, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            grads[0].square().sum().backward(retain_graph=True)
+    buffer.destroy()
+
+
+def test_second_derivatives_are_refused(ranks):
+    ranks.run(2, _twice)
+
+
 def _example():
     spec = importlib.util.spec_from_file_location("train_moe", EXAMPLE)
     module = importlib.util.module_from_spec(spec)
@@ -107,6 +142,26 @@ def _uneven(group):
 
 def test_experts_must_divide_among_the_ranks(cpu_ranks):
     cpu_ranks.run(2, _uneven)
+
+
+def _copied(group):
+    """As weights are averaged: the copy has parameters of its own, and works."""
+    buffer = deep_ep.Buffer(group, 1 << 20)
+    torch.manual_seed(group.rank())
+    layer = MoE(buffer, 16, 2 * group.size(), 2, lambda expert: nn.Linear(16, 16))
+    nn.init.ones_(layer.gate.weight)
+    layer.to(routing.DEVICE)
+    twin = copy.deepcopy(layer)
+    assert twin.buffer is buffer
+    x = torch.randn(5, 16).to(routing.DEVICE)
+    assert torch.equal(twin(x), layer(x))
+    nn.init.zeros_(twin.experts[0].weight)
+    assert layer.experts[0].weight.any()
+    buffer.destroy()
+
+
+def test_a_copy_of_a_layer_shares_its_buffer(ranks):
+    ranks.run(2, _copied)
 
 
 def _train(device, ranks, steps):

@@ -8,10 +8,11 @@ import sys
 
 import pytest
 
+import deep_ep
 import foreign
 from ranks import free_port
 
-pytest.importorskip("numpy")
+np = pytest.importorskip("numpy")
 pytest.importorskip("ml_dtypes")
 
 PROGRAM = """
@@ -101,3 +102,76 @@ def test_numpy_arrays_go_round(tmp_path, nodes, request):
         out, err = process.communicate(timeout=60)
         assert process.returncode == 0, err
         assert json.loads(out)[0] == rank
+
+
+class _Old(foreign.Foreign):
+    """Of a DLPack that cannot say whether memory is read-only: NumPy then takes it for that."""
+
+    def __dlpack__(self, **_):
+        return self.array.__dlpack__()
+
+
+def _frozen(*arguments):
+    array = np.zeros(*arguments)
+    array.flags.writeable = False
+    return array
+
+
+# Arrays whose elements are not where, or what, they seem, and what is said of them.
+MISREAD = {
+    "x": (np.ones((3, 16), ">f4"), TypeError, "is of >f4, must be in the byte order"),
+    "topk_idx": (np.zeros((3, 1), ">i8"), TypeError, "is of >i8, must be in the byte order"),
+    "topk_weights": (np.zeros(3, [("odd", "u1"), ("weight", "<f4")])["weight"].reshape(3, 1),
+                     ValueError, r"has strides of \(5, [0-9]+\) bytes, must be multiples of .* 4"),
+}
+# Of the wrong shape too, which nobody comes to look at.
+READ_ONLY = {
+    "recv_x": _frozen((3, 16), "f4"), "recv_topk_idx": _frozen((3, 1), "i8"),
+    "recv_topk_weights": _frozen((3, 1), "f4"),
+    "dispatch_wait_recv_cost_stats": _frozen(1, "i8"),
+}
+
+
+def _arrays(group):
+    """Refused before anybody is told: the Buffer stays usable."""
+    hint = deep_ep.Buffer.get_low_latency_rdma_size_hint(3, 16, 1, 2)
+    buffer = deep_ep.Buffer(group, 1 << 20, hint, low_latency_mode=True)
+    given = {"x": np.ones((3, 16), "f4"), "topk_idx": np.zeros((3, 1), "i8"),
+             "topk_weights": np.ones((3, 1), "f4"), "num_experts": 2}
+    for name, (array, kind, text) in MISREAD.items():
+        with pytest.raises(kind, match=f"^{name} {text}"):
+            buffer.dispatch(**given | {name: array})
+    for name, array in READ_ONLY.items():
+        with pytest.raises(ValueError, match=f"{name.removeprefix('dispatch_')} is read-only"):
+            buffer.dispatch(**given | {name: array})
+    with pytest.raises(ValueError, match="^grouped_x is read-only"):
+        buffer.dispatch_grouped(**given, grouped_x=_frozen((3, 16), "f4"))
+    recv_x, _, _, _, handle, _ = buffer.dispatch(**given)
+    with pytest.raises(ValueError, match="wait_recv_cost_stats is read-only"):
+        buffer.combine(recv_x, handle, combine_wait_recv_cost_stats=_frozen(1, "i8"))
+    buffer.combine(recv_x, handle, combine_wait_recv_cost_stats=_Old(np.zeros(1, "i8")))
+    for array in given["x"], given["topk_idx"]:  # inputs may be
+        array.flags.writeable = False
+    assert np.array_equal(buffer.combine(buffer.dispatch(**given)[0], handle)[0], given["x"])
+    _low_latency_arrays(buffer, given["topk_idx"])
+    buffer.destroy()
+
+
+def _low_latency_arrays(buffer, ids):
+    x, weights = np.ones((3, 16), np.int8), np.ones((3, 1), "f4")
+    for name, array in (("cumulative_local_expert_recv_stats", _frozen(2, "i4")),
+                        ("dispatch_wait_recv_cost_stats", _frozen(1, "i8"))):
+        with pytest.raises(ValueError, match=f"{name.removeprefix('dispatch_')} is read-only"):
+            buffer.low_latency_dispatch(x, ids, 3, 2, **{name: array})
+    recv_x, _, handle, *_ = buffer.low_latency_dispatch(x, ids, 3, 2)
+    assert recv_x.dtype == np.int8 and (recv_x[0] == 1).all()
+    for name, array in (("out", _frozen((3, 16), "i2")),
+                        ("combine_wait_recv_cost_stats", _frozen(1, "i8"))):
+        with pytest.raises(ValueError, match=f"{name.removeprefix('combine_')} is read-only"):
+            buffer.low_latency_combine(recv_x, ids, weights, handle, **{name: array})
+    with pytest.raises(ValueError, match="^mask_status is read-only"):
+        buffer.low_latency_query_mask_buffer(_frozen(1, "i4"))
+
+
+def test_arrays_that_would_be_misread_or_must_not_be_written_are_refused(cpu_ranks):
+    cpu_ranks.run(1, _arrays)
