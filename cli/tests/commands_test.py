@@ -7,23 +7,16 @@ import shutil
 import signal
 import struct
 import subprocess
-import sys
 import tempfile
 import time
 import unittest
 from pathlib import Path
 
+from command_runs import DEEPEP, main, start, variables
+
 ROOT = Path(__file__).resolve().parents[2]
-DEEPEP = sys.argv.pop()
-LAUNCHERS = ("DEEP_EP_", "OMPI_", "PMIX_", "SLURM_", "MASTER_", "RANK", "WORLD_SIZE")
 SMALL_BENCH = {"--ranks": 2, "--tokens": 4, "--hidden": 64, "--experts": 24, "--iters": 3,
                "--warmup": 1}
-
-
-def variables(**more):
-    """This environment, as far as no launcher made it, and more."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
-    return {**kept, "DEEP_EP_TIMEOUT_MS": "60000", **more}
 
 
 def run(*arguments, before=(), **more):
@@ -35,11 +28,6 @@ def bench(*flags):
     """A small bench intranode; flags with values, which take the place of its own."""
     options = {**SMALL_BENCH, **dict(zip(flags[::2], flags[1::2]))}
     return ["bench", "intranode", *(str(word) for option in options.items() for word in option)]
-
-
-def start(*arguments, **more):
-    return subprocess.Popen([DEEPEP, *arguments], env=variables(**more), text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def children_of(process, count):
@@ -203,8 +191,8 @@ class Bench(Commands):
     def test_wrong_elements_fail_the_command(self):
         """Writes into the last row that a rank has received, as a fault of the library would."""
         tokens, hidden = 1024, 4096
-        command = start(*bench("--tokens", tokens, "--hidden", hidden, "--routing", "all-to-all",
-                               "--iters", 20, "--json", self.json))
+        command = start(bench("--tokens", tokens, "--hidden", hidden, "--routing", "all-to-all",
+                              "--iters", 20, "--json", self.json), variables())
         rank = children_of(command, 2)[1]
         while command.poll() is None:
             try:
@@ -226,8 +214,8 @@ class Bench(Commands):
         """A running bench of whose ranks the third gets a signal; what the command wrote, and for
         how long it went on."""
         before = left_in_shm()
-        command = start(*bench("--ranks", "4", "--tokens", "64", "--iters", "100000000"),
-                        DEEP_EP_TIMEOUT_MS=str(timeout_ms))
+        command = start(bench("--ranks", "4", "--tokens", "64", "--iters", "100000000"),
+                        variables(DEEP_EP_TIMEOUT_MS=str(timeout_ms)))
         ranks = children_of(command, 4)
         while command.poll() is None and len(segments_of(ranks[2])) < 2:  # until it has results
             time.sleep(0.01)
@@ -254,9 +242,4 @@ class Bench(Commands):
 
 
 if __name__ == "__main__":
-    result = unittest.main(exit=False).result
-    failed, skipped = len(result.failures) + len(result.errors), len(result.skipped)
-    for test, why in result.skipped:
-        print(f"SKIPPED {test}: {why}")
-    print(f"{result.testsRun - failed - skipped} passed, {failed} failed, {skipped} skipped")
-    sys.exit(failed > 0)
+    main()

@@ -2,32 +2,22 @@
 of this machine that pose as nodes."""
 
 import json
-import os
 import secrets
 import shutil
 import subprocess
-import sys
 import tempfile
 import unittest
 from pathlib import Path
 
-DEEPEP = sys.argv.pop()
-LAUNCHERS = ("DEEP_EP_", "OMPI_", "PMIX_", "SLURM_", "MASTER_", "RANK", "WORLD_SIZE",
-             "TORCHELASTIC")
+import command_runs
+from command_runs import DEEPEP, main, start
 
 
 def variables(**more):
-    """This environment, as far as no launcher made it, and more; a port of its own."""
+    """Those of all commands, and more; a port of its own."""
     # Below those that the kernel gives to connections: other tests run meanwhile.
     port = 20000 + secrets.randbelow(12000)
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHERS)}
-    return {**kept, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-            "DEEP_EP_TIMEOUT_MS": "60000", **more}
-
-
-def start(arguments, environment):
-    return subprocess.Popen([DEEPEP, *arguments], env=environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return command_runs.variables(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **more)
 
 
 def run_ranks(arguments, each, **shared):
@@ -147,9 +137,4 @@ class Launch(unittest.TestCase):
 
 
 if __name__ == "__main__":
-    result = unittest.main(exit=False).result
-    failed, skipped = len(result.failures) + len(result.errors), len(result.skipped)
-    for test, why in result.skipped:
-        print(f"SKIPPED {test}: {why}")
-    print(f"{result.testsRun - failed - skipped} passed, {failed} failed, {skipped} skipped")
-    sys.exit(failed > 0)
+    main()

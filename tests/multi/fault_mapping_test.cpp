@@ -66,13 +66,7 @@ void run(const std::string& job) {
   GTEST_SKIP() << "UBSan looks at objects through a pipe, for which no descriptor is left here";
 #endif
   Pool pool(kRanks, play);
-  const auto outcomes = pool.run(kRanks, job, 60s);
-  for (std::size_t rank = 0; rank < outcomes.size(); ++rank) {
-    const Outcome& outcome = outcomes[rank];
-    EXPECT_TRUE(outcome.answered && outcome.answer.empty())
-        << "rank " << rank << ": "
-        << (outcome.timed_out ? "hangs" : outcome.answer + outcome.failure);
-  }
+  expect_all_well(pool.run(kRanks, job, 60s));
 }
 
 TEST(FaultOfMapping, ASegmentThatCannotBeMappedIsNamedInADispatch) { run("dispatch"); }

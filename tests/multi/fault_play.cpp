@@ -1,6 +1,7 @@
 #include "multi/fault_play.hpp"
 
 #include <fmt/format.h>
+#include <gtest/gtest.h>
 
 #include <cstdlib>
 #include <filesystem>
@@ -128,6 +129,15 @@ void Exchange::run(Buffer& buffer, Op op, const DispatchResult& dispatched) cons
       buffer.combine(args);
       break;
     }
+  }
+}
+
+void expect_all_well(const std::vector<Outcome>& outcomes) {
+  for (std::size_t rank = 0; rank < outcomes.size(); ++rank) {
+    const Outcome& outcome = outcomes[rank];
+    EXPECT_TRUE(outcome.answered && outcome.answer.empty())
+        << "rank " << rank << ": "
+        << (outcome.timed_out ? "hangs" : outcome.answer + outcome.failure);
   }
 }
 

@@ -64,6 +64,9 @@ struct Thrown {
   std::chrono::milliseconds after{0};
 };
 
+/// Every rank has answered, and found nothing wrong.
+void expect_all_well(const std::vector<Outcome>& outcomes);
+
 /// Nothing if `call` throws no Error.
 std::optional<Thrown> thrown_by(const std::function<void()>& call);
 

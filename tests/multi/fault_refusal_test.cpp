@@ -24,6 +24,13 @@ constexpr auto kAtOnce = std::chrono::milliseconds(2000);
 /// Ranks of a node in the present job; 0: all are of one.
 int ranks_per_node = 0;
 
+/// An Error of this code, and at once.
+void check_told(Findings& findings, const Thrown& thrown, ErrorCode code) {
+  findings.expect(thrown.code == code,
+                  fmt::format("code {}: {}", deep_ep::to_string(thrown.code), thrown.text));
+  findings.expect(thrown.after < kAtOnce, fmt::format("telling took {} ms", thrown.after.count()));
+}
+
 std::unique_ptr<Buffer> make_buffer(Worker& worker) {
   BufferOptions options;
   options.timeout = kTimeout;
@@ -40,10 +47,8 @@ void check_thrown(Findings& findings, int rank, bool refusal, const Situation& i
   const ErrorCode code = !refusal          ? ErrorCode::kDisagreement
                          : rank == kVictim ? ErrorCode::kInvalidArgument
                                            : ErrorCode::kPeerFailed;
-  findings.expect(thrown.code == code,
-                  fmt::format("code {}: {}", deep_ep::to_string(thrown.code), thrown.text));
+  check_told(findings, thrown, code);
   findings.expect_contains(thrown.text, it.field);
-  findings.expect(thrown.after < kAtOnce, fmt::format("telling took {} ms", thrown.after.count()));
   if (rank == kVictim && refusal) return;
   findings.expect_contains(thrown.text, fmt::format("rank {}", kVictim));
   if (refusal) findings.expect(thrown.ranks == std::vector{kVictim}, "ranks() is not the refuser");
@@ -83,11 +88,9 @@ std::string play_too_few_worst_tokens(Worker& worker, bool on_all) {
     buffer.barrier();
   });
   if (!thrown) return "no Error";
-  findings.expect(thrown->code == ErrorCode::kCapacity,
-                  fmt::format("code {}: {}", deep_ep::to_string(thrown->code), thrown->text));
+  check_told(findings, *thrown, ErrorCode::kCapacity);
   findings.expect_contains(thrown->text, "num_worst_tokens");
   findings.expect_contains(thrown->text, fmt::format("{}", Exchange::kTokens * kRanks - 1));
-  findings.expect(thrown->after < kAtOnce, "telling took too long");
   return findings.text();
 }
 
@@ -111,10 +114,8 @@ std::string play_too_few_grouped_rows(Worker& worker) {
     buffer.barrier();
   });
   if (!thrown) return "no Error";
-  findings.expect(thrown->code == ErrorCode::kCapacity,
-                  fmt::format("code {}: {}", deep_ep::to_string(thrown->code), thrown->text));
+  check_told(findings, *thrown, ErrorCode::kCapacity);
   findings.expect_contains(thrown->text, fmt::format("room for {}", room - 1));
-  findings.expect(thrown->after < kAtOnce, "telling took too long");
   return findings.text();
 }
 
@@ -134,13 +135,11 @@ std::string play_shortage(Worker& worker) {
     buffer.barrier();
   });
   if (!thrown) return "no Error";
-  findings.expect(thrown->code == ErrorCode::kOutOfMemory,
-                  fmt::format("code {}: {}", deep_ep::to_string(thrown->code), thrown->text));
+  check_told(findings, *thrown, ErrorCode::kOutOfMemory);
   for (const char* part : {"a segment of", "MiB", "leaves"})
     findings.expect_contains(thrown->text, part);
   if (worker.rank() != kVictim)
     findings.expect_contains(thrown->text, fmt::format("rank {}", kVictim));
-  findings.expect(thrown->after < kAtOnce, "telling took too long");
   check_aftermath(findings, buffer, kept, *thrown);
   check_new_buffer(findings, worker, {0, 1, 2});
   return findings.text();
@@ -173,11 +172,9 @@ std::string play_foreign_exception(Worker& worker) {
     thrown = thrown_by([&] { buffer.check(); });
   }
   if (!thrown) return "no Error";
-  findings.expect(thrown->code == ErrorCode::kSystem,
-                  fmt::format("code {}: {}", deep_ep::to_string(thrown->code), thrown->text));
+  check_told(findings, *thrown, ErrorCode::kSystem);
   findings.expect_contains(thrown->text, "the pool of tensors is empty");
   findings.expect_contains(thrown->text, fmt::format("rank {}", kVictim));
-  findings.expect(thrown->after < kAtOnce, "telling took too long");
   return findings.text();
 }
 
@@ -204,11 +201,9 @@ std::string play_reserve(Worker& worker) {
         std::tuple{kTooMuch, ErrorCode::kOutOfMemory, "a segment of"}}) {
     const auto thrown = thrown_by([&] { buffer.reserve(victim ? bytes : 1); });
     if (!thrown) return "no Error";
-    findings.expect(thrown->code == (victim ? code : ErrorCode::kPeerFailed),
-                    fmt::format("code {}: {}", deep_ep::to_string(thrown->code), thrown->text));
+    check_told(findings, *thrown, victim ? code : ErrorCode::kPeerFailed);
     findings.expect_contains(thrown->text, part);
     if (!victim) findings.expect(thrown->ranks == std::vector{kVictim}, "ranks() is not it");
-    findings.expect(thrown->after < kAtOnce, "telling took too long");
   }
   const auto thrown = thrown_by([&] { buffer.dispatch(exchange.dispatch_args(buffer)); });
   findings.expect(!thrown, "the Buffer is broken");
@@ -285,11 +280,9 @@ std::string play_leaver(Worker& worker) {
   }
   const auto thrown = thrown_by([&] { buffer.barrier(); });
   if (!thrown) return "no Error";
-  findings.expect(thrown->code == ErrorCode::kPeerFailed,
-                  fmt::format("code {}: {}", deep_ep::to_string(thrown->code), thrown->text));
+  check_told(findings, *thrown, ErrorCode::kPeerFailed);
   findings.expect(thrown->ranks == std::vector{kVictim}, "ranks() is not the leaver");
   findings.expect_contains(thrown->text, ranks_per_node == 0 ? "destroyed" : "reached");
-  findings.expect(thrown->after < kAtOnce, "telling took too long");
   return findings.text();
 }
 
@@ -313,15 +306,7 @@ std::string play(Worker& worker, const std::string& whole_job) {
 
 class Refusal : public testing::Test {
  protected:
-  void run(const std::string& job) {
-    const auto outcomes = pool_.run(kRanks, job, 60s);
-    for (std::size_t rank = 0; rank < outcomes.size(); ++rank) {
-      const Outcome& outcome = outcomes[rank];
-      EXPECT_TRUE(outcome.answered && outcome.answer.empty())
-          << "rank " << rank << ": "
-          << (outcome.timed_out ? "hangs" : outcome.answer + outcome.failure);
-    }
-  }
+  void run(const std::string& job) { expect_all_well(pool_.run(kRanks, job, 60s)); }
 
  private:
   Pool pool_{kRanks, play};
