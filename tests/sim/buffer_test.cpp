@@ -40,6 +40,8 @@ Buffers make_buffers(std::uint64_t seed, int num_ranks, int num_threads = 1) {
     buffers[rank] = std::make_unique<Buffer>(
         bootstraps[rank], BufferOptions{.num_nvl_bytes = kHeapBytes, .num_threads = num_threads});
   });
+  unsetenv("DEEP_EP_COMBINE");
+  unsetenv("DEEP_EP_INBOX_BYTES");
   return buffers;
 }
 

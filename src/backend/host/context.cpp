@@ -56,7 +56,7 @@ protocol::ControlShape control_shape(const plan::Topology& topology) {
 struct Introduction {
   std::int32_t num_threads;
   env::CombinePath path;
-  std::int64_t inbox;
+  std::int64_t wanted_inbox;
   std::uint64_t first_ticket;
   fabric::Beacon::Sight sight;
 };
@@ -119,16 +119,17 @@ void Context::open_handles(const std::vector<std::string>& exported,
                            std::chrono::milliseconds timeout) {
   std::vector<std::string> handles;
   int most_threads = 1;
-  const std::int64_t inbox = env::inbox_bytes();
+  const std::int64_t wanted = env::inbox_bytes();
   for (int i = 0; i < topology_.num_ranks; ++i) {
     Introduction intro{};
     require(exported[i].size() >= sizeof intro, "rank {} sent {} bytes to sync, at least {} needed",
             i, exported[i].size(), sizeof intro);
     std::memcpy(&intro, exported[i].data(), sizeof intro);
-    if (intro.inbox != inbox) {
+    // As it was set: staging_bytes_ follows from that, not from what it is rounded to.
+    if (intro.wanted_inbox != wanted) {
       throw Error(ErrorCode::kDisagreement,
-                  fmt::format("DEEP_EP_INBOX_BYTES is {} on rank {} and {} on rank {}", inbox,
-                              global_rank(), intro.inbox, i),
+                  fmt::format("DEEP_EP_INBOX_BYTES is {} on rank {} and {} on rank {}", wanted,
+                              global_rank(), intro.wanted_inbox, i),
                   {i});
     }
     if (intro.first_ticket != env::first_ticket()) {
@@ -150,13 +151,14 @@ void Context::open_handles(const std::vector<std::string>& exported,
   }
   open_fabric(handles, timeout);
 
-  staging_bytes_ = env::inbox_bytes() / 128 * 64;
+  staging_bytes_ = wanted / 128 * 64;
   control_.resize(num_ranks_);
   for (int i = 0; i < num_ranks_; ++i) {
     Carver carver(fabric_.base(i, 0));
     control_[i] = protocol::ControlBlock::carve(carver, control_shape(topology_));
   }
   // With several nodes a lane has a ring for the tokens of each.
+  const std::int64_t inbox = inbox_bytes(topology_);
   const int nodes = topology_.num_nodes();
   num_lanes_ = nodes * static_cast<int>(
                            std::clamp<std::int64_t>(inbox / (kMinRingBytes * num_ranks_ * nodes), 1,

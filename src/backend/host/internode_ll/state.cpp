@@ -100,27 +100,37 @@ void State::scrub(LowLatencyKind kind, std::uint64_t ticket) {
     protocol::store_relaxed(&packet[i].tag, std::uint32_t{0});
 }
 
+namespace {
+
+// Of `ranks` those that are missing.
+std::vector<int> missing_of(std::vector<int> ranks, const std::vector<Missing>& missing) {
+  std::erase_if(ranks, [&](int rank) {
+    return std::none_of(missing.begin(), missing.end(),
+                        [&](const Missing& one) { return one.rank == rank; });
+  });
+  return ranks;
+}
+
+}  // namespace
+
+// Who is missing waits for a rank that is not missing here. Either that one is lost, and whoever is
+// missing leaves it out at about this time, and comes; or the mark is old: who is missing was
+// stopped in its wait, and the other has come since.
+bool State::may_still_come(const Error& error, const std::vector<Missing>& missing) const {
+  return enable_shrink_ && error.code() == ErrorCode::kTimeout && !error.ranks().empty() &&
+         missing_of(error.ranks(), missing).empty();
+}
+
+// Masks those of the missing that the Error blames, or all.
 bool State::mask_missing(const Error& error, const std::vector<Missing>& missing) {
   const bool absent = error.code() == ErrorCode::kTimeout || error.code() == ErrorCode::kPeerFailed;
-  if (!enable_shrink_ || !absent || missing.empty() ||
-      context_.own().fault->load() != protocol::FaultRecord::kNone)
+  if (!enable_shrink_ || !absent || context_.own().fault->load() != protocol::FaultRecord::kNone)
     return false;
-  // Those that keep the others from coming, as far as that is known; of these who is missing here,
-  // if any is: in a round of marks, one of which is old, there may be a rank that waits as this
-  // one.
-  const auto is_missing = [&](int rank) {
-    return std::any_of(missing.begin(), missing.end(),
-                       [&](const Missing& one) { return one.rank == rank; });
-  };
-  std::vector<int> ranks;
-  for (const int rank : error.ranks())
-    if (rank != this->rank() && !masked(rank)) ranks.push_back(rank);
-  if (std::any_of(ranks.begin(), ranks.end(), is_missing))
-    std::erase_if(ranks, [&](int rank) { return !is_missing(rank); });
+  std::vector<int> ranks = missing_of(error.ranks(), missing);
   if (ranks.empty()) {
-    for (const Missing& one : missing)
-      if (one.rank != this->rank()) ranks.push_back(one.rank);
+    for (const Missing& one : missing) ranks.push_back(one.rank);
   }
+  std::erase(ranks, rank());
   for (const int rank : ranks) {
     mask(rank, true);
     log::warn("rank {} leaves rank {} out of low latency from here on: {}", this->rank(), rank,

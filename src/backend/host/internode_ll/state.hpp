@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "backend/host/context.hpp"
@@ -74,15 +75,24 @@ class State {
   }
 
   /// As Context::wait, but with enable_shrink ranks that do not come are masked, and the wait goes
-  /// on: ready() and missing() leave masked ranks out.
+  /// on: ready() and missing() leave masked ranks out. Whoever waits for a rank that has come here
+  /// gets a quarter of the timeout more.
   template <class Ready, class ListMissing>
   void wait(const Call& call, const char* what, Ready&& ready, ListMissing&& missing) {
+    std::optional<Call> longer;
     for (;;) {
       try {
-        return context_.wait(call, what, ready, missing);
+        return context_.wait(longer ? *longer : call, what, ready, missing);
       } catch (const Error& error) {
-        if (!mask_missing(error, missing())) throw;
+        const std::vector<Missing> absent = missing();
+        if (!longer && may_still_come(error, absent)) {
+          longer = call;
+          longer->timeout /= 4;
+          continue;
+        }
+        if (!mask_missing(error, absent)) throw;
         context_.announce_end_of_wait();  // it need not have to wait again
+        longer.reset();
       }
     }
   }
@@ -99,6 +109,7 @@ class State {
     layouts_[rank] = plan::LowLatencyLayout::carve(memory, bytes_, num_ranks());
   }
   void reclaim_mirror(const Call& call);
+  bool may_still_come(const Error& error, const std::vector<Missing>& missing) const;
   bool mask_missing(const Error& error, const std::vector<Missing>& missing);
   void scrub(plan::LowLatencyKind kind, std::uint64_t ticket);
 
