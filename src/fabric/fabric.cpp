@@ -2,7 +2,6 @@
 
 #include <poll.h>
 #include <pthread.h>
-#include <signal.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
 
@@ -14,6 +13,7 @@
 #include <thread>
 
 #include "base/error.hpp"
+#include "base/library_thread.hpp"
 #include "base/log.hpp"
 #include "fabric/bootstrap_star.hpp"
 #include "fabric/mesh.hpp"
@@ -74,18 +74,6 @@ struct Described {
   Fd fd;
   explicit Described(Descriptor given) : descriptor(std::move(given)), fd(descriptor.fd) {}
 };
-
-/// Runs `start` with all signals blocked, so that the thread it makes handles none of the
-/// program's.
-template <class Start>
-void without_signals(Start&& start) {
-  sigset_t all;
-  sigset_t before;
-  sigfillset(&all);
-  pthread_sigmask(SIG_SETMASK, &all, &before);
-  start();
-  pthread_sigmask(SIG_SETMASK, &before, nullptr);
-}
 
 }  // namespace
 
@@ -241,7 +229,7 @@ void Fabric::State::connect_peers(std::vector<Fd> links) {
     for (Peer& peer : peers) announce(static_cast<int>(segment), described.descriptor, peer);
   }
   for (Peer& peer : peers) peer.post(Message{Message::Kind::kReady}.encode(), -1);
-  without_signals([&] { helper = std::thread([this] { run(); }); });
+  helper = start_library_thread([this] { run(); });
   pthread_setname_np(helper.native_handle(), "deep_ep_fabric");
 }
 

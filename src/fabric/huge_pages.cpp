@@ -1,6 +1,7 @@
 #include "fabric/huge_pages.hpp"
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <cerrno>
 
@@ -23,8 +24,8 @@ std::byte* map_aligned(std::int64_t bytes, int flags, int fd) {
   }
   if (before > 0) munmap(begin, static_cast<std::size_t>(before));
   // Whole pages: `bytes` may end within one.
-  constexpr std::int64_t kLargestPage = 64 << 10;
-  const std::int64_t end = (before + bytes + kLargestPage - 1) / kLargestPage * kLargestPage;
+  const std::int64_t page = sysconf(_SC_PAGESIZE);
+  const std::int64_t end = (before + bytes + page - 1) / page * page;
   if (end < reserved) munmap(begin + end, static_cast<std::size_t>(reserved - end));
   return begin + before;
 }

@@ -3,7 +3,6 @@
 #include <cstring>
 #include <map>
 #include <mutex>
-#include <optional>
 #include <string>
 
 #include "base/error.hpp"
@@ -65,13 +64,9 @@ class Listed {
 
 LocalHeap::LocalHeap(Bootstrap& bootstrap, const SymmetricHeapOptions& options)
     : rank_(bootstrap.rank()), own_(std::make_shared<LocalPiece>()) {
-  std::optional<Error> trouble;
-  try {
+  together(bootstrap, [&] {
     own_->memory = options.memory ? options.memory : allocate_private(options.bytes);
-  } catch (const Error& error) {
-    trouble = error;
-  }
-  fail_together(bootstrap, trouble);
+  });
   own_->bytes = options.bytes;
   own_->on_signal = options.on_signal;
   const Listed listed(own_);

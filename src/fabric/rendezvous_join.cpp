@@ -78,7 +78,10 @@ class Joiner {
 
   Fd connect_to(const addrinfo& entry) {
     Fd fd(socket(entry.ai_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
-    if (!fd) throw_errno("socket");
+    if (!fd) {  // of a family that this machine does not have, say
+      obstacle_ = describe(errno);
+      return Fd();
+    }
     int error = 0;
     if (connect(fd.get(), entry.ai_addr, entry.ai_addrlen) != 0) {
       error = errno;

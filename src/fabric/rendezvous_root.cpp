@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <thread>
 
 #include "base/error.hpp"
 #include "base/log.hpp"
@@ -159,12 +160,23 @@ class Root {
 
   void accept_one() {
     Fd fd(accept4(listener_.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
+    if (!fd && (errno == EMFILE || errno == ENFILE)) make_room();
     if (!fd) return;
     const int on = 1;
     setsockopt(fd.get(), IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));
     setsockopt(fd.get(), SOL_SOCKET, SO_KEEPALIVE, &on, sizeof(on));
     if (candidates_.size() == kMaxCandidates) candidates_.erase(candidates_.begin());
     candidates_.push_back({std::move(fd), {}});
+  }
+
+  /// The process has no file descriptor left: whoever has said nothing for longest goes.
+  void make_room() {
+    if (!candidates_.empty()) {
+      candidates_.erase(candidates_.begin());
+      return;
+    }
+    last_refusal_ = "rank 0 has no file descriptor left to accept a rank (ulimit -n)";
+    std::this_thread::sleep_for(milliseconds(10));
   }
 
   void admit(Candidate& candidate) {

@@ -3,7 +3,6 @@
 #include <signal.h>
 
 #include <array>
-#include <optional>
 
 #include "base/error.hpp"
 #include "base/plugin.hpp"
@@ -61,15 +60,11 @@ std::string why_no_symmetric_heap() {
 std::unique_ptr<SymmetricHeap> make_symmetric_heap(Bootstrap& bootstrap,
                                                    const SymmetricHeapOptions& options) {
   MakeHeap make = nullptr;
-  std::optional<Error> trouble;
-  try {
+  together(bootstrap, [&] {
     require(options.bytes > 0, "bytes of a symmetric heap: {} is not allowed, must be positive",
             options.bytes);
     make = loaded();
-  } catch (const Error& error) {
-    trouble = error;
-  }
-  fail_together(bootstrap, trouble);
+  });
   return std::unique_ptr<SymmetricHeap>(make(bootstrap, options));
 }
 

@@ -1,6 +1,8 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <netinet/in.h>
+#include <poll.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -154,23 +156,44 @@ TEST(BootstrapTcp, OtherWorldSizeAndSecondProcessOfARankAreRefused) {
   });
 }
 
-TEST(BootstrapTcp, StrangersThatSayNothingOrNonsenseChangeNothing) {
+/// Two ranks meet though connections that say nothing, or nonsense, are there before the second,
+/// and until they have met.
+void meet_beside_strangers(int strangers, rlim_t files_of_rank_0) {
   const int port = free_port();
-  in_processes(3, [port](int process) {
+  int met[2];
+  ASSERT_EQ(pipe(met), 0);
+  in_processes(3, [&](int process) {
     if (process < 2) {
+      const rlimit files{files_of_rank_0, files_of_rank_0};
+      if (process == 0) setrlimit(RLIMIT_NOFILE, &files);
       if (process == 1) std::this_thread::sleep_for(milliseconds(600));
-      return expect_gather(*bootstrap_tcp(process, 2, "127.0.0.1", port, milliseconds(20000)));
+      expect_gather(*bootstrap_tcp(process, 2, "127.0.0.1", port, milliseconds(5000)));
+      EXPECT_EQ(write(met[1], "", 1), 1);
+      return;
     }
     std::this_thread::sleep_for(milliseconds(200));
     const sockaddr_in address = loopback(port);
-    for (int i = 0; i < 20; ++i) {
+    for (int i = 0; i < strangers; ++i) {
       const int fd = socket(AF_INET, SOCK_STREAM, 0);
       ASSERT_EQ(connect(fd, reinterpret_cast<const sockaddr*>(&address), sizeof(address)), 0);
       if (i % 2 == 0) send(fd, "GET / HTTP/1.0\r\nHost: somebody\r\n\r\n", 34, MSG_NOSIGNAL);
     }
-    std::this_thread::sleep_for(milliseconds(800));
+    char byte = 0;
+    pollfd polled{met[0], POLLIN, 0};
+    for (int i = 0; i < 2 && poll(&polled, 1, 8000) == 1; ++i) EXPECT_EQ(read(met[0], &byte, 1), 1);
   });
+  close(met[0]);
+  close(met[1]);
 }
+
+TEST(BootstrapTcp, StrangersThatSayNothingOrNonsenseChangeNothing) {
+  meet_beside_strangers(20, 1024);
+}
+#if !defined(__SANITIZE_ADDRESS__)  // needs file descriptors itself
+TEST(BootstrapTcp, MoreStrangersThanFileDescriptorsChangeNothing) {
+  meet_beside_strangers(200, 40);
+}
+#endif
 
 TEST(BootstrapTcp, PortIsClosedOnceAllHaveCome) {
   const int port = free_port();

@@ -316,32 +316,22 @@ class AllAreTold : public Refusal, public testing::WithParamInterface<std::size_
 
 TEST_P(AllAreTold, WhichRankAndWhichField) { run(std::to_string(GetParam())); }
 
-INSTANTIATE_TEST_SUITE_P(Situations, AllAreTold,
-                         testing::Range(std::size_t{0}, disagreements().size() + refusals().size()),
-                         [](const auto& number) -> std::string {
-                           const bool disagrees = number.param < disagreements().size();
-                           return std::string(disagrees ? "disagree_" : "refuse_") +
-                                  situation(number.param).name;
-                         });
+std::string name_of(const testing::TestParamInfo<std::size_t>& number) {
+  const bool disagrees = number.param < disagreements().size();
+  return std::string(disagrees ? "disagree_" : "refuse_") + situation(number.param).name;
+}
+const auto kSituations = testing::Range(std::size_t{0}, disagreements().size() + refusals().size());
+
+INSTANTIATE_TEST_SUITE_P(Situations, AllAreTold, kSituations, name_of);
 
 #if defined(DEEP_EP_HAS_UCX)
 class AllAreToldBetweenNodes : public Refusal, public testing::WithParamInterface<std::size_t> {};
-
-std::vector<std::size_t> between_nodes() {
-  std::vector<std::size_t> numbers;
-  for (std::size_t i = 0; i < disagreements().size() + refusals().size(); ++i)
-    if (!situation(i).one_node) numbers.push_back(i);
-  return numbers;
-}
 
 TEST_P(AllAreToldBetweenNodes, WhichRankAndWhichField) {
   run(std::string(kSingleRanks) + std::to_string(GetParam()));
 }
 
-INSTANTIATE_TEST_SUITE_P(Situations, AllAreToldBetweenNodes, testing::ValuesIn(between_nodes()),
-                         [](const auto& number) -> std::string {
-                           return situation(number.param).name;
-                         });
+INSTANTIATE_TEST_SUITE_P(Situations, AllAreToldBetweenNodes, kSituations, name_of);
 
 TEST_F(Refusal, BetweenNodesTooFewWorstTokensFailAll) {
   run(std::string(kSingleRanks) + "worst_on_one");

@@ -127,7 +127,7 @@ std::vector<Situation> other_disagreements() {
          if (scene.victim) args.prepared = prepared;
          scene.buffer.dispatch(args);
        },
-       "operation", true},
+       "operation"},
       {"cached_and_not",
        [](const Scene& scene) {
          scene.exchange.run(scene.buffer, scene.victim ? Op::kCachedDispatch : Op::kDispatch,
@@ -193,7 +193,7 @@ std::vector<Situation> grouped_refusals() {
              args.group_rows = true;
              args.topk_idx = args.topk_weights = {};
            }),
-           "group_rows", true},
+           "group_rows"},
           {"prepared_ids",
            [](const Scene& scene) {
              DispatchArgs args = scene.exchange.dispatch_args(scene.buffer);
@@ -204,7 +204,7 @@ std::vector<Situation> grouped_refusals() {
              if (scene.victim) args.topk_idx = {ids.data(), DType::kInt64, {kTokens, kRanks}};
              scene.buffer.dispatch(args);
            },
-           "topk_idx", true},
+           "topk_idx"},
           {"grouped_rows",
            [](const Scene& scene) {
              DispatchArgs args = scene.exchange.dispatch_args(scene.buffer);
@@ -218,7 +218,7 @@ std::vector<Situation> grouped_refusals() {
                    static_cast<std::int32_t>(got.grouped_x.shape[0]);
              scene.buffer.combine(back);
            },
-           "grouped_rows", true}};
+           "grouped_rows"}};
 }
 
 /// The event of a call that failed, of another Buffer say.

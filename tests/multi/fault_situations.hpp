@@ -21,8 +21,7 @@ struct Scene {
 struct Situation {
   const char* name;
   std::function<void(const Scene&)> call;
-  const char* field;      ///< that every rank's Error must name
-  bool one_node = false;  ///< of calls that several nodes do not have
+  const char* field;  ///< that every rank's Error must name
 };
 
 /// One rank calls with something else than the others; all are told.

@@ -3,6 +3,7 @@
 #include <exception>
 
 #include "base/event_state.hpp"
+#include "base/library_thread.hpp"
 
 namespace deep_ep::host {
 
@@ -49,7 +50,7 @@ EventHandle CommStream::enqueue(std::function<void()> work) {
   auto done = std::make_shared<Done>();
   {
     const std::lock_guard lock(mutex_);
-    if (!thread_.joinable()) thread_ = std::thread([this] { serve(); });
+    if (!thread_.joinable()) thread_ = start_library_thread([this] { serve(); });
     queue_.push_back({std::move(work), done});
   }
   changed_.notify_all();

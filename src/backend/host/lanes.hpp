@@ -1,12 +1,16 @@
 #pragma once
 
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
+#include <exception>
 #include <vector>
 
 #include "backend/host/context.hpp"
 #include "backend/host/rows.hpp"
+#include "deep_ep/error.hpp"
 
 namespace deep_ep::host {
 
@@ -85,6 +89,11 @@ WaitTimes run_all_lanes(std::vector<Lane>& lanes, int num_ranks, Context& contex
     } catch (const Error& error) {
       // The other threads of this rank wait for rows that may never come.
       context.raise_fault(error);
+      throw;
+    } catch (const std::exception& error) {
+      context.raise_fault(Error(ErrorCode::kOutOfMemory,
+                                fmt::format("{} (call {}) on rank {}: {}", call.operation,
+                                            call.epoch, context.global_rank(), error.what())));
       throw;
     }
   });

@@ -14,6 +14,7 @@ namespace deep_ep::host {
 /// costs nothing.
 class ThreadPool {
  public:
+  /// Throws Error(kOutOfMemory) if the system has no more threads.
   explicit ThreadPool(int num_threads);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
@@ -28,6 +29,7 @@ class ThreadPool {
 
  private:
   void serve(int index);
+  void stop();
 
   std::mutex mutex_;
   std::condition_variable start_;

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "base/error.hpp"
+#include "base/library_thread.hpp"
 #include "base/log.hpp"
 #include "fabric/ucx/heap.hpp"
 
@@ -43,7 +44,7 @@ void UcxHeap::make_endpoints(const std::vector<std::string>& addresses) {
 
 void UcxHeap::greet_all() {
   auto lock = turnstile_.enter();
-  thread_ = std::thread([this] { run(); });
+  thread_ = start_library_thread([this] { run(); });
   for (Peer& peer : peers_) {
     if (peer.rank != rank_) send(peer, {.source = rank_, .kind = Kind::kHello}, nullptr, 0);
   }

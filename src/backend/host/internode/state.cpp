@@ -59,13 +59,7 @@ void State::alloc(Bootstrap& bootstrap, std::int64_t bytes, const BackendOptions
 
 std::shared_ptr<fabric::Mapping> State::make_mapped_memory(Bootstrap& bootstrap,
                                                            std::int64_t bytes) {
-  std::optional<Error> trouble;
-  try {
-    segment_ = context_.fabric().add_segment(bytes);
-  } catch (const Error& error) {
-    trouble = error;
-  }
-  fabric::fail_together(bootstrap, trouble);
+  fabric::together(bootstrap, [&] { segment_ = context_.fabric().add_segment(bytes); });
   return context_.fabric().own_segment(segment_);
 }
 

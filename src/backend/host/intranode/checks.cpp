@@ -38,26 +38,6 @@ void check_ids(const RoutingView& params, int num_ranks) {
   }
 }
 
-/// As above, of a dispatch whose counts were found before: its ids may be others by now.
-template <class Id>
-void check_prepared_ids(const deep_ep::intranode::DispatchParams& params, int num_ranks) {
-  const std::int64_t topk = params.call.record.num_topk;
-  const std::int64_t experts = params.call.record.num_experts;
-  const Id* ids = params.source.topk_idx.as<const Id>();
-  for (std::int64_t i = 0; i < params.call.record.num_tokens * topk; ++i) {
-    const std::int64_t id = ids[i];
-    if (id == -1) continue;
-    require(id >= 0 && id < experts,
-            "topk_idx[{}, {}] is {}, allowed are -1 and 0 to {} (num_experts - 1)", i / topk,
-            i % topk, id, experts - 1);
-    const std::int64_t rank = id / (experts / num_ranks);
-    require(params.send_head[i / topk * num_ranks + rank] >= 0,
-            "topk_idx[{0}, {1}] is {2}, an expert of rank {3}, but prepared.handle.send_head[{0}, "
-            "{3}] is -1",
-            i / topk, i % topk, id, rank);
-  }
-}
-
 }  // namespace
 
 void check_routing(const RoutingView& params, int num_ranks) {
@@ -69,13 +49,24 @@ void check_routing(const RoutingView& params, int num_ranks) {
   }
 }
 
-void check_prepared_routing(const deep_ep::intranode::DispatchParams& params, int num_ranks) {
-  const TensorView& topk_idx = params.source.topk_idx;
+void check_prepared_routing(const Call& call, const TensorView& topk_idx, int num_ranks,
+                            const char* tensor, const char* unsent,
+                            const std::function<bool(std::int64_t, std::int64_t)>& sent) {
   if (!topk_idx.defined()) return;
-  if (topk_idx.dtype == DType::kInt64) {
-    check_prepared_ids<std::int64_t>(params, num_ranks);
-  } else {
-    check_prepared_ids<std::int32_t>(params, num_ranks);
+  const std::int64_t topk = call.record.num_topk;
+  const std::int64_t experts = call.record.num_experts;
+  const bool wide = topk_idx.dtype == DType::kInt64;
+  for (std::int64_t i = 0; i < call.record.num_tokens * topk; ++i) {
+    const std::int64_t id =
+        wide ? topk_idx.as<const std::int64_t>()[i] : topk_idx.as<const std::int32_t>()[i];
+    if (id == -1) continue;
+    require(id >= 0 && id < experts,
+            "topk_idx[{}, {}] is {}, allowed are -1 and 0 to {} (num_experts - 1)", i / topk,
+            i % topk, id, experts - 1);
+    const std::int64_t rank = id / (experts / num_ranks);
+    require(sent(i / topk, rank),
+            "topk_idx[{0}, {1}] is {2}, an expert of rank {3}, but prepared.{4}[{0}, {3}] is {5}",
+            i / topk, i % topk, id, rank, tensor, unsent);
   }
 }
 

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <functional>
+
 #include "backend/host/context.hpp"
 
 // What must hold before a step writes to other ranks' memory. All throw Error(kInvalidArgument).
@@ -14,8 +16,12 @@ struct RoutingView {
 };
 void check_routing(const RoutingView& params, int num_ranks);
 
-/// topk_idx, if there, against num_experts and the handle that it goes with.
-void check_prepared_routing(const deep_ep::intranode::DispatchParams& params, int num_ranks);
+/// topk_idx, if there, of a dispatch whose counts were found before: its ids may be others by now.
+/// `tensor`[N, R] of what was prepared says which rows go where: sent(token, rank); `unsent` is
+/// what it holds where none goes.
+void check_prepared_routing(const Call& call, const TensorView& topk_idx, int num_ranks,
+                            const char* tensor, const char* unsent,
+                            const std::function<bool(std::int64_t, std::int64_t)>& sent);
 
 /// A handle's tensors, which may be clones or rebuilt, so that every position computed from them
 /// lies in bounds.

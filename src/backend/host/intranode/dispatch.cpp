@@ -31,7 +31,10 @@ class Dispatch {
     if (params_.cached) {
       check_handle({params_.rank_prefix_matrix, params_.send_head, num_tokens()}, context_.rank(),
                    context_.num_ranks());
-      check_prepared_routing(params_, context_.num_ranks());
+      check_prepared_routing(params_.call, params_.source.topk_idx, context_.num_ranks(),
+                             "handle.send_head", "-1", [&](std::int64_t token, std::int64_t rank) {
+                               return params_.send_head[token * context_.num_ranks() + rank] >= 0;
+                             });
       check_room();
     }
     landing_.publish_places();
