@@ -3,6 +3,7 @@
 
 #include <csignal>
 #include <cstdlib>
+#include <fstream>
 #include <string>
 #include <vector>
 
@@ -92,16 +93,25 @@ void play(Bootstrap& bootstrap, const std::shared_ptr<Bootstrap>& shared, bool d
   expect_one_lost(buffer);
 }
 
+bool is_stopped(const std::string& pid) {
+  std::ifstream stat("/proc/" + pid + "/stat");
+  std::string number, name, state;
+  stat >> number >> name >> state;
+  return state == "T";
+}
+
 /// A rank is stopped while it waits for rank 0, and says so for ever; the others wait for it then.
 void play_stopped(const std::shared_ptr<Bootstrap>& bootstrap) {
-  Buffer buffer(bootstrap, options_of(1000ms));
+  Buffer buffer(bootstrap, options_of(2000ms));
   const Input input;
   exchange(buffer, input, kRanks);
   const std::vector<std::string> pids = bootstrap->all_gather(std::to_string(getpid()));
-  if (bootstrap->rank() == 0) usleep(300'000);
+  if (bootstrap->rank() == 0) {
+    while (!is_stopped(pids[kLost])) usleep(10'000);
+  }
   if (bootstrap->rank() == kLost) {
     (void)std::signal(SIGALRM, [](int) { (void)raise(SIGSTOP); });
-    ualarm(100'000, 0);
+    ualarm(500'000, 0);
   }
   exchange(buffer, input, kRanks, kRanks - 1);
   for (int i = 0; i < kCallsAfter; ++i) exchange(buffer, input, kRanks - 1);
