@@ -1,5 +1,6 @@
 """Autograd's ways to run a layer other than forward, then backward: without a graph, checkpointed,
-and with gradients that are summed over several backward calls. One rank has no tokens."""
+with arguments of any strides, and with gradients that are summed over several backward calls. One
+rank has no tokens."""
 
 import pytest
 import torch
@@ -104,6 +105,32 @@ def _checkpointed_functions(group, use_reentrant):
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_each_function_can_be_checkpointed(ranks, use_reentrant):
     ranks.run(2, _checkpointed_functions, use_reentrant)
+
+
+def _strided(group):
+    """Columns next to each other, as transposes have them, and every second row."""
+    buffer = deep_ep.Buffer(group, 1 << 20)
+    one = make_inputs(group.size(), experts=2 * group.size(), dtype=torch.float32)[group.rank()]
+
+    def gradients(other):
+        x, weights = one.x.clone().requires_grad_(), one.topk_weights.clone().requires_grad_()
+        recv_x, _, recv_weights, _, handle = dispatch(buffer, other(x), other(one.topk_idx),
+                                                      other(weights), one.experts)
+        rows = recv_x.square() * recv_weights.sum(1, keepdim=True)
+        combined = combine(buffer, other(rows), handle)
+        combined.square().sum().backward()
+        return [combined, x.grad, weights.grad]
+
+    wanted = gradients(lambda array: array)
+    for other in (lambda array: array.t().contiguous().t(),
+                  lambda array: array.repeat_interleave(2, 0)[::2]):
+        assert not other(one.x).is_contiguous()
+        _equal(gradients(other), wanted)
+    buffer.destroy()
+
+
+def test_arguments_may_have_any_strides(ranks):
+    ranks.run(2, _strided)
 
 
 def _without_graph(group, mode):
