@@ -23,7 +23,7 @@ class _Dispatch(torch.autograd.Function):
             x.contiguous(), num_tokens_per_rank=per_rank, num_tokens_per_rdma_rank=per_node,
             is_token_in_rank=in_rank, num_tokens_per_expert=per_expert, topk_idx=topk_idx,
             topk_weights=topk_weights.contiguous(), config=config)
-        ctx.buffer, ctx.counts = buffer, counts
+        ctx.buffer = buffer
         # Not the ids themselves, which would keep the received rows: they lie in one block.
         ctx.save_for_backward(recv_topk_idx >= 0, *handle)
         ctx.mark_non_differentiable(recv_topk_idx, *handle)
@@ -45,7 +45,7 @@ class _Combine(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, buffer, config, *handle):
-        ctx.buffer, ctx.config = buffer, config
+        ctx.buffer = buffer
         ctx.save_for_backward(*handle)
         return buffer.combine(x.contiguous(), handle, config=config)[0]
 

@@ -116,8 +116,8 @@ def _values_of(recv_x, form):
         return recv_x
     codes, scales = recv_x
     if form[2]:
-        scales = scales.contiguous().view(torch.uint8)[..., :HIDDEN // GROUP]
-        scales = torch.exp2(scales.float() - 127)
+        exponents = scales.contiguous().view(torch.uint8)[..., :HIDDEN // GROUP]
+        scales = (exponents.int() << 23).view(torch.float32)
     return (codes.float().unflatten(-1, (-1, GROUP)) * scales.unsqueeze(-1)).flatten(-2).bfloat16()
 
 

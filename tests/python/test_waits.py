@@ -53,6 +53,8 @@ def _high_throughput(group, named=(None,) * 3):
     one.topk_idx[:] = torch.arange(size)
     arguments = dispatch_arguments(buffer, one)
     got = buffer.dispatch(**arguments)
+    topk = {"topk_idx": one.topk_idx, "topk_weights": one.topk_weights}
+    ahead = buffer.prepare_dispatch(one.x, **topk, num_experts=size)
 
     def dispatch(waits):
         _wait(buffer.dispatch(**given, **when, dispatch_wait_recv_cost_stats=waits)[5])
@@ -63,7 +65,7 @@ def _high_throughput(group, named=(None,) * 3):
     for asynchronous in (False, True):
         when = {"async_finish": asynchronous}
         for given in (arguments, {**arguments, "num_worst_tokens": 17 * size},
-                      {"x": one.x, "handle": got[4]}):
+                      {"x": one.x, "handle": got[4]}, {"x": one.x, "prepared": ahead, **topk}):
             _check(group, _late(group, dispatch)[0], named)
         _check(group, _late(group, combine)[0], named)
     buffer.destroy()
