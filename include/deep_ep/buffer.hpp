@@ -72,7 +72,8 @@ struct DispatchArgs {
   std::int64_t num_worst_tokens = 0;
   Config config{};
   /// Optional int64 [R], on the Buffer's device: += the longest wait for each source, in ns (host)
-  /// or SM cycles (CUDA, where the wait for counts before the rows is not part of it).
+  /// or SM cycles (CUDA, where the wait for counts before the rows is not part of it). Over several
+  /// nodes for each rank that this one waits for itself: what others pass on here counts as theirs.
   TensorView dispatch_wait_recv_cost_stats{};
   CallOptions options{};
 

@@ -262,7 +262,8 @@ class Buffer(LowLatency, Rows):
         `recv_topk_weights`, outputs that the caller brings: contiguous, of at least as many rows as
         arrive, of which the result is then the first. A `recv_x` that lies in an earlier result is
         written by the peers directly, others are copied to. `dispatch_wait_recv_cost_stats`: int64
-        [R], += the longest wait for each source, in ns (host) or SM cycles.
+        [R], += the longest wait for each source, in ns (host) or SM cycles; over several nodes for
+        each rank that this one waits for itself: what others pass on here counts as theirs.
 
         Returns (recv_x or (recv_x, recv_scales), recv_topk_idx with local expert ids and -1,
         recv_topk_weights, rows for each local expert rounded up to `expert_alignment` as a list,

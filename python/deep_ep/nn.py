@@ -16,13 +16,14 @@ class _Dispatch(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, topk_weights, topk_idx, num_experts, buffer, config):
+        topk_idx = topk_idx.contiguous()
         per_rank, per_node, per_expert, in_rank, _ = buffer.get_dispatch_layout(topk_idx,
                                                                                 num_experts)
         recv_x, recv_topk_idx, recv_topk_weights, counts, handle, _ = buffer.dispatch(
-            x, num_tokens_per_rank=per_rank, num_tokens_per_rdma_rank=per_node,
+            x.contiguous(), num_tokens_per_rank=per_rank, num_tokens_per_rdma_rank=per_node,
             is_token_in_rank=in_rank, num_tokens_per_expert=per_expert, topk_idx=topk_idx,
-            topk_weights=topk_weights, config=config)
-        ctx.buffer, ctx.counts = buffer, counts
+            topk_weights=topk_weights.contiguous(), config=config)
+        ctx.buffer = buffer
         # Not the ids themselves, which would keep the received rows: they lie in one block.
         ctx.save_for_backward(recv_topk_idx >= 0, *handle)
         ctx.mark_non_differentiable(recv_topk_idx, *handle)
@@ -44,9 +45,9 @@ class _Combine(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, buffer, config, *handle):
-        ctx.buffer, ctx.config = buffer, config
+        ctx.buffer = buffer
         ctx.save_for_backward(*handle)
-        return buffer.combine(x, handle, config=config)[0]
+        return buffer.combine(x.contiguous(), handle, config=config)[0]
 
     @staticmethod
     @once_differentiable

@@ -11,7 +11,7 @@ import deep_ep
 import routing
 from deep_ep.utils.math import (calc_diff, hash_tensor, inplace_unique, per_token_cast_back,
                                 per_token_cast_to_fp8)
-from routing import same
+from routing import over_nodes, rows_by_source, same
 
 TOKENS, HIDDEN, TOPK, LOCAL = 32, 1024, 4, 3
 OFFSET = 128  # rows of rank r are r - OFFSET all over, but for their last 128 values
@@ -45,11 +45,10 @@ def _gate(rank, num_experts, seed=0):
 
 
 def _check_segments(rows, handle, rank):
-    """Rows of one value each, grouped by ascending source rank along the handle's matrix."""
+    """Rows of one value each, grouped by ascending source rank along what the handle says."""
     assert same(rows.amin(1), rows.amax(1))
     begin = 0
-    for source in range(handle[0].shape[0]):
-        end = handle[0][source][rank].item()
+    for source, end in enumerate(rows_by_source(handle, rank)):
         assert (rows[begin:end].int() - source).sum().item() == 0
         begin = end
     assert begin == len(rows)
@@ -109,8 +108,10 @@ def _exchange(buffer, config, payload, arguments, case):
 
 def _high_throughput(group):
     rank, size = group.rank(), group.size()
-    buffer = deep_ep.Buffer(group, 1 << 24, 0, low_latency_mode=False, num_qps_per_rank=1,
-                            explicitly_destroy=True, allow_mnnvl=False)
+    config = deep_ep.Config(24, 8, 256, 16, 128)
+    buffer = deep_ep.Buffer(group, 1 << 24, config.get_rdma_buffer_size_hint(2 * HIDDEN, size),
+                            low_latency_mode=False, num_qps_per_rank=1, explicitly_destroy=True,
+                            allow_mnnvl=False)
     ids, generator = _gate(rank, LOCAL * size)
     in_rank = torch.stack([(ids // LOCAL == other).any(1) for other in range(size)], 1)
     layout = buffer.get_dispatch_layout(ids, LOCAL * size)
@@ -128,7 +129,6 @@ def _high_throughput(group):
     values, scales = per_token_cast_to_fp8(constant)
     constant_weights = torch.full((TOKENS, TOPK), rank, dtype=torch.float32)
     weights = _noise((TOKENS, TOPK), generator)
-    config = deep_ep.Config(24, 8, 256)
     for previous, asynchronous, payload, with_topk in itertools.product(
             (False, True), (False, True), (noise, constant, (values, scales.T.contiguous().T)),
             (False, True)):
@@ -169,6 +169,10 @@ def _tune(buffer, payloads, layout):
 @pytest.mark.parametrize("size", [2, 4])
 def test_the_high_throughput_program_passes(ranks, size):
     ranks.run(size, _as_there, _high_throughput)
+
+
+def test_the_program_for_several_nodes_passes(node_ranks):
+    node_ranks.run(4, over_nodes, 2, _as_there, _high_throughput)
 
 
 # -- low latency
@@ -329,3 +333,8 @@ def test_the_low_latency_program_passes(ranks, size, use_logfmt):
 @pytest.mark.parametrize("size", [2, 4])
 def test_the_low_latency_program_passes_while_ranks_leave(ranks, size):
     ranks.run(size, _as_there, _low_latency, False, True)
+
+
+@pytest.mark.parametrize("use_logfmt, shrink", [(False, False), (True, False), (False, True)])
+def test_the_low_latency_program_passes_over_nodes(node_ranks, use_logfmt, shrink):
+    node_ranks.run(4, over_nodes, 2, _as_there, _low_latency, use_logfmt, shrink)

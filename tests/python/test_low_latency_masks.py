@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import routing
-from routing import calc_diff, make_inputs
+from routing import calc_diff, make_inputs, over_nodes
 from test_low_latency import HIDDEN, LOCAL, MAX_TOKENS, buffer_of, inputs_of, rows_of
 
 
@@ -60,6 +60,10 @@ def _one_leaves(group, at):
 @pytest.mark.parametrize("at", ["dispatch", "combine", "clean"])
 def test_who_does_not_come_is_left_out(ranks, at):
     ranks.run(3, _one_leaves, at)
+
+
+def test_a_rank_of_another_node_that_does_not_clean_is_left_out(cpu_node_ranks):
+    cpu_node_ranks.run(3, over_nodes, 1, _one_leaves, "clean")
 
 
 def _left_out_but_calls(group, topk):

@@ -55,7 +55,10 @@ def _high_throughput(group, names):
     quantised = (one.x.to(torch.float8_e4m3fn), scales)
     found["dispatch FP8"] = buffer.dispatch(**{**arguments, "x": quantised})
     found["dispatch num_worst_tokens"] = buffer.dispatch(**arguments, num_worst_tokens=WORST)
+    found["dispatch without topk"] = buffer.dispatch(**{**arguments, "topk_idx": None,
+                                                        "topk_weights": None})
     found["dispatch with a handle"] = buffer.dispatch(one.x, handle=got[4])
+    found["dispatch FP8 with a handle"] = buffer.dispatch(quantised, handle=got[4])
     found["combine"] = buffer.combine(got[0], got[4], got[2])
     found["combine without weights"] = buffer.combine(got[0], got[4])
     buffer.destroy()
@@ -90,6 +93,8 @@ def _low_latency_returns(group):
     found["low_latency_dispatch BF16, hook"] = got
     got[4]()
     back = (got[0], one.topk_idx, one.topk_weights, got[2])
+    found["get_next_low_latency_combine_buffer"] = (
+        buffer.get_next_low_latency_combine_buffer(got[2]))
     found["low_latency_combine"] = buffer.low_latency_combine(*back)
     sums = buffer.low_latency_combine(*back, return_recv_hook=True)
     found["low_latency_combine, hook"] = sums
