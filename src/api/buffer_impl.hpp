@@ -223,7 +223,8 @@ class __attribute__((visibility("hidden"))) Buffer::Impl {  // a member of an ex
   RowForecast row_forecast_;
   LowLatencyCalls low_latency_dispatches_;
   LowLatencyCalls low_latency_combines_;
-  Tensor zero_copy_[2];              // by parity of the combine that reads it
+  Tensor zero_copy_[2];  // by parity of the combine that reads it
+  std::vector<Tensor> outgrown_zero_copy_;
   std::uint64_t zero_copy_for_ = 0;  // the combine for which one was asked for last
   std::shared_ptr<Impl*> self_ = std::make_shared<Impl*>(this);  // null in hooks once destroyed
   std::atomic<bool> in_call_{false};

@@ -255,7 +255,8 @@ Tensor Buffer::Impl::get_next_low_latency_combine_buffer(const LowLatencyHandle&
   const TensorView view(buffer.data, DType::kBfloat16, {groups, rows, handle.hidden},
                         options_.device);
   if (!buffer.defined() || buffer.nbytes() < view.nbytes()) {
-    buffer = Tensor();
+    // The smaller one stays: a captured graph may read it.
+    if (buffer.defined()) outgrown_zero_copy_.push_back(std::move(buffer));
     buffer = backend_->allocate_private({view}, backend_->comm_stream())[0];
   }
   TensorView shaped = view;

@@ -3,13 +3,16 @@
 #include <pthread.h>
 #include <signal.h>
 
+#include <system_error>
 #include <thread>
 #include <utility>
+
+#include "base/error.hpp"
 
 namespace deep_ep {
 
 /// A thread of the library's own: it handles no signal of the program's but those for what it does
-/// itself, which a crash handler reports. Throws std::system_error if the system has no more
+/// itself, which a crash handler reports. Throws Error(kOutOfMemory) if the system has no more
 /// threads.
 template <class Body>
 std::thread start_library_thread(Body&& body) {
@@ -25,7 +28,11 @@ std::thread start_library_thread(Body&& body) {
     sigset_t before{};
   };
   const Blocked blocked;  // a thread begins with its maker's mask
-  return std::thread(std::forward<Body>(body));
+  try {
+    return std::thread(std::forward<Body>(body));
+  } catch (const std::system_error& error) {
+    throw Error(ErrorCode::kOutOfMemory, fmt::format("a thread cannot start: {}", error.what()));
+  }
 }
 
 }  // namespace deep_ep

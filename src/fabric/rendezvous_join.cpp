@@ -78,7 +78,8 @@ class Joiner {
 
   Fd connect_to(const addrinfo& entry) {
     Fd fd(socket(entry.ai_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
-    if (!fd) {  // of a family that this machine does not have, say
+    if (!fd) {
+      if (errno != EAFNOSUPPORT && errno != EPROTONOSUPPORT) throw_errno("socket");
       obstacle_ = describe(errno);
       return Fd();
     }

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <system_error>
 #include <thread>
 
 #include "base/error.hpp"
@@ -160,7 +161,7 @@ class Root {
 
   void accept_one() {
     Fd fd(accept4(listener_.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
-    if (!fd && (errno == EMFILE || errno == ENFILE)) make_room();
+    if (!fd && errno != EAGAIN && errno != EINTR && errno != ECONNABORTED) make_room(errno);
     if (!fd) return;
     const int on = 1;
     setsockopt(fd.get(), IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));
@@ -169,13 +170,15 @@ class Root {
     candidates_.push_back({std::move(fd), {}});
   }
 
-  /// The process has no file descriptor left: whoever has said nothing for longest goes.
-  void make_room() {
+  /// Nobody can be accepted, for want of file descriptors say: whoever has said nothing for longest
+  /// goes.
+  void make_room(int error) {
     if (!candidates_.empty()) {
       candidates_.erase(candidates_.begin());
       return;
     }
-    last_refusal_ = "rank 0 has no file descriptor left to accept a rank (ulimit -n)";
+    last_refusal_ =
+        fmt::format("rank 0 could not accept a rank: {}", std::generic_category().message(error));
     std::this_thread::sleep_for(milliseconds(10));
   }
 

@@ -124,22 +124,30 @@ struct ControlShape {
   }
 };
 
+/// That a rank has been waiting for a while now, for whom, and that it lives: `beat` is another at
+/// each turn of its wait. 0: it does not wait.
+constexpr std::uint64_t wait_mark(int rank, std::uint32_t beat) {
+  return std::uint64_t{beat} << 32 | static_cast<std::uint32_t>(rank + 1);
+}
+/// -1: nobody.
+constexpr int awaited_rank(std::uint64_t mark) {
+  return static_cast<int>(static_cast<std::uint32_t>(mark)) - 1;
+}
+
 /// The beginning of every rank's segment 0: what its peers write to it. Sources index the arrays.
 struct ControlBlock {
   static constexpr int kMaxLocalExperts = 4096;
 
   Doorbell* doorbell;
   FaultRecord* fault;
-  // The rank, plus 1, that this one has been waiting for a while now; 0: none. A hint for error
-  // texts, so relaxed.
-  std::int32_t* waiting_for;
-  Mailbox mailbox[2];    // by parity of the epoch
-  InboxPlace* inbox;     // [R] by receiver of this rank's rows
-  EpochFlag* landed;     // [R] all rows of the source are in this rank's results
-  EpochFlag* pulled;     // [R] the source has read all that it needs of this rank's outputs
-  EpochFlag* ring_tail;  // [lanes, R]
-  EpochFlag* ring_head;  // [lanes, R] credits for the rings that this rank writes
-  std::byte* ring_data;  // [lanes, R, ring_bytes]
+  std::uint64_t* wait_mark;  // a hint, so relaxed
+  Mailbox mailbox[2];        // by parity of the epoch
+  InboxPlace* inbox;         // [R] by receiver of this rank's rows
+  EpochFlag* landed;         // [R] all rows of the source are in this rank's results
+  EpochFlag* pulled;         // [R] the source has read all that it needs of this rank's outputs
+  EpochFlag* ring_tail;      // [lanes, R]
+  EpochFlag* ring_head;      // [lanes, R] credits for the rings that this rank writes
+  std::byte* ring_data;      // [lanes, R, ring_bytes]
 
   /// The mailbox of a call: two alternate (I3). Not by index, which would put a copy of a
   /// ControlBlock on a GPU thread's stack.
@@ -153,7 +161,7 @@ struct ControlBlock {
     ControlBlock block;
     block.doorbell = carver.take<Doorbell>(1);
     block.fault = carver.take<FaultRecord>(1);
-    block.waiting_for = carver.take<std::int32_t>(1);
+    block.wait_mark = carver.take<std::uint64_t>(1);
     for (Mailbox& mailbox : block.mailbox) {
       mailbox.posted = carver.take<EpochFlag>(ranks);
       mailbox.record = carver.take<CallRecord>(ranks);

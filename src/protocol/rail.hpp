@@ -47,10 +47,10 @@ struct RailBlock {
     std::byte* out_messages;
   };
 
-  EpochFlag* faulted;          // [R] 1: that rank's fault record is complete
-  FaultRecord* faults;         // [R]
-  FaultRecord* out_fault;      // [1]
-  std::uint64_t* waiting_for;  // [R] as in ControlBlock, of that rank
+  EpochFlag* faulted;        // [R] 1: that rank's fault record is complete
+  FaultRecord* faults;       // [R]
+  FaultRecord* out_fault;    // [1]
+  std::uint64_t* wait_mark;  // [R] as in ControlBlock, of that rank
   Mailbox mailbox[2];
   EpochFlag* ring_tail;  // [lanes, peers]
   EpochFlag* ring_head;  // [lanes, peers] credits of the rings that this rank writes
@@ -65,7 +65,7 @@ struct RailBlock {
     block.faulted = carver.take<EpochFlag>(ranks);
     block.faults = carver.take<FaultRecord>(ranks);
     block.out_fault = carver.take<FaultRecord>(1);
-    block.waiting_for = carver.take<std::uint64_t>(ranks);
+    block.wait_mark = carver.take<std::uint64_t>(ranks);
     for (Mailbox& mailbox : block.mailbox) {
       mailbox.posted = carver.take<EpochFlag>(peers);
       mailbox.messages = carver.take<std::byte>(peers * shape.message_bytes());

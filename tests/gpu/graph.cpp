@@ -190,16 +190,18 @@ class FirstCalls {
     constexpr int kResults = 6;
     std::vector<DispatchResult> live;
     std::vector<Tensor> copies;
+    std::vector<Tensor> heads;
     for (int i = 1; i <= kResults; ++i) {
       live.push_back(dispatch(Round(kShape, i, buffer_.rank(), buffer_.num_ranks())));
       copies.push_back(live.back().recv_x.to({}, {stream_}));
+      heads.push_back(live.back().handle.send_head.to({}, {stream_}));
     }
     check(cudaGraphLaunch(graph, stream_), "cudaGraphLaunch");
     check(cudaStreamSynchronize(stream_), "a replay");
     (void)cudaGraphExecDestroy(graph);
     buffer_.check();
     for (int i = 0; i < kResults; ++i) {
-      if (!is_same(live[i].recv_x, copies[i]))
+      if (!is_same(live[i].recv_x, copies[i]) || !is_same(live[i].handle.send_head, heads[i]))
         return fmt::format("a replay wrote to a result of dispatch {}", i);
     }
     return "";

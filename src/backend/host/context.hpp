@@ -29,10 +29,9 @@ class Network {
   /// Looks at what has come: another node's fault becomes this rank's. True if ranks are lost.
   virtual bool poll() = 0;
   virtual bool lost(int rank) const = 0;
-  /// The rank, plus 1, that `rank` of another node has been waiting for a while now, or 0; and to
-  /// tell the others so.
-  virtual int waiting_for(int rank) const = 0;
-  virtual void announce_wait(int rank_plus_1) noexcept = 0;
+  /// Of a rank of another node; and to tell all of them this rank's.
+  virtual std::uint64_t wait_mark(int rank) const = 0;
+  virtual void announce_wait(std::uint64_t mark) noexcept = 0;
   /// Tells all ranks of other nodes.
   virtual void raise_fault(const Error& error) noexcept = 0;
 };
@@ -122,7 +121,7 @@ class Context {
   template <class Ready, class ListMissing>
   void wait(const Call& call, const char* what, Ready&& ready, ListMissing&& missing) {
     protocol::HostWaiter waiter(*own().doorbell, *own().fault, call.timeout, crowded_);
-    bool announced = false;
+    std::chrono::nanoseconds tell_at = kAnnounceAfter;
     const protocol::WaitResult result = protocol::wait_until(waiter, [&] {
       // acquire: pairs with peer_gone(); what the peer published before it went is visible to
       // ready().
@@ -133,18 +132,26 @@ class Context {
       if (some_lost && ready()) return true;
       if (some_gone || some_lost) check_gone(call, what, missing());
       if (waiter.waited() > kAnnounceAfter) {
-        announce_wait(missing());
-        announced = true;
+        const bool tell = waiter.waited() > tell_at;
+        announce_wait(missing(), tell);
+        if (tell) tell_at = waiter.waited() + kTellAgainAfter;
       }
       return false;
     });
     // Whoever gives up stays marked: others may give up in the same moment and follow the marks.
     if (result != protocol::WaitResult::kReady) throw_unready(call, what, missing());
-    if (announced) announce_end_of_wait();
+    if (tell_at > kAnnounceAfter) announce_end_of_wait();
   }
 
-  /// For who goes on though a wait() threw: takes its mark away.
+  /// For a wait of another kind: that it lasts, at least every 50 ms. `tell`: other nodes too,
+  /// which learn of another `missing` anyway.
+  void announce_wait(const std::vector<Missing>& missing, bool tell);
+  /// Its end; also for who goes on though a wait() threw.
   void announce_end_of_wait();
+  /// Of a rank of any node, by protocol::wait_mark().
+  std::uint64_t wait_mark(int global_rank);
+  /// It died, left, or cannot be reached.
+  bool gone(int global_rank) const;
 
   /// Null while it is not mapped. Throws the Error for one that cannot be.
   std::byte* segment_base(const Call& call, int rank, int segment) const;
@@ -163,10 +170,9 @@ class Context {
   void open_fabric(const std::vector<std::string>& handles, std::chrono::milliseconds timeout);
   void peer_gone(int rank, bool orderly);
   // Long against any wait of ranks that work, short against any timeout.
-  static constexpr std::chrono::milliseconds kAnnounceAfter{1};
-  void announce_wait(const std::vector<Missing>& missing);
-  /// Of a rank of any node: the rank, plus 1, that it has been waiting for a while now.
-  int waiting_for(int global_rank);
+  static constexpr std::chrono::nanoseconds kAnnounceAfter = std::chrono::milliseconds(1);
+  // A signal to each rank of other nodes.
+  static constexpr std::chrono::nanoseconds kTellAgainAfter = std::chrono::milliseconds(50);
   /// Index in this node of a rank of any node, -1 for others.
   int local_rank(int global_rank) const {
     const int rank = global_rank - first_rank_;
@@ -183,7 +189,8 @@ class Context {
   int rank_;
   int num_ranks_;
   Network* network_ = nullptr;
-  std::atomic<int> announced_{0};  // the last word of announce_wait, of any thread
+  std::atomic<int> announced_{-1};  // the rank that was last told, by any thread
+  std::atomic<std::uint32_t> beat_{0};
   int num_lanes_ = 1;
   bool crowded_;  // more ranks than cores: spinning would only keep others from running
   fabric::Fabric fabric_;

@@ -76,24 +76,32 @@ void Context::check_gone(const Call& call, const char* what, const std::vector<M
   }
 }
 
-void Context::announce_wait(const std::vector<Missing>& missing) {
+void Context::announce_wait(const std::vector<Missing>& missing, bool tell) {
   if (missing.empty()) return;
-  const int word = missing.front().rank + 1;
-  protocol::store_relaxed(own().waiting_for, word);
-  if (announced_.exchange(word, std::memory_order_relaxed) != word && network_ != nullptr)
-    network_->announce_wait(word);
+  const int rank = missing.front().rank;
+  const std::uint64_t mark =
+      protocol::wait_mark(rank, beat_.fetch_add(1, std::memory_order_relaxed));
+  protocol::store_relaxed(own().wait_mark, mark);
+  const bool changed = announced_.exchange(rank, std::memory_order_relaxed) != rank;
+  if (network_ != nullptr && (changed || tell)) network_->announce_wait(mark);
 }
 
 void Context::announce_end_of_wait() {
-  protocol::store_relaxed(own().waiting_for, 0);
-  announced_.store(0, std::memory_order_relaxed);
+  protocol::store_relaxed(own().wait_mark, std::uint64_t{0});
+  announced_.store(-1, std::memory_order_relaxed);
   if (network_ != nullptr) network_->announce_wait(0);
 }
 
-int Context::waiting_for(int global_rank) {
+std::uint64_t Context::wait_mark(int global_rank) {
   const int local = local_rank(global_rank);
-  if (local >= 0) return protocol::load_relaxed(peer(local).waiting_for);
-  return network_ == nullptr ? 0 : network_->waiting_for(global_rank);
+  if (local >= 0) return protocol::load_relaxed(peer(local).wait_mark);
+  return network_ == nullptr ? 0 : network_->wait_mark(global_rank);
+}
+
+bool Context::gone(int global_rank) const {
+  const int local = local_rank(global_rank);
+  if (local >= 0) return gone_[local].load(std::memory_order_relaxed) != kHere;
+  return network_ != nullptr && network_->lost(global_rank);
 }
 
 std::vector<int> Context::find_culprits(const std::vector<Missing>& missing) {
@@ -105,7 +113,7 @@ std::vector<int> Context::find_culprits(const std::vector<Missing>& missing) {
     // this rank.
     while (std::find(path.begin(), path.end(), at) == path.end()) {
       path.push_back(at);
-      const int next = waiting_for(at) - 1;
+      const int next = protocol::awaited_rank(wait_mark(at));
       if (next < 0 || next >= topology_.num_ranks) break;
       at = next;
     }

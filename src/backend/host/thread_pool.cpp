@@ -1,24 +1,20 @@
 #include "backend/host/thread_pool.hpp"
 
-#include <fmt/format.h>
-
-#include <system_error>
-
+#include "base/error.hpp"
 #include "base/library_thread.hpp"
-#include "deep_ep/error.hpp"
 
 namespace deep_ep::host {
 
 ThreadPool::ThreadPool(int num_threads) {
+  threads_.reserve(num_threads);
   try {
     for (int i = 1; i < num_threads; ++i)
       threads_.push_back(start_library_thread([this, i] { serve(i); }));
-  } catch (const std::system_error& error) {
+  } catch (const Error& error) {
     const std::size_t started = threads_.size();
     stop();
-    throw Error(ErrorCode::kOutOfMemory,
-                fmt::format("num_threads is {}, but thread {} cannot start: {}", num_threads,
-                            started + 1, error.what()));
+    throw Error(error.code(), fmt::format("num_threads is {}, {} run: {}", num_threads, started + 1,
+                                          error.what()));
   }
 }
 

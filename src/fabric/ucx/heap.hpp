@@ -44,6 +44,8 @@ class UcxHeap final : public SymmetricHeap {
 
   std::string address() const { return address_of(worker_.get()); }
   void make_endpoints(const std::vector<std::string>& addresses);
+  /// The thread that moves what is under way.
+  void start();
   /// Waits for a message from each rank. Throws Error(kTimeout) naming those that were not heard
   /// of, Error(kPeerFailed) naming those that were lost.
   void greet_all();

@@ -31,7 +31,10 @@ std::unique_ptr<UcxHeap> make(Bootstrap& bootstrap, const SymmetricHeapOptions& 
     address = heap->address();
   });
   const auto addresses = bootstrap.all_gather(address);
-  together(bootstrap, [&] { heap->make_endpoints(addresses); });
+  together(bootstrap, [&] {
+    heap->make_endpoints(addresses);
+    heap->start();
+  });
   together(bootstrap, [&] { heap->greet_all(); });
   return heap;
 }

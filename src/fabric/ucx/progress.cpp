@@ -42,9 +42,13 @@ void UcxHeap::make_endpoints(const std::vector<std::string>& addresses) {
   }
 }
 
+void UcxHeap::start() {
+  const auto lock = turnstile_.enter();
+  thread_ = start_library_thread([this] { run(); });
+}
+
 void UcxHeap::greet_all() {
   auto lock = turnstile_.enter();
-  thread_ = start_library_thread([this] { run(); });
   for (Peer& peer : peers_) {
     if (peer.rank != rank_) send(peer, {.source = rank_, .kind = Kind::kHello}, nullptr, 0);
   }

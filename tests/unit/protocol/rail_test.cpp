@@ -26,7 +26,7 @@ TEST(RailBlock, MeasuringAndPlacingAgreeAndPartsDoNotOverlap) {
         {bytes_of(block.faulted), shape.num_ranks * std::int64_t{sizeof(EpochFlag)}},
         {bytes_of(block.faults), shape.num_ranks * std::int64_t{sizeof(FaultRecord)}},
         {bytes_of(block.out_fault), sizeof(FaultRecord)},
-        {bytes_of(block.waiting_for), shape.num_ranks * std::int64_t{8}}};
+        {bytes_of(block.wait_mark), shape.num_ranks * std::int64_t{8}}};
     for (const RailBlock::Mailbox& mailbox : block.mailbox) {
       parts.emplace_back(bytes_of(mailbox.posted), peers * std::int64_t{sizeof(EpochFlag)});
       parts.emplace_back(mailbox.messages, peers * shape.message_bytes());

@@ -43,24 +43,36 @@ __device__ inline void set_place(const auto& args, int i, int group, std::int64_
 __device__ inline bool count_rows_before(const auto& args, const Ticket& ticket, int source,
                                          int expert, std::int32_t& rows) {
   constexpr int kBatch = 4;
+  const Announced announced(args.shared, args.comm.num_ranks);
   const Packet* from = place_here(ticket.packet_shift, args.places.counts + expert / 3);
   const int word = expert % 3;
 #pragma unroll 1
   for (int base = 0; base < source; base += kBatch) {
     Packet packets[kBatch] = {};
+    const auto take = [&](int j) {
+      return take_packet(from + (base + j) * args.places.count_packets, ticket.tag, packets[j]);
+    };
+    bool taken[kBatch];
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) taken[j] = base + j >= source || take(j);
     bool here = true;
 #pragma unroll
-    for (int j = 0; j < kBatch; ++j)
-      if (base + j < source)
-        // A masked rank may send, too: its rows are nowhere.
-        here = !is_masked(args, base + j) &&
-               take_packet(from + (base + j) * args.places.count_packets, ticket.tag, packets[j]) &&
-               here;
+    for (int j = 0; j < kBatch; ++j) {
+      if (base + j >= source) continue;
+      // Who has no message has no rows, nor has who was absent when its call was asked for. Who is
+      // masked only now has been counted.
+      if (announced.messages[base + j] != 0) {
+        here = taken[j] && here;
+      } else {
+        packets[j] = {};
+      }
+    }
     if (!here) {
       // One after the other, since each may be absent.
 #pragma unroll
       for (int j = 0; j < kBatch; ++j) {
         if (base + j >= source) break;
+        if (announced.messages[base + j] == 0 || take(j)) continue;
         const Arrival arrival = await_packet(
             args, base + j, from + (base + j) * args.places.count_packets, ticket.tag, packets[j]);
         if (arrival == Arrival::kFailed) return false;

@@ -130,11 +130,15 @@ __device__ const std::byte* plain_row_from(const Puts auto& args, const Ticket& 
 /// As row_places.cuh has it; out of line, where it takes registers from nobody.
 __device__ __noinline__ bool count_rows_before(const Puts auto& args, const Ticket& ticket,
                                                int source, int expert, std::int32_t& rows) {
+  const Announced announced(args.shared, args.comm.num_ranks);
 #pragma unroll 1
   for (int i = 0; i < source; ++i) {
+    if (announced.messages[i] == 0) continue;
     Packet packet = {};
     const FarPackets from = counts_from(args, ticket, i, expert / 3);
-    const Arrival arrival = await_packet(args, i, from, ticket.tag, packet);
+    const Arrival arrival = take_packet(from, ticket.tag, packet)
+                                ? Arrival::kHere
+                                : await_packet(args, i, from, ticket.tag, packet);
     if (arrival == Arrival::kFailed) return false;
     if (arrival == Arrival::kHere) rows += static_cast<std::int32_t>(packet.words[expert % 3]);
   }

@@ -1,5 +1,6 @@
 #include "backend/host/internode/checks.hpp"
 
+#include "backend/host/intranode/checks.hpp"
 #include "base/error.hpp"
 #include "plan/internode.hpp"
 
@@ -43,6 +44,16 @@ void check_sends(const Routing& routing, std::int64_t num_tokens, const plan::To
             "is_token_in_rank {}",
             told[rank], rank, rows[rank]);
   }
+}
+
+void check_cached(const deep_ep::internode::DispatchParams& params,
+                  const plan::Topology& topology) {
+  check_sends(params.routing, params.call.record.num_tokens, topology);
+  intranode::check_prepared_routing(
+      params.call, params.source.topk_idx, topology.num_ranks, "internode_handle.is_token_in_rank",
+      "false", [&](std::int64_t token, std::int64_t rank) {
+        return params.routing.is_token_in_rank[token * topology.num_ranks + rank];
+      });
 }
 
 void check_receives(State& state, const Routing& routing, std::int64_t room) {

@@ -16,6 +16,9 @@ std::vector<std::int32_t> rows_of(const deep_ep::internode::Routing& routing, in
 void check_sends(const deep_ep::internode::Routing& routing, std::int64_t num_tokens,
                  const plan::Topology& topology);
 
+/// The same for a cached or prepared dispatch, and that its ids go where its rows do.
+void check_cached(const deep_ep::internode::DispatchParams& params, const plan::Topology& topology);
+
 /// The other half, against what the ranks have announced: `room` is how many received rows there is
 /// room for. Throws Error(kInvalidArgument) for what does not fit this handle's own tensors,
 /// Error(kDisagreement) naming the rank whose handle is of another dispatch.

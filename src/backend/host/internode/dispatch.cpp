@@ -3,7 +3,6 @@
 
 #include "backend/host/internode/checks.hpp"
 #include "backend/host/internode/steps.hpp"
-#include "backend/host/intranode/checks.hpp"
 #include "backend/host/landing.hpp"
 #include "backend/host/lanes.hpp"
 #include "backend/host/rows.hpp"
@@ -364,14 +363,7 @@ void dispatch(State& state, const DispatchParams& params) {
   Landing landing(state.context(), params);
   Exchange exchange{state, params, landing,
                     plan::RecordFormat(params.format, topology.ranks_per_node)};
-  if (params.cached) {
-    check_sends(params.routing, tokens, topology);
-    intranode::check_prepared_routing(
-        params.call, params.source.topk_idx, topology.num_ranks,
-        "internode_handle.is_token_in_rank", "false", [&](std::int64_t token, std::int64_t rank) {
-          return params.routing.is_token_in_rank[token * topology.num_ranks + rank];
-        });
-  }
+  if (params.cached) check_cached(params, topology);
   landing.publish_places();
   if (params.cached) {
     state.announce(params.call,

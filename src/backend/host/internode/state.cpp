@@ -1,6 +1,7 @@
 #include "backend/host/internode/state.hpp"
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 
 #include "backend/agreement.hpp"
@@ -120,7 +121,7 @@ void State::post_rails(const Call& call, const Announcement& own) {
     if (node == this->node()) continue;
     const int peer = topology().rank_of(node, topology().index_of(rank()));
     std::byte* out = mailbox.out_messages + peer_of(node) * shape_.message_bytes();
-    if (!flush(call, peer)) continue;
+    if (!flush(call, peer, call.timeout)) continue;
     auto& message = *reinterpret_cast<protocol::RailMessage*>(out);
     message = {};
     message.record = call.record;
@@ -148,15 +149,30 @@ void State::signal(int rank, const void* word, std::uint64_t value) {
   unless_lost(*heap_, rank, [&] { heap_->signal(rank, offset(word), value); });
 }
 
-bool State::flush(const Call& call, int rank) {
+bool State::flush(const Call& call, int rank, std::chrono::milliseconds timeout) {
+  using std::chrono::milliseconds;
+  using std::chrono::steady_clock;
+  const auto end = steady_clock::now() + timeout;
   bool flushed = false;
-  unless_lost(*heap_, rank, [&] { flushed = heap_->flush(rank, call.timeout); });
+  bool waited = false;
+  // Most take no time; of one that does the others are to know.
+  for (milliseconds turn(1); !flushed && !heap_->lost(rank); turn = milliseconds(50)) {
+    const auto left = std::chrono::ceil<milliseconds>(end - steady_clock::now());
+    if (waited && left.count() <= 0) break;
+    unless_lost(*heap_, rank,
+                [&] { flushed = heap_->flush(rank, std::clamp(left, milliseconds(1), turn)); });
+    if (flushed) break;
+    context_.check_fault(call);
+    context_.announce_wait({{rank, call.epoch, 0}}, true);
+    waited = true;
+  }
+  if (waited && (flushed || heap_->lost(rank))) context_.announce_end_of_wait();
   if (flushed) return true;
   if (heap_->lost(rank)) return false;
   throw Error(ErrorCode::kTimeout,
               fmt::format("{} (call {}) on rank {}: what the call before the last sent to rank {} "
                           "has not left within {} ms",
-                          call.operation, call.epoch, this->rank(), rank, call.timeout.count()),
+                          call.operation, call.epoch, this->rank(), rank, timeout.count()),
               {rank});
 }
 
@@ -292,17 +308,14 @@ bool State::poll() {
 
 bool State::lost(int rank) const { return heap_->lost(rank); }
 
-int State::waiting_for(int rank) const {
-  return static_cast<int>(protocol::load_relaxed(&block_.waiting_for[rank]));
+std::uint64_t State::wait_mark(int rank) const {
+  return protocol::load_relaxed(&block_.wait_mark[rank]);
 }
 
-void State::announce_wait(int rank_plus_1) noexcept {
+void State::announce_wait(std::uint64_t mark) noexcept {
   for_remote_ranks([&](int to) {
     try {
-      if (!heap_->lost(to)) {
-        heap_->signal(to, offset(&block_.waiting_for[rank()]),
-                      static_cast<std::uint64_t>(rank_plus_1));
-      }
+      if (!heap_->lost(to)) heap_->signal(to, offset(&block_.wait_mark[rank()]), mark);
     } catch (...) {  // it is lost: who waits for it finds out
     }
   });

@@ -52,8 +52,9 @@ class State final : public Network {
   void put(int rank, const void* at, const void* source, std::int64_t bytes);
   /// release: pairs with an acquire of the word there; see fabric::SymmetricHeap.
   void signal(int rank, const void* word, std::uint64_t value);
-  /// What was put to `rank` may be written again; false if it is lost. Throws Error(kTimeout).
-  bool flush(const Call& call, int rank);
+  /// What was put to `rank` may be written again; false if it is lost. Others see meanwhile that
+  /// this rank waits for it. Throws Error(kTimeout), and that of a fault.
+  bool flush(const Call& call, int rank, std::chrono::milliseconds timeout);
 
   RailSender& rail_to(int lane, int node) { return senders_[lane * num_peers() + peer_of(node)]; }
   RailReceiver& rail_from(int lane, int node) {
@@ -96,8 +97,8 @@ class State final : public Network {
 
   bool poll() override;
   bool lost(int rank) const override;
-  int waiting_for(int rank) const override;
-  void announce_wait(int rank_plus_1) noexcept override;
+  std::uint64_t wait_mark(int rank) const override;
+  void announce_wait(std::uint64_t mark) noexcept override;
   void raise_fault(const Error& error) noexcept override;
 
  private:

@@ -62,12 +62,18 @@ void State::wait_consumed(const Call& call, LowLatencyKind kind, std::uint64_t t
 
 // I21: whoever has read a ticket has got its bytes; this waits until the transport knows, too.
 void State::reclaim_mirror(const Call& call) {
+  using std::chrono::milliseconds;
+  using std::chrono::steady_clock;
+  const auto end = steady_clock::now() + call.timeout;
   for (int i = 0; i < num_ranks(); ++i) {
     if (!remote(i) || masked(i)) continue;
+    const auto left = std::chrono::ceil<milliseconds>(end - steady_clock::now());
     try {
-      (void)network_->flush(call, i);
+      (void)network_->flush(call, i, std::max(left, milliseconds(1)));
     } catch (const Error& error) {
-      if (!mask_missing(error, {{i, 1, 0}})) throw;
+      if (!is_absence(error)) throw;
+      mask_all({i}, error);
+      context_.announce_end_of_wait();
     }
   }
 }
@@ -100,43 +106,66 @@ void State::scrub(LowLatencyKind kind, std::uint64_t ticket) {
     protocol::store_relaxed(&packet[i].tag, std::uint32_t{0});
 }
 
-namespace {
-
-// Of `ranks` those that are missing.
-std::vector<int> missing_of(std::vector<int> ranks, const std::vector<Missing>& missing) {
-  std::erase_if(ranks, [&](int rank) {
-    return std::none_of(missing.begin(), missing.end(),
-                        [&](const Missing& one) { return one.rank == rank; });
-  });
-  return ranks;
+/// That ranks are gone or late, and nothing worse: they may be masked.
+bool State::is_absence(const Error& error) {
+  return enable_shrink_ && !context_.faulted() &&
+         (error.code() == ErrorCode::kTimeout || error.code() == ErrorCode::kPeerFailed);
 }
 
-}  // namespace
-
-// Who is missing waits for a rank that is not missing here. Either that one is lost, and whoever is
-// missing leaves it out at about this time, and comes; or the mark is old: who is missing was
-// stopped in its wait, and the other has come since.
-bool State::may_still_come(const Error& error, const std::vector<Missing>& missing) const {
-  return enable_shrink_ && error.code() == ErrorCode::kTimeout && !error.ranks().empty() &&
-         missing_of(error.ranks(), missing).empty();
-}
-
-// Masks those of the missing that the Error blames, or all.
-bool State::mask_missing(const Error& error, const std::vector<Missing>& missing) {
-  const bool absent = error.code() == ErrorCode::kTimeout || error.code() == ErrorCode::kPeerFailed;
-  if (!enable_shrink_ || !absent || context_.own().fault->load() != protocol::FaultRecord::kNone)
-    return false;
-  std::vector<int> ranks = missing_of(error.ranks(), missing);
-  if (ranks.empty()) {
-    for (const Missing& one : missing) ranks.push_back(one.rank);
+// A rank that is missing may itself wait for one that is lost: until it has masked that one. So
+// after the timeout this one looks a while longer at whose wait goes on: a mark alone may be that
+// of a rank that was stopped in its wait. Whoever has left this rank out waits as well, for others:
+// so not for ever.
+void State::wait_without(const Call& call, Error error,
+                         const std::function<void(const Call&)>& wait,
+                         const std::function<std::vector<Missing>()>& missing) {
+  constexpr int kTimes = 3;
+  constexpr std::chrono::milliseconds kShortestLook(200);  // a wait's beat takes up to 100
+  const auto waited = [&](const Call& again) {
+    try {
+      wait(again);
+      context_.announce_end_of_wait();  // that of the wait that threw
+      return true;
+    } catch (const Error& next) {
+      if (!is_absence(next)) throw;
+      error = next;
+      return false;
+    }
+  };
+  for (int times = 0;;) {
+    const Error first = error;
+    std::vector<std::uint64_t> marks(num_ranks());
+    if (error.code() == ErrorCode::kTimeout) {
+      for (int i = 0; i < num_ranks(); ++i) marks[i] = context_.wait_mark(i);
+      Call look = call;
+      look.timeout = std::max(call.timeout / 4, kShortestLook);
+      if (waited(look)) return;
+    }
+    const bool looked = error.code() == ErrorCode::kTimeout;  // to the end: nobody died meanwhile
+    times += looked ? 1 : 0;
+    const std::vector<Missing> absent = missing();
+    std::vector<int> lost;
+    for (const auto& [rank, expected, seen] : absent) {
+      const bool waits = context_.wait_mark(rank) != marks[rank];
+      if (context_.gone(rank) || (looked && (!waits || times == kTimes))) lost.push_back(rank);
+    }
+    std::erase(lost, rank());
+    if (lost.empty() && !looked && !absent.empty()) throw Error(error);
+    mask_all(lost, first);
+    if (!lost.empty()) {
+      times = 0;
+      context_.announce_end_of_wait();  // it need not have to wait again
+    }
+    if (waited(call)) return;
   }
-  std::erase(ranks, rank());
+}
+
+void State::mask_all(const std::vector<int>& ranks, const Error& error) {
   for (const int rank : ranks) {
     mask(rank, true);
     log::warn("rank {} leaves rank {} out of low latency from here on: {}", this->rank(), rank,
               error.what());
   }
-  return !ranks.empty();
 }
 
 }  // namespace deep_ep::host::internode_ll

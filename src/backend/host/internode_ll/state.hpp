@@ -2,7 +2,7 @@
 
 #include <atomic>
 #include <cstdint>
-#include <optional>
+#include <functional>
 #include <vector>
 
 #include "backend/host/context.hpp"
@@ -75,25 +75,17 @@ class State {
   }
 
   /// As Context::wait, but with enable_shrink ranks that do not come are masked, and the wait goes
-  /// on: ready() and missing() leave masked ranks out. Whoever waits for a rank that has come here
-  /// gets a quarter of the timeout more.
+  /// on: ready() and missing() leave masked ranks out. Whoever shows after the timeout that it
+  /// waits itself is waited for again, a few times.
   template <class Ready, class ListMissing>
   void wait(const Call& call, const char* what, Ready&& ready, ListMissing&& missing) {
-    std::optional<Call> longer;
-    for (;;) {
-      try {
-        return context_.wait(longer ? *longer : call, what, ready, missing);
-      } catch (const Error& error) {
-        const std::vector<Missing> absent = missing();
-        if (!longer && may_still_come(error, absent)) {
-          longer = call;
-          longer->timeout /= 4;
-          continue;
-        }
-        if (!mask_missing(error, absent)) throw;
-        context_.announce_end_of_wait();  // it need not have to wait again
-        longer.reset();
-      }
+    try {
+      context_.wait(call, what, ready, missing);
+    } catch (const Error& error) {
+      if (!is_absence(error)) throw;
+      wait_without(
+          call, error, [&](const Call& again) { context_.wait(again, what, ready, missing); },
+          missing);
     }
   }
 
@@ -109,8 +101,10 @@ class State {
     layouts_[rank] = plan::LowLatencyLayout::carve(memory, bytes_, num_ranks());
   }
   void reclaim_mirror(const Call& call);
-  bool may_still_come(const Error& error, const std::vector<Missing>& missing) const;
-  bool mask_missing(const Error& error, const std::vector<Missing>& missing);
+  bool is_absence(const Error& error);
+  void wait_without(const Call& call, Error error, const std::function<void(const Call&)>& wait,
+                    const std::function<std::vector<Missing>()>& missing);
+  void mask_all(const std::vector<int>& ranks, const Error& error);
   void scrub(plan::LowLatencyKind kind, std::uint64_t ticket);
 
   Context& context_;
