@@ -349,7 +349,7 @@ TEST_P(FaultInEveryCall, AStoppedRankIsNamedAfterTheTimeout) {
     one.act = Act::kStop;
     one.count = count;
     one.victim = count % kRanks;
-    one.timeout_ms = 1500;
+    one.timeout_ms = 1200;
     EXPECT_TRUE(run(one));
   }
 }

@@ -138,9 +138,10 @@ void check_new_life(Findings& findings, Worker& worker, const Plan& plan) {
     check_new_buffer(findings, worker, ranks);
 }
 
-void mend(const Namespaces& nodes) {
+void mend(const Namespaces& nodes, const Plan& plan) {
   nodes.set_link(kNode, true);
-  nodes.set_silent(kNode, false);
+  // Refused to a port that has only just come up.
+  if (plan.trouble == Trouble::kSilent) nodes.set_silent(kNode, false);
   nodes.smooth(kNode);
   // Else who is still being looked for from before is found to be missing soon, by new connections
   // too.
@@ -186,7 +187,7 @@ std::string play(const Namespaces& nodes, Worker& worker, const Plan& plan) {
   }
   check_belongings(findings, before);
   if (!plan.somebody_dies()) worker.bootstrap()->barrier();
-  if (worker.rank() == 0) mend(nodes);
+  if (worker.rank() == 0) mend(nodes, plan);
   if (!plan.somebody_dies()) worker.bootstrap()->barrier();
   check_new_life(findings, worker, plan);
   return findings.text();
