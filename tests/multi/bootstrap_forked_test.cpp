@@ -12,6 +12,7 @@
 
 #include "deep_ep/error.hpp"
 #include "in_ranks.hpp"
+#include "processes.hpp"
 
 namespace deep_ep {
 namespace {
@@ -105,12 +106,10 @@ TEST(RunForked, DeadRootIsNamed) {
 }
 
 TEST(RunForked, SilentRankIsNamedAfterTheTimeout) {
-  setenv("DEEP_EP_TIMEOUT_MS", "300", 1);
-  in_ranks(4, [](Bootstrap& bootstrap) {
-    if (bootstrap.rank() == 3) {
-      std::this_thread::sleep_for(milliseconds(1500));
-      return;
-    }
+  setenv("DEEP_EP_TIMEOUT_MS", "2000", 1);
+  Gate thrown;
+  in_ranks(4, [&](Bootstrap& bootstrap) {
+    if (bootstrap.rank() == 3) return thrown.wait(3);
     try {
       bootstrap.barrier();
       ADD_FAILURE() << "did not throw";
@@ -119,6 +118,7 @@ TEST(RunForked, SilentRankIsNamedAfterTheTimeout) {
       EXPECT_THAT(error.ranks(), ElementsAre(3)) << error.what();
       EXPECT_THAT(error.what(), HasSubstr("rank 3 did not come"));
     }
+    thrown.open();
   });
   unsetenv("DEEP_EP_TIMEOUT_MS");
 }

@@ -1,7 +1,6 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <netinet/in.h>
-#include <poll.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/wait.h>
@@ -14,6 +13,9 @@
 #include "base/env.hpp"
 #include "deep_ep/bootstrap.hpp"
 #include "deep_ep/error.hpp"
+#include "fabric/bootstrap_star.hpp"
+#include "fabric/rendezvous.hpp"
+#include "processes.hpp"
 #include "refusal.hpp"
 
 namespace deep_ep {
@@ -40,6 +42,19 @@ int free_port() {
   EXPECT_EQ(getsockname(fd, reinterpret_cast<sockaddr*>(&address), &bytes), 0);
   close(fd);
   return ntohs(address.sin_port);
+}
+
+/// A connection to whoever comes to listen on the port.
+int connect_to(int port) {
+  const sockaddr_in address = loopback(port);
+  const auto deadline = std::chrono::steady_clock::now() + milliseconds(5000);
+  for (;;) {
+    const int fd = socket(AF_INET, SOCK_STREAM, 0);
+    if (connect(fd, reinterpret_cast<const sockaddr*>(&address), sizeof(address)) == 0) return fd;
+    close(fd);
+    if (std::chrono::steady_clock::now() > deadline) return -1;
+    std::this_thread::sleep_for(milliseconds(10));
+  }
 }
 
 /// Processes that are related by nothing but the port.
@@ -104,9 +119,10 @@ TEST(BootstrapTcp, MissingRankIsNamedToAllThatCame) {
   const int port = free_port();
   in_processes(3, [port](int process) {
     const int rank = process == 2 ? 3 : process;  // 2 of 0..3 never comes
-    const std::string text = refusal(
-        [&] { bootstrap_tcp(rank, 4, "127.0.0.1", port, milliseconds(500)); }, ErrorCode::kTimeout);
-    EXPECT_THAT(text, HasSubstr("rank 2 did not come within 500 ms"));
+    const std::string text =
+        refusal([&] { bootstrap_tcp(rank, 4, "127.0.0.1", port, milliseconds(3000)); },
+                ErrorCode::kTimeout);
+    EXPECT_THAT(text, HasSubstr("rank 2 did not come within 3000 ms"));
   });
 }
 
@@ -120,38 +136,57 @@ TEST(BootstrapTcp, MissingRankZeroIsNamed) {
 
 TEST(BootstrapTcp, WrongSecretIsRefusedAndTheOthersMeet) {
   const int port = free_port();
-  in_processes(3, [port](int process) {
+  Gate refused;
+  in_processes(3, [&](int process) {
     setenv("DEEP_EP_RENDEZVOUS_SECRET", process == 2 ? "wrong" : "right", 1);
     if (process == 2) {
       const std::string text =
           refusal([&] { bootstrap_tcp(1, 2, "127.0.0.1", port, milliseconds(20000)); },
                   ErrorCode::kDisagreement);
       EXPECT_THAT(text, HasSubstr("DEEP_EP_RENDEZVOUS_SECRET"));
-      return;
+      return refused.open();
     }
-    // Comes after the impostor has been turned away.
-    if (process == 1) std::this_thread::sleep_for(milliseconds(500));
+    if (process == 1) refused.wait();
     expect_gather(*bootstrap_tcp(process, 2, "127.0.0.1", port, milliseconds(20000)));
   });
 }
 
+/// As bootstrap_tcp of a rank that is not 0, and opens `came` when it is ahead of all that connect
+/// from then on.
+std::shared_ptr<Bootstrap> join_ahead(int rank, int size, int port, Gate& came) {
+  fabric::Fd link(connect_to(port));
+  fabric::Hello hello;
+  hello.rank = rank;
+  hello.size = size;
+  EXPECT_EQ(send(link.get(), &hello, sizeof(hello), MSG_NOSIGNAL), ssize_t{sizeof(hello)});
+  came.open();
+  fabric::Answer answer;
+  EXPECT_EQ(recv(link.get(), &answer, sizeof(answer), MSG_WAITALL), ssize_t{sizeof(answer)});
+  EXPECT_EQ(answer.code, 0u);
+  std::vector<fabric::Fd> links;
+  links.push_back(std::move(link));
+  return fabric::bootstrap_star(rank, size, std::move(links), milliseconds(20000));
+}
+
 TEST(BootstrapTcp, OtherWorldSizeAndSecondProcessOfARankAreRefused) {
   const int port = free_port();
-  in_processes(4, [port](int process) {
+  Gate came;
+  Gate refused;
+  in_processes(4, [&](int process) {
     const auto join = [port](int rank, int size) {
       expect_gather(*bootstrap_tcp(rank, size, "127.0.0.1", port, milliseconds(20000)));
     };
     if (process == 0) return join(0, 3);
-    if (process == 1) return join(1, 3);
-    std::this_thread::sleep_for(milliseconds(400));
+    if (process == 1) return expect_gather(*join_ahead(1, 3, port, came));
     if (process == 2) {
+      came.wait();
       EXPECT_THAT(refusal([&] { join(1, 3); }, ErrorCode::kDisagreement),
                   HasSubstr("another process has come as this rank"));
-      return;
+      return refused.open();
     }
     EXPECT_THAT(refusal([&] { join(2, 5); }, ErrorCode::kDisagreement),
                 HasSubstr("counts 5 ranks, rank 0 counts 3"));
-    std::this_thread::sleep_for(milliseconds(400));
+    refused.wait();
     join(2, 3);
   });
 }
@@ -160,30 +195,24 @@ TEST(BootstrapTcp, OtherWorldSizeAndSecondProcessOfARankAreRefused) {
 /// and until they have met.
 void meet_beside_strangers(int strangers, rlim_t files_of_rank_0) {
   const int port = free_port();
-  int met[2];
-  ASSERT_EQ(pipe(met), 0);
+  Gate connected;
+  Gate met;
   in_processes(3, [&](int process) {
     if (process < 2) {
       const rlimit files{files_of_rank_0, files_of_rank_0};
       if (process == 0) setrlimit(RLIMIT_NOFILE, &files);
-      if (process == 1) std::this_thread::sleep_for(milliseconds(600));
-      expect_gather(*bootstrap_tcp(process, 2, "127.0.0.1", port, milliseconds(5000)));
-      EXPECT_EQ(write(met[1], "", 1), 1);
-      return;
+      if (process == 1) connected.wait();
+      expect_gather(*bootstrap_tcp(process, 2, "127.0.0.1", port, milliseconds(20000)));
+      return met.open();
     }
-    std::this_thread::sleep_for(milliseconds(200));
-    const sockaddr_in address = loopback(port);
     for (int i = 0; i < strangers; ++i) {
-      const int fd = socket(AF_INET, SOCK_STREAM, 0);
-      ASSERT_EQ(connect(fd, reinterpret_cast<const sockaddr*>(&address), sizeof(address)), 0);
+      const int fd = connect_to(port);
+      ASSERT_GE(fd, 0);
       if (i % 2 == 0) send(fd, "GET / HTTP/1.0\r\nHost: somebody\r\n\r\n", 34, MSG_NOSIGNAL);
     }
-    char byte = 0;
-    pollfd polled{met[0], POLLIN, 0};
-    for (int i = 0; i < 2 && poll(&polled, 1, 8000) == 1; ++i) EXPECT_EQ(read(met[0], &byte, 1), 1);
+    connected.open();
+    met.wait(2);
   });
-  close(met[0]);
-  close(met[1]);
 }
 
 TEST(BootstrapTcp, StrangersThatSayNothingOrNonsenseChangeNothing) {

@@ -52,7 +52,7 @@ TEST(Fabric, SegmentsAddedWhileRunningAppearAtAllPeers) {
     bootstrap.barrier();
     for (int rank = 0; rank < 4; ++rank) {
       for (int segment = 1; segment <= kThreads * kEach; ++segment) {
-        ASSERT_TRUE(self.reports.wait(milliseconds(5000),
+        ASSERT_TRUE(self.reports.wait(milliseconds(20000),
                                       [&] { return self.fabric.base(rank, segment) != nullptr; }));
         expect_filled(self.fabric, rank, segment, 2048);
       }
@@ -79,7 +79,7 @@ TEST(Fabric, GoodbyeIsReportedAsOrderly) {
     JoinedRank self(bootstrap);
     bootstrap.barrier();
     if (bootstrap.rank() != 1) {
-      EXPECT_EQ(self.reports.gone(1, milliseconds(1000)), true);
+      EXPECT_EQ(self.reports.gone(1, milliseconds(10000)), true);
       // What it shared stays mapped.
       EXPECT_NE(self.fabric.base(1, 0), nullptr);
     } else {
@@ -100,7 +100,7 @@ TEST(Fabric, StoppedPeerBlocksNobodyAndCatchesUp) {
       kill(peer, SIGSTOP);
       const auto begin = std::chrono::steady_clock::now();
       for (int i = 0; i < kSegments; ++i) self.fabric.add_segment(4096);
-      EXPECT_LT(std::chrono::steady_clock::now() - begin, std::chrono::seconds(5));
+      EXPECT_LT(std::chrono::steady_clock::now() - begin, std::chrono::seconds(20));
       fill(self.fabric, kSegments, 1024);
       kill(peer, SIGCONT);
     }
@@ -146,7 +146,7 @@ TEST(Fabric, PeerThatNeverConnectsIsNamed) {
       return;
     }
     try {
-      fabric.open_handles(exported, milliseconds(400), {});
+      fabric.open_handles(exported, milliseconds(3000), {});
       ADD_FAILURE() << "did not throw";
     } catch (const Error& error) {
       EXPECT_EQ(error.code(), ErrorCode::kTimeout);

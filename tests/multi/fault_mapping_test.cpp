@@ -34,7 +34,7 @@ void check_thrown(Findings& findings, int rank, const std::optional<Thrown>& thr
   for (const char* part : {operation, "segment 1 of rank 0 cannot be mapped", "open files"})
     findings.expect_contains(text, part);
   findings.expect_contains(text, fmt::format("rank {}", kVictim));
-  findings.expect(thrown->after < 3s, fmt::format("it took {} ms", thrown->after.count()));
+  findings.expect(thrown->after < 8s, fmt::format("it took {} ms", thrown->after.count()));
   if (rank != kVictim) findings.expect(thrown->ranks == std::vector{kVictim}, "ranks() is not it");
 }
 

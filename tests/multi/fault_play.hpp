@@ -98,7 +98,7 @@ void check_belongings(Findings& findings, const Belongings& before);
 /// What must hold on every rank whose Buffer is faulted: the Error repeats, earlier results are
 /// intact, destroy returns within `patience`.
 void check_aftermath(Findings& findings, Buffer& buffer, const Keepsakes& kept, const Thrown& fault,
-                     std::chrono::milliseconds patience = std::chrono::seconds(1));
+                     std::chrono::milliseconds patience = std::chrono::seconds(5));
 
 /// A new Buffer among `ranks` works.
 void check_new_buffer(Findings& findings, Worker& worker, const std::vector<int>& ranks);

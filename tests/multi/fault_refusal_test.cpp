@@ -19,7 +19,7 @@ using std::chrono_literals::operator""s;
 
 /// Far above what telling takes, so that a wait that runs out shows.
 constexpr auto kTimeout = 20s;
-constexpr auto kAtOnce = std::chrono::milliseconds(2000);
+constexpr auto kAtOnce = std::chrono::milliseconds(8000);
 
 /// Ranks of a node in the present job; 0: all are of one.
 int ranks_per_node = 0;
@@ -83,6 +83,7 @@ std::string play_too_few_worst_tokens(Worker& worker, bool on_all) {
   Findings findings;
   DispatchArgs args = exchange.dispatch_args(buffer);
   args.num_worst_tokens = Exchange::kTokens * kRanks - (on_all || worker.rank() == kVictim ? 1 : 0);
+  worker.bootstrap()->barrier();  // what is timed begins at once
   const auto thrown = thrown_by([&] {
     buffer.dispatch(args);
     buffer.barrier();
@@ -109,6 +110,7 @@ std::string play_too_few_grouped_rows(Worker& worker) {
   const Tensor memory = Tensor::empty(args.x.dtype, {room, Exchange::kHidden});
   args.grouped_x = memory;
   args.grouped_x.shape[0] -= worker.rank() == kVictim ? 1 : 0;
+  worker.bootstrap()->barrier();
   const auto thrown = thrown_by([&] {
     buffer.dispatch(args);
     buffer.barrier();
@@ -161,6 +163,7 @@ std::string play_foreign_exception(Worker& worker) {
   Buffer buffer(worker.bootstrap(), options);
   const Exchange exchange(worker.rank(), worker.num_ranks());
   DispatchArgs args = exchange.dispatch_args(buffer, false);
+  worker.bootstrap()->barrier();
   std::optional<Thrown> thrown;
   try {
     thrown = thrown_by([&] { buffer.dispatch(args); });
@@ -274,6 +277,7 @@ std::string play_leaver(Worker& worker) {
   const std::unique_ptr<Buffer> made = make_buffer(worker);
   Buffer& buffer = *made;
   buffer.barrier();
+  worker.bootstrap()->barrier();  // nobody is in that one any more
   if (worker.rank() == kVictim) {
     buffer.destroy();
     return "";

@@ -76,7 +76,7 @@ void expect_noticed(const std::function<void(const Namespaces&)>& part) {
     EXPECT_THAT(bootstrap.all_gather(noticed ? "noticed" : ""), ::testing::Contains("noticed"));
     const auto begin = Clock::now();
     heap.reset();
-    EXPECT_LT(Clock::now() - begin, std::chrono::seconds(3));
+    EXPECT_LT(Clock::now() - begin, kEnd);
   });
 }
 
@@ -106,7 +106,7 @@ TEST(SymmetricHeapNodes, FlushAndDestructionEndThoughTheCableIsPulled) {
     heap->put(other, 0, source.data(), kBytes);
     EXPECT_FALSE(heap->flush(other, milliseconds(500)));
     heap.reset();
-    EXPECT_LT(Clock::now() - begin, std::chrono::seconds(4));
+    EXPECT_LT(Clock::now() - begin, kEnd);
   });
 }
 
@@ -116,7 +116,7 @@ TEST(SymmetricHeapNodes, WhoAbandonsItsHeapStaysUntilOthersHaveWhatItToldThem) {
   const Namespaces nodes(2);
   in_ranks(2, [&](Bootstrap& bootstrap) {
     net::live_on(nodes, bootstrap.rank());
-    constexpr std::int64_t kBytes = 800'000;  // 0.32 s
+    constexpr std::int64_t kBytes = 300'000;  // 0.12 s
     const std::vector<char> source(kBytes, 'x');
     auto heap = make_heap(bootstrap, kBytes + 8);
     bootstrap.barrier();
@@ -129,9 +129,9 @@ TEST(SymmetricHeapNodes, WhoAbandonsItsHeapStaysUntilOthersHaveWhatItToldThem) {
       const auto begin = Clock::now();
       heap->abandon();
       heap.reset();
-      EXPECT_LT(Clock::now() - begin, std::chrono::seconds(3));
+      EXPECT_LT(Clock::now() - begin, kEnd);
     } else {
-      EXPECT_EQ(await_word(*heap, kBytes, 1, milliseconds(5000)), 1u);
+      EXPECT_EQ(await_word(*heap, kBytes, 1, kEnd), 1u);
       EXPECT_EQ(std::memcmp(heap->base(), source.data(), kBytes), 0);
     }
     bootstrap.barrier();
@@ -153,7 +153,7 @@ TEST(SymmetricHeapNodes, RanksThatCannotReachEachOtherAllFailInTime) {
           << error.what();
       EXPECT_THAT(error.ranks(), ::testing::ElementsAre(1 - bootstrap.rank())) << error.what();
     }
-    EXPECT_LT(Clock::now() - begin, std::chrono::seconds(5));
+    EXPECT_LT(Clock::now() - begin, kEnd);
   });
 }
 

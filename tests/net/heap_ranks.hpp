@@ -16,6 +16,9 @@ namespace deep_ep::fabric {
 
 using std::chrono::milliseconds;
 
+/// Within this all ends that waits for a peer that is gone: by design within seconds, else never.
+constexpr milliseconds kEnd{10000};
+
 inline std::unique_ptr<SymmetricHeap> make_heap(Bootstrap& bootstrap, std::int64_t bytes,
                                                 std::function<void()> on_signal = {}) {
   return make_symmetric_heap(

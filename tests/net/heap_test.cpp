@@ -136,7 +136,7 @@ TEST(SymmetricHeap, ALastSignalArrivesThoughItsSenderIsGone) {
     } else {
       EXPECT_EQ(await_word(*heap, 1 << 20, 1), 1u);
       EXPECT_EQ(std::memcmp(heap->base(), source.data(), 1 << 20), 0);
-      EXPECT_TRUE(await_loss(*heap, 0, milliseconds(5000)));
+      EXPECT_TRUE(await_loss(*heap, 0, milliseconds(20000)));
     }
     bootstrap.barrier();
   });
@@ -168,7 +168,7 @@ TEST(SymmetricHeap, SleepsWhileNothingMoves) {
     bootstrap.barrier();
     const double before = cpu_seconds();
     std::this_thread::sleep_for(milliseconds(1000));
-    EXPECT_LT(cpu_seconds() - before, 0.1);
+    EXPECT_LT(cpu_seconds() - before, 0.3);
     bootstrap.barrier();
   });
 }
