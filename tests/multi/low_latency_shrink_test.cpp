@@ -3,7 +3,6 @@
 
 #include <csignal>
 #include <cstdlib>
-#include <fstream>
 #include <functional>
 #include <string>
 #include <thread>
@@ -11,6 +10,7 @@
 
 #include "deep_ep/deep_ep.hpp"
 #include "in_ranks.hpp"
+#include "processes.hpp"
 
 // With enable_shrink, ranks that go or do not come are left out, and the others go on.
 namespace deep_ep {
@@ -104,13 +104,6 @@ void play(Bootstrap& bootstrap, const std::shared_ptr<Bootstrap>& shared, bool d
   }
   for (int i = 0; i < kCallsAfter; ++i) exchange(buffer, input, kRanks - 1);
   expect_one_lost(buffer);
-}
-
-bool is_stopped(const std::string& pid) {
-  std::ifstream stat("/proc/" + pid + "/stat");
-  std::string number, name, state;
-  stat >> number >> name >> state;
-  return state == "T";
 }
 
 /// Stops this process a while from now.
