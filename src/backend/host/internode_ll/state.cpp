@@ -150,7 +150,8 @@ void State::wait_without(const Call& call, Error error,
       if (context_.gone(rank) || (looked && (!waits || times == kTimes))) lost.push_back(rank);
     }
     std::erase(lost, rank());
-    if (lost.empty() && !looked && !absent.empty()) throw Error(error);
+    // Nobody can be left out for it, so it would not end.
+    if (lost.empty() && (looked ? times == kTimes : !absent.empty())) throw Error(error);
     mask_all(lost, first);
     if (!lost.empty()) {
       times = 0;
