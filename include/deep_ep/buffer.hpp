@@ -257,7 +257,7 @@ class DEEP_EP_API Buffer {
   Tensor get_next_low_latency_combine_buffer(const LowLatencyHandle& handle);
   /// With enable_shrink: whether calls leave a rank out, as sender and as receiver. A rank that
   /// does not come within the timeout is masked by the rank that waits for it; on hosts it may show
-  /// for a quarter more that it waits itself, and is waited for again then, thrice at most. Local;
+  /// for a quarter more that it waits itself, and is waited for again then, a few times. Local;
   /// behind the calls so far.
   void low_latency_update_mask_buffer(int rank, bool masked);
   /// int32 [R] on the Buffer's device: 1 for each masked rank. Written behind the calls so far on

@@ -79,9 +79,8 @@ class Joiner {
   Fd connect_to(const addrinfo& entry) {
     Fd fd(socket(entry.ai_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
     if (!fd) {
-      if (errno != EAFNOSUPPORT && errno != EPROTONOSUPPORT) throw_errno("socket");
-      obstacle_ = describe(errno);
-      return Fd();
+      if (errno == EAFNOSUPPORT || errno == EPROTONOSUPPORT) return fd;  // there may be others
+      throw_errno("socket");
     }
     int error = 0;
     if (connect(fd.get(), entry.ai_addr, entry.ai_addrlen) != 0) {

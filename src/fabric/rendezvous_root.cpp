@@ -161,8 +161,11 @@ class Root {
 
   void accept_one() {
     Fd fd(accept4(listener_.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
-    if (!fd && errno != EAGAIN && errno != EINTR && errno != ECONNABORTED) make_room(errno);
-    if (!fd) return;
+    if (!fd) {
+      if (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM) make_room();
+      return;
+    }
+    shortage_.clear();
     const int on = 1;
     setsockopt(fd.get(), IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));
     setsockopt(fd.get(), SOL_SOCKET, SO_KEEPALIVE, &on, sizeof(on));
@@ -172,13 +175,12 @@ class Root {
 
   /// Nobody can be accepted, for want of file descriptors say: whoever has said nothing for longest
   /// goes.
-  void make_room(int error) {
+  void make_room() {
+    shortage_ = std::generic_category().message(errno);
     if (!candidates_.empty()) {
       candidates_.erase(candidates_.begin());
       return;
     }
-    last_refusal_ =
-        fmt::format("rank 0 could not accept a rank: {}", std::generic_category().message(error));
     std::this_thread::sleep_for(milliseconds(10));
   }
 
@@ -205,6 +207,7 @@ class Root {
   }
 
   [[noreturn]] void give_up() {
+    if (!shortage_.empty()) last_refusal_ = "rank 0 could not accept a rank: " + shortage_;
     const std::vector<int> ranks = missing();
     const std::string text = fmt::format("rendezvous at {}: {} did not come within {} ms{}{}",
                                          at_.where(), name_ranks(ranks), at_.timeout.count(),
@@ -220,6 +223,7 @@ class Root {
   std::vector<Fd> links_;
   std::vector<Candidate> candidates_;
   std::string last_refusal_;
+  std::string shortage_;  // why nobody can be accepted
 };
 
 }  // namespace

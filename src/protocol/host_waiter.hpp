@@ -43,7 +43,7 @@ class HostWaiter {
       : doorbell_(own), fault_(own_fault), timeout_(timeout.count()), crowded_(crowded) {}
 
   void begin() {
-    now_ = begin_ = clock();
+    now_ = begin_ = now();
     deadline_ = begin_ + timeout_;
     claim_seen_ = false;
   }
@@ -52,7 +52,7 @@ class HostWaiter {
   bool faulted() const { return fault_.load() == FaultRecord::kWritten; }
 
   bool expired() {
-    now_ = clock();
+    now_ = now();
     if (!claim_seen_ && fault_.load() == FaultRecord::kClaimed) {
       claim_seen_ = true;
       deadline_ = std::min(deadline_, now_ + kClaimGraceNs);
@@ -75,13 +75,14 @@ class HostWaiter {
   /// How long the present wait has lasted, as of its last turn.
   std::chrono::nanoseconds waited() const { return std::chrono::nanoseconds(now_ - begin_); }
 
- private:
-  static std::int64_t clock() {
+  /// In ns: the scheduler's, if there is one.
+  static std::int64_t now() {
     if (scheduler != nullptr) [[unlikely]]
       return scheduler->now_ns();
     return std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1);
   }
 
+ private:
   // Several looks for each reading of the clock, which costs as much as some of them.
   template <class Ready>
   static bool spin(Ready&& ready) {

@@ -121,7 +121,7 @@ class Context {
   template <class Ready, class ListMissing>
   void wait(const Call& call, const char* what, Ready&& ready, ListMissing&& missing) {
     protocol::HostWaiter waiter(*own().doorbell, *own().fault, call.timeout, crowded_);
-    std::chrono::nanoseconds tell_at = kAnnounceAfter;
+    bool announced = false;
     const protocol::WaitResult result = protocol::wait_until(waiter, [&] {
       // acquire: pairs with peer_gone(); what the peer published before it went is visible to
       // ready().
@@ -130,27 +130,29 @@ class Context {
       // Once more behind it: what a rank sent before it was lost has come by then.
       const bool some_lost = network_ != nullptr && network_->poll();
       if (some_lost && ready()) return true;
-      if (some_gone || some_lost) check_gone(call, what, missing());
+      if ((some_gone || some_lost) && any_gone(missing())) {
+        if (ready()) return true;  // it went behind the last look
+        check_gone(call, what, missing());
+      }
       if (waiter.waited() > kAnnounceAfter) {
-        const bool tell = waiter.waited() > tell_at;
-        announce_wait(missing(), tell);
-        if (tell) tell_at = waiter.waited() + kTellAgainAfter;
+        announce_wait(missing());
+        announced = true;
       }
       return false;
     });
     // Whoever gives up stays marked: others may give up in the same moment and follow the marks.
     if (result != protocol::WaitResult::kReady) throw_unready(call, what, missing());
-    if (tell_at > kAnnounceAfter) announce_end_of_wait();
+    if (announced) announce_end_of_wait();
   }
 
-  /// For a wait of another kind: that it lasts, at least every 50 ms. `tell`: other nodes too,
-  /// which learn of another `missing` anyway.
-  void announce_wait(const std::vector<Missing>& missing, bool tell);
+  /// For a wait of another kind: that it lasts, at least every 50 ms.
+  void announce_wait(const std::vector<Missing>& missing);
   /// Its end; also for who goes on though a wait() threw.
   void announce_end_of_wait();
   /// Of a rank of any node, by protocol::wait_mark().
   std::uint64_t wait_mark(int global_rank);
-  /// It died, left, or cannot be reached.
+  /// It died, left, or cannot be reached. acquire: pairs with peer_gone(); what the rank published
+  /// before it went is visible.
   bool gone(int global_rank) const;
 
   /// Null while it is not mapped. Throws the Error for one that cannot be.
@@ -170,9 +172,8 @@ class Context {
   void open_fabric(const std::vector<std::string>& handles, std::chrono::milliseconds timeout);
   void peer_gone(int rank, bool orderly);
   // Long against any wait of ranks that work, short against any timeout.
-  static constexpr std::chrono::nanoseconds kAnnounceAfter = std::chrono::milliseconds(1);
-  // A signal to each rank of other nodes.
-  static constexpr std::chrono::nanoseconds kTellAgainAfter = std::chrono::milliseconds(50);
+  static constexpr std::chrono::milliseconds kAnnounceAfter{1};
+  bool any_gone(const std::vector<Missing>& missing) const;
   /// Index in this node of a rank of any node, -1 for others.
   int local_rank(int global_rank) const {
     const int rank = global_rank - first_rank_;
@@ -189,7 +190,9 @@ class Context {
   int rank_;
   int num_ranks_;
   Network* network_ = nullptr;
-  std::atomic<int> announced_{-1};  // the rank that was last told, by any thread
+  // What was last told to other nodes, by any thread, and when.
+  std::atomic<int> announced_{-1};
+  std::atomic<std::int64_t> told_at_{0};
   std::atomic<std::uint32_t> beat_{0};
   int num_lanes_ = 1;
   bool crowded_;  // more ranks than cores: spinning would only keep others from running

@@ -43,8 +43,8 @@ void fill_record(protocol::FaultRecord& record, const Error& error, int origin) 
 
 void Context::peer_gone(int rank, bool orderly) {
   log::debug("rank {}: rank {} {}", global_rank(), global_rank(rank), orderly ? "left" : "died");
-  gone_[rank].store(orderly ? kLeft : kDied, std::memory_order_relaxed);
-  // release: pairs with the acquire in wait().
+  // release, both: pairs with the acquire in gone() and in wait().
+  gone_[rank].store(orderly ? kLeft : kDied, std::memory_order_release);
   num_gone_.fetch_add(1, std::memory_order_release);
   own_doorbell_->ring();
 }
@@ -76,14 +76,22 @@ void Context::check_gone(const Call& call, const char* what, const std::vector<M
   }
 }
 
-void Context::announce_wait(const std::vector<Missing>& missing, bool tell) {
+void Context::announce_wait(const std::vector<Missing>& missing) {
   if (missing.empty()) return;
   const int rank = missing.front().rank;
   const std::uint64_t mark =
       protocol::wait_mark(rank, beat_.fetch_add(1, std::memory_order_relaxed));
   protocol::store_relaxed(own().wait_mark, mark);
-  const bool changed = announced_.exchange(rank, std::memory_order_relaxed) != rank;
-  if (network_ != nullptr && (changed || tell)) network_->announce_wait(mark);
+  if (network_ == nullptr) return;
+  // A signal to each rank of other nodes: seldom, however many threads wait, and for whom.
+  constexpr std::int64_t kOtherRankNs = 2'000'000, kBeatNs = 50'000'000;
+  const std::int64_t now = protocol::HostWaiter::now();
+  const bool other = announced_.load(std::memory_order_relaxed) != rank;
+  const std::int64_t since = now - told_at_.load(std::memory_order_relaxed);
+  if (since < (other ? kOtherRankNs : kBeatNs)) return;
+  announced_.store(rank, std::memory_order_relaxed);
+  told_at_.store(now, std::memory_order_relaxed);
+  network_->announce_wait(mark);
 }
 
 void Context::announce_end_of_wait() {
@@ -100,8 +108,13 @@ std::uint64_t Context::wait_mark(int global_rank) {
 
 bool Context::gone(int global_rank) const {
   const int local = local_rank(global_rank);
-  if (local >= 0) return gone_[local].load(std::memory_order_relaxed) != kHere;
+  if (local >= 0) return gone_[local].load(std::memory_order_acquire) != kHere;
   return network_ != nullptr && network_->lost(global_rank);
+}
+
+bool Context::any_gone(const std::vector<Missing>& missing) const {
+  return std::any_of(missing.begin(), missing.end(),
+                     [this](const Missing& one) { return gone(one.rank); });
 }
 
 std::vector<int> Context::find_culprits(const std::vector<Missing>& missing) {

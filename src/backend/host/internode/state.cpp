@@ -156,14 +156,13 @@ bool State::flush(const Call& call, int rank, std::chrono::milliseconds timeout)
   bool flushed = false;
   bool waited = false;
   // Most take no time; of one that does the others are to know.
-  for (milliseconds turn(1); !flushed && !heap_->lost(rank); turn = milliseconds(50)) {
-    const auto left = std::chrono::ceil<milliseconds>(end - steady_clock::now());
-    if (waited && left.count() <= 0) break;
-    unless_lost(*heap_, rank,
-                [&] { flushed = heap_->flush(rank, std::clamp(left, milliseconds(1), turn)); });
+  bool last = false;  // it begins behind the end: this rank may have been stopped meanwhile
+  for (milliseconds turn(1); !flushed && !last && !heap_->lost(rank); turn = milliseconds(50)) {
+    last = steady_clock::now() >= end;
+    unless_lost(*heap_, rank, [&] { flushed = heap_->flush(rank, turn); });
     if (flushed) break;
     context_.check_fault(call);
-    context_.announce_wait({{rank, call.epoch, 0}}, true);
+    context_.announce_wait({{rank, call.epoch, 0}});
     waited = true;
   }
   if (waited && (flushed || heap_->lost(rank))) context_.announce_end_of_wait();
@@ -172,7 +171,7 @@ bool State::flush(const Call& call, int rank, std::chrono::milliseconds timeout)
   throw Error(ErrorCode::kTimeout,
               fmt::format("{} (call {}) on rank {}: what the call before the last sent to rank {} "
                           "has not left within {} ms",
-                          call.operation, call.epoch, this->rank(), rank, timeout.count()),
+                          call.operation, call.epoch, this->rank(), rank, call.timeout.count()),
               {rank});
 }
 

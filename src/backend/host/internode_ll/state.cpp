@@ -10,6 +10,13 @@ namespace deep_ep::host::internode_ll {
 
 using plan::LowLatencyKind;
 
+namespace {
+
+// To see whether a rank moves: a wait's beat takes up to 100 ms.
+constexpr std::chrono::milliseconds kShortestLook{200};
+
+}  // namespace
+
 State::State(Context& context, const BackendOptions& options)
     : context_(context),
       bytes_(options.low_latency_bytes),
@@ -69,7 +76,7 @@ void State::reclaim_mirror(const Call& call) {
     if (!remote(i) || masked(i)) continue;
     const auto left = std::chrono::ceil<milliseconds>(end - steady_clock::now());
     try {
-      (void)network_->flush(call, i, std::max(left, milliseconds(1)));
+      (void)network_->flush(call, i, std::max(left, kShortestLook));
     } catch (const Error& error) {
       if (!is_absence(error)) throw;
       mask_all({i}, error);
@@ -119,8 +126,6 @@ bool State::is_absence(const Error& error) {
 void State::wait_without(const Call& call, Error error,
                          const std::function<void(const Call&)>& wait,
                          const std::function<std::vector<Missing>()>& missing) {
-  constexpr int kTimes = 3;
-  constexpr std::chrono::milliseconds kShortestLook(200);  // a wait's beat takes up to 100
   const auto waited = [&](const Call& again) {
     try {
       wait(again);
@@ -143,15 +148,19 @@ void State::wait_without(const Call& call, Error error,
     }
     const bool looked = error.code() == ErrorCode::kTimeout;  // to the end: nobody died meanwhile
     times += looked ? 1 : 0;
+    // Longer for who has left out somebody that is there: that one waits for it, and others may
+    // wait for that one.
+    int patience = 3;
+    for (int i = 0; i < num_ranks(); ++i) patience += masked(i) && !context_.gone(i) ? 1 : 0;
     const std::vector<Missing> absent = missing();
     std::vector<int> lost;
     for (const auto& [rank, expected, seen] : absent) {
       const bool waits = context_.wait_mark(rank) != marks[rank];
-      if (context_.gone(rank) || (looked && (!waits || times == kTimes))) lost.push_back(rank);
+      if (context_.gone(rank) || (looked && (!waits || times >= patience))) lost.push_back(rank);
     }
     std::erase(lost, rank());
     // Nobody can be left out for it, so it would not end.
-    if (lost.empty() && (looked ? times == kTimes : !absent.empty())) throw Error(error);
+    if (lost.empty() && looked && times >= patience && !absent.empty()) throw Error(first);
     mask_all(lost, first);
     if (!lost.empty()) {
       times = 0;
