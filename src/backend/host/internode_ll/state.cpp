@@ -138,7 +138,8 @@ void State::wait_without(const Call& call, Error error,
     }
   };
   for (int times = 0;;) {
-    const Error first = error;
+    // waited() sets error.
+    const Error first = error;  // NOLINT(performance-unnecessary-copy-initialization)
     std::vector<std::uint64_t> marks(num_ranks());
     if (error.code() == ErrorCode::kTimeout) {
       for (int i = 0; i < num_ranks(); ++i) marks[i] = context_.wait_mark(i);
