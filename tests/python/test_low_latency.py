@@ -35,9 +35,9 @@ def rows_of(everyone, expert):
 def dequantised(recv_x, use_ue8m0):
     rows, scales = recv_x
     if use_ue8m0:
-        packed = scales.contiguous().view(torch.uint8).view(*scales.shape[:2], -1)
-        scales = torch.exp2(packed.float() - 127)[..., :HIDDEN // 128]
-    return (rows.float().view(*rows.shape[:2], -1, 128) * scales.unsqueeze(-1)).flatten(2)
+        exponents = scales.contiguous().view(torch.uint8)[..., :rows.shape[-1] // 128]
+        scales = (exponents.int() << 23).view(torch.float32)
+    return (rows.float().unflatten(-1, (-1, 128)) * scales.unsqueeze(-1)).flatten(-2)
 
 
 def _check_rows(everyone, rank, recv_x, count, handle, exact):

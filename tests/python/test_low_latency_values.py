@@ -10,6 +10,7 @@ from torch.nn.functional import pad
 import deep_ep
 import routing
 from routing import layout_of, make_inputs, over_nodes, same
+from test_low_latency import dequantised
 
 # Six scales a row: two int32 with half of the second unused.
 MAX_TOKENS, HIDDEN, LOCAL, GROUP = 12, 768, 2, 128
@@ -110,17 +111,6 @@ def _check_arrived(everyone, rank, got, form):
         assert count[local] == at
 
 
-def _values_of(recv_x, form):
-    """As a caller takes packed scales apart: whole rows, also those that nothing was sent to."""
-    if not form[0]:
-        return recv_x
-    codes, scales = recv_x
-    if form[2]:
-        exponents = scales.contiguous().view(torch.uint8)[..., :HIDDEN // GROUP]
-        scales = (exponents.int() << 23).view(torch.float32)
-    return (codes.float().unflatten(-1, (-1, GROUP)) * scales.unsqueeze(-1)).flatten(-2).bfloat16()
-
-
 def _combine(buffer, one, rows, handle, hook, zero_copy):
     if zero_copy:
         buffer.get_next_low_latency_combine_buffer(handle)[:, :, :] = rows
@@ -157,7 +147,7 @@ def _program(group):
             use_ue8m0=use_ue8m0, async_finish=not hook, return_recv_hook=hook)
         got[4]() if hook else got[3].current_stream_wait()
         _check_arrived(everyone, rank, got, form)
-        values, handle = _values_of(got[0], form), got[2]
+        values, handle = dequantised(got[0], use_ue8m0).bfloat16() if use_fp8 else got[0], got[2]
         rows = torch.stack([_expert(values[local], LOCAL * rank + local) for local in range(LOCAL)])
         wanted = _summed(one, size, form)
         for zero_copy in (False, True):

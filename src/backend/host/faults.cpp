@@ -51,18 +51,16 @@ void Context::peer_gone(int rank, bool orderly) {
 
 void Context::check_gone(const Call& call, const char* what, const std::vector<Missing>& missing) {
   for (const Missing& one : missing) {
+    if (!gone(one.rank)) continue;
     const int local = local_rank(one.rank);
-    if (local < 0 && (network_ == nullptr || !network_->lost(one.rank))) continue;
-    const int state = local < 0 ? kDied : gone_[local].load(std::memory_order_relaxed);
-    if (state == kHere) continue;
     // Whoever left because of a fault has told why, and before that: that is the news, not that it
     // left.
     if (network_ != nullptr) network_->poll();
     if (own().fault->load() != protocol::FaultRecord::kNone) return;
     int culprit = one.rank;
-    std::string fate = local < 0        ? "cannot be reached any more"
-                       : state == kLeft ? "has destroyed its Buffer"
-                                        : "has died";
+    std::string fate = local < 0               ? "cannot be reached any more"
+                       : gone_[local] == kLeft ? "has destroyed its Buffer"
+                                               : "has died";
     // Another node's rank may have given up because of one of this node, and not got that across.
     const auto died = std::find(gone_.begin(), gone_.end(), kDied);
     if (local < 0 && died != gone_.end()) {

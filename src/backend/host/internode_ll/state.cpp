@@ -1,6 +1,7 @@
 #include "backend/host/internode_ll/state.hpp"
 
 #include <algorithm>
+#include <optional>
 
 #include "base/env.hpp"
 #include "base/log.hpp"
@@ -126,28 +127,27 @@ bool State::is_absence(const Error& error) {
 void State::wait_without(const Call& call, Error error,
                          const std::function<void(const Call&)>& wait,
                          const std::function<std::vector<Missing>()>& missing) {
-  const auto waited = [&](const Call& again) {
+  const auto try_wait = [&](const Call& again) -> std::optional<Error> {
     try {
       wait(again);
       context_.announce_end_of_wait();  // that of the wait that threw
-      return true;
+      return std::nullopt;
     } catch (const Error& next) {
       if (!is_absence(next)) throw;
-      error = next;
-      return false;
+      return next;
     }
   };
   for (int times = 0;;) {
-    // waited() sets error.
-    const Error first = error;  // NOLINT(performance-unnecessary-copy-initialization)
     std::vector<std::uint64_t> marks(num_ranks());
-    if (error.code() == ErrorCode::kTimeout) {
+    bool looked = error.code() == ErrorCode::kTimeout;
+    if (looked) {
       for (int i = 0; i < num_ranks(); ++i) marks[i] = context_.wait_mark(i);
       Call look = call;
       look.timeout = std::max(call.timeout / 4, kShortestLook);
-      if (waited(look)) return;
+      const std::optional<Error> end = try_wait(look);
+      if (!end) return;
+      looked = end->code() == ErrorCode::kTimeout;  // to the end: nobody died meanwhile
     }
-    const bool looked = error.code() == ErrorCode::kTimeout;  // to the end: nobody died meanwhile
     times += looked ? 1 : 0;
     // Longer for who has left out somebody that is there: that one waits for it, and others may
     // wait for that one.
@@ -161,13 +161,15 @@ void State::wait_without(const Call& call, Error error,
     }
     std::erase(lost, rank());
     // Nobody can be left out for it, so it would not end.
-    if (lost.empty() && looked && times >= patience && !absent.empty()) throw Error(first);
-    mask_all(lost, first);
+    if (lost.empty() && looked && times >= patience && !absent.empty()) throw Error(error);
+    mask_all(lost, error);
     if (!lost.empty()) {
       times = 0;
       context_.announce_end_of_wait();  // it need not have to wait again
     }
-    if (waited(call)) return;
+    const std::optional<Error> next = try_wait(call);
+    if (!next) return;
+    error = *next;
   }
 }
 
