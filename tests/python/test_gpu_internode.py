@@ -31,7 +31,8 @@ def test_calls_are_captured_and_replayed(gpu_node_ranks, size, ranks_per_node, c
     test_gpu._results_are_torchs, test_gpu._side_stream_reads, test_gpu._late_compute,
     test_gpu._dropped_in_flight, test_gpu._live_after_destroy, test_gpu._current_stream,
     test_gpu_low_latency._low_latency_on_a_side_stream, test_gpu_streams._behind_an_event,
-    test_gpu_streams._low_latency_between_streams])
+    test_gpu_streams._low_latency_between_streams,
+    test_gpu_streams._first_calls_beside_a_kernel])
 def test_streams_and_memory_are_as_on_one_node(gpu_node_ranks, case):
     gpu_node_ranks.run(2, over_nodes, 1, case)
 

@@ -169,3 +169,39 @@ def _beside_the_caller(group):
 
 def test_calls_behind_an_event_run_beside_their_callers_stream(gpu_ranks):
     gpu_ranks.run(2, _beside_the_caller)
+
+
+def _first_calls_beside_a_kernel(group):
+    """A Buffer's first calls, which get memory and grow, wait for no kernel that runs: it may be
+    one of another Buffer, and last until a rank that waits here goes on."""
+    rank, size, side = group.rank(), group.size(), torch.cuda.Stream()
+    one = _inputs(group, tokens=1024)
+    few = test_low_latency.inputs_of(group, tokens=[9] * size)[rank]
+    for _ in range(2):  # as above
+        buffer = deep_ep.Buffer(group, 1 << 20)  # less than the rows take
+        low_latency = test_low_latency.buffer_of(group)
+        arguments = dispatch_arguments(buffer, one)
+        torch.cuda.synchronize()
+        torch.distributed.barrier(group)
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(100 * CYCLES)
+            slept = torch.cuda.Event()
+            slept.record()
+        rows, _, _, _, handle, _ = buffer.dispatch(**arguments)
+        combined = buffer.combine(rows, handle)[0]
+        rows, _, handle, _, _ = low_latency.low_latency_dispatch(
+            few.x, few.topk_idx, test_low_latency.MAX_TOKENS, few.experts, use_fp8=False)
+        few_combined = low_latency.low_latency_combine(rows, few.topk_idx, few.topk_weights,
+                                                       handle)[0]
+        torch.cuda.current_stream().synchronize()
+        waited = slept.query()
+        torch.cuda.synchronize()
+        assert same(combined.float(), _sum_of(one, group))
+        assert calc_diff(few_combined, weighted(few)) < 1e-5
+        buffer.destroy()
+        low_latency.destroy()
+    assert not waited
+
+
+def test_first_calls_wait_for_no_kernel(gpu_ranks):
+    gpu_ranks.run(2, _first_calls_beside_a_kernel)
