@@ -28,6 +28,16 @@ tokens=1,2,4,8,16,32,64,128,256,512
 low_latency low_latency_quantised --payload fp8 --tokens $tokens --max-tokens 512
 low_latency low_latency_given_fp8 --payload scaled-fp8 --format rank-major --tokens $tokens \
   --max-tokens 512
+# Of a Buffer for more tokens, and of one for as many.
+few=1,16,32,64,128,256
+low_latency low_latency_quantised_m256 --payload fp8 --tokens $few --max-tokens 256
+low_latency low_latency_given_fp8_m256 --payload scaled-fp8 --format rank-major --tokens $few \
+  --max-tokens 256
+for tokens in ${few//,/ }; do
+  most=(--tokens "$tokens" --max-tokens "$tokens")
+  low_latency "low_latency_quantised_t$tokens" --payload fp8 "${most[@]}"
+  low_latency "low_latency_given_fp8_t$tokens" --payload scaled-fp8 --format rank-major "${most[@]}"
+done
 low_latency low_latency_wires --payload bf16 --wire bf16,logfmt,fp8 --tokens 1,16,128,512
 
 # Between nodes, which two GPUs pose as, beside what puts reach in the same run.
@@ -41,6 +51,9 @@ if ((ranks >= 2)) && [[ -e $nvshmem/lib/libnvshmem_host.so.3 ]]; then
 else
   printf 'Between nodes: SKIPPED, needs two GPUs and NVSHMEM (nvidia-nvshmem-cu13 from pip)\n'
 fi
+
+printf '\nBeside what is wanted (gpu_goals.py):\n'
+python3 gpu_goals.py "$folder" | tee "$folder/goals.md"
 
 has_torch() { python3 -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; }
 if [[ ! -d python ]] || ! has_torch; then

@@ -16,6 +16,9 @@ from statistics import median
 from chart import line_chart
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "bench"))
+import gpu_goals  # noqa: E402
+
 RESULTS = ROOT / "bench/results"
 MACHINES = {"h100": "One H100, one rank", "h200-r2": "Two H200, a rank each"}
 INTRANODE = {"h100": "2026-11-24_h100_r1.json", "h200-r2": "2026-11-29_h200_r2.json"}
@@ -23,13 +26,19 @@ LOW_LATENCY = {"h100": "2026-11-24_h100_low_latency_graph_r1.json",
                "h200-r2": "2026-11-30_h200_low_latency_graph_r2.json"}
 NETWORK = "2026-11-28_host_network_n2.json"
 INTERNODE = "2026-11-30_h200_internode_n2.json"
+GOALS = [f"2026-11-30_h200_{name}.json" for name in (
+    "r2", "r2_graph", "r2_small", "low_latency_graph_r2", "low_latency_given_fp8_r2")]
 LEAST_VS_PUT = 0.6  # of what NVSHMEM's puts reach by as many SMs
 LINK_GBPS = 383  # a copy engine, both GPUs at once, of two H100, whose links are the same
 PLANS = {"uniform": "plan_uniform.json", "4 nodes a token": "plan_limited.json"}
 
 
+def run_of(name):
+    return json.loads((RESULTS / name).read_text())
+
+
 def results_of(name):
-    return json.loads((RESULTS / name).read_text())["results"]
+    return run_of(name)["results"]
 
 
 class Rows:
@@ -209,6 +218,7 @@ def internode_table():
 
 
 TABLES = {"network-exchange": network_table, "h200-internode": internode_table,
+          "h200-goals": lambda: gpu_goals.table(map(run_of, GOALS)),
           "plan-high-throughput": high_throughput_table, "plan-low-latency": low_latency_plan_table}
 PLOTS = {"plan_high_throughput": high_throughput_plot, "plan_low_latency": low_latency_plan_plot}
 for name in MACHINES:
