@@ -36,7 +36,7 @@ python_tests() { # pytest-argument...
 
 python_stage() {
   if ! install_python; then
-    say "SKIPPED: torch and what else the Python tests need could not be installed from pip"
+    leave_out python "torch and what else the Python tests need could not be installed from pip"
     count python 0 0 1
     return
   fi

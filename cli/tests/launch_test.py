@@ -91,6 +91,16 @@ class Launch(unittest.TestCase):
             self.check_bench(lambda arguments: run_ranks([*arguments, *shape], nobody),
                              nodes, ranks_per_node)
 
+    def test_nodes_may_have_eight_ranks_and_more(self):
+        nobody = [{"MASTER_ADDR": "", "MASTER_PORT": ""}]
+        for ranks_per_node in (8, 12):
+            for mode in ("internode", "low-latency"):
+                verify = ["verify", mode, "--tokens", "16", "--hidden", "256", "--experts",
+                          str(4 * ranks_per_node), "--nodes", "2", "--ranks-per-node",
+                          str(ranks_per_node)]
+                self.check_ranks(run_ranks(verify, nobody),
+                                 f"1 passed, 0 failed on {2 * ranks_per_node} ranks")
+
     def test_mpirun_makes_ranks(self):
         mpirun = shutil.which("mpirun")
         if mpirun is None:

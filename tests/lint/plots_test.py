@@ -30,7 +30,7 @@ class Plots(unittest.TestCase):
 
     def test_goals_are_met_missed_or_not_measured(self):
         row = {"hidden": 7168, "topk": 8, "experts": 256, "tokens": 4096, "dtype": "bf16"}
-        run = {"command": "bench intranode", "args": {"ranks": 4, "nodes": 1, "backend": "cuda"},
+        run = {"command": "bench intranode", "args": {"ranks": 4, "backend": "cuda", "comm_stream": False},
                "results": [{**row, "num_sms": sms, "operation": operation, "median_us": us}
                            for sms, operation, us in ((16, "dispatch_cached", 470.0),
                                                       (20, "dispatch_cached", 400.0),
@@ -40,7 +40,9 @@ class Plots(unittest.TestCase):
         self.assertEqual(plots.gpu_goals.table([run]).splitlines()[2:], [
             "| 4 | cached dispatch BF16, 16 SMs | 470.0 | 470 | met |",
             "| 4 | layout + dispatch that waits for counts, BF16, 16 SMs | 500.1 | 500 | missed |"])
-        self.assertEqual(plots.gpu_goals.median_us(run["results"], ("dispatch_cached",), row), 400)
+        own_stream = {**run, "args": {**run["args"], "comm_stream": True}}
+        self.assertEqual(len(plots.gpu_goals.table([own_stream]).splitlines()), 2)
+        self.assertEqual(plots.gpu_goals.best([run], ("dispatch_cached",), row), (400.0, 20))
 
     def test_pages_show_every_plot_and_no_other(self):
         shown = set()

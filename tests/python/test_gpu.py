@@ -86,8 +86,8 @@ def test_plain_calls_take_memory_without_python(gpu_ranks):
 
 
 def _side_stream_reads(group):
-    """A result is read on a side stream, told by record_stream, and dropped while that still waits;
-    later results must lie elsewhere."""
+    """A result is read on a side stream, told by record_stream, and dropped, on a thread of its own,
+    while that still waits; later results must lie elsewhere."""
     buffer = _buffer(group)
     side = torch.cuda.Stream()
     copies, wanted = [], []
@@ -100,7 +100,11 @@ def _side_stream_reads(group):
             torch.cuda._sleep(CYCLES)
             copies.append(got[0].clone())
         got[0].record_stream(side)
+        held = [got]
         del got
+        thread = threading.Thread(target=held.clear)
+        thread.start()
+        thread.join()
     torch.cuda.synchronize()
     for copy, want in zip(copies, wanted):
         assert same(copy, want)

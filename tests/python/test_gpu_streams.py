@@ -172,8 +172,9 @@ def test_calls_behind_an_event_run_beside_their_callers_stream(gpu_ranks):
 
 
 def _first_calls_beside_a_kernel(group):
-    """A Buffer's first calls, which get memory and grow, wait for no kernel that runs: it may be
-    one of another Buffer, and last until a rank that waits here goes on."""
+    """A Buffer's first calls, which get memory and grow, do not wait for all kernels that run, as
+    cudaFree does: one may be of another Buffer, and last until a rank that waits here goes on. What
+    waits now and then test_callers._threads meets."""
     rank, size, side = group.rank(), group.size(), torch.cuda.Stream()
     one = _inputs(group, tokens=1024)
     few = test_low_latency.inputs_of(group, tokens=[9] * size)[rank]

@@ -15,7 +15,7 @@ import deep_ep
 import routing
 from deep_ep._arrays import INT32, UINT8, TorchLibrary, library_of_name
 from deep_ep._groups import bootstrap_of
-from routing import Expected, dispatch_arguments, layout_of, make_inputs
+from routing import Expected, dispatch_arguments, layout_of, make_inputs, same
 
 
 def resident_bytes():
@@ -264,21 +264,26 @@ def test_results_of_a_call_share_a_block_of_torch(cpu_ranks):
 
 
 def _other_thread(group):
-    """Tensors die on a thread that the library has never seen; those of GPUs were used on a second
-    stream."""
+    """Tensors die on a thread that the library has never seen, the last of a call behind another
+    call, which may not write there; those of GPUs were used on a second stream."""
     on_gpu = routing.DEVICE == "cuda"
     buffer = deep_ep.Buffer(group, 1 << 20)
-    one = make_inputs(group.size(), experts=2 * group.size())[group.rank()]
+    one, other = (make_inputs(group.size(), experts=2 * group.size(), seed=seed)[group.rank()]
+                  for seed in range(2))
     held_bytes = torch.cuda.memory_allocated if on_gpu else buffer.runtime.live_bytes
     before = held_bytes()
     for _ in range(3):
         results = [buffer.dispatch(**dispatch_arguments(buffer, one), async_finish=on_gpu)]
         if on_gpu:
             results[0][5].current_stream_wait()
-        assert held_bytes() > before
-        thread = threading.Thread(target=results.clear)
-        thread.start()
-        thread.join()
+        kept = [results[0][0]]
+        want = kept[0].clone().cpu()
+        for tensors in (results, kept):
+            buffer.dispatch(**dispatch_arguments(buffer, other))
+            assert held_bytes() > before and same(kept[0].cpu(), want)
+            thread = threading.Thread(target=tensors.clear)
+            thread.start()
+            thread.join()
         assert held_bytes() == before
     buffer.destroy()
 

@@ -10,7 +10,7 @@
 #include "backend/cuda/internode_ll/steps.hpp"
 #include "backend/cuda/intranode/steps.hpp"
 #include "backend/cuda/memory/memory.hpp"
-#include "backend/cuda/memory/own_memory.hpp"
+#include "backend/cuda/memory/zero.hpp"
 #include "base/log.hpp"
 #include "fabric/segment_table.hpp"
 
@@ -43,15 +43,28 @@ std::unique_ptr<fabric::Memory> make_checked_memory(int device) {
   return make_memory(device);
 }
 
+template <class T>
+T* allocate_zeroed(std::size_t count) {
+  void* memory = nullptr;
+  check(cudaMalloc(&memory, count * sizeof(T)), "cudaMalloc");
+  zero(memory, count * sizeof(T));
+  return static_cast<T*>(memory);
+}
+
 }  // namespace
+
+ZeroedWords::~ZeroedWords() {
+  for (void* piece : pieces_) (void)cudaFree(piece);
+}
 
 void* ZeroedWords::get(std::int64_t bytes) {
   if (bytes > bytes_) {
+    const RelaxedCapture relaxed;
     const std::int64_t more = std::max(bytes, 2 * bytes_);
-    pieces_.push_back(allocate_zeroed(static_cast<std::size_t>(more)));
+    pieces_.push_back(allocate_zeroed<std::byte>(static_cast<std::size_t>(more)));
     bytes_ = more;
   }
-  return pieces_.empty() ? nullptr : pieces_.back().get();
+  return pieces_.empty() ? nullptr : pieces_.back();
 }
 
 namespace {
@@ -119,13 +132,13 @@ Context::Context(const BackendOptions& options)
         "cudaHostAlloc");
   mapped_segments_ = static_cast<std::byte**>(mapped);
   std::fill_n(mapped_segments_, num_segments, nullptr);
-  known_segments_ = allocate_zeroed(num_segments * sizeof(std::byte*));
+  known_segments_ = allocate_zeroed<std::byte*>(num_segments);
   // Loading a kernel later could wait for those that run, which may wait for it.
   check(intranode::load_kernels(), "loading of the kernels");
   for (const auto load : {internode_ll::load_dispatch, internode_ll::load_combine,
                           internode_ll::load_wire_combine, internode_ll::load_mask})
     check(load(), "loading of the kernels");
-  local_ = allocate_zeroed(sizeof(LocalState));
+  local_ = allocate_zeroed<LocalState>(1);
 }
 
 Context::~Context() {
@@ -133,7 +146,8 @@ Context::~Context() {
   const DeviceGuard guard(device_, std::nothrow);
   comm_streams().give_back(device_, comm_stream_);
   (void)cudaStreamDestroy(fault_stream_);
-  (void)cudaDeviceSynchronize();  // a replay of a graph may read them
+  (void)cudaFree(local_);
+  (void)cudaFree(known_segments_);
   (void)cudaFreeHost(mapped_segments_);
 }
 
@@ -178,9 +192,9 @@ Comm Context::comm(const Call& call) const {
   comm.first_rank = first_rank_;
   for (int i = 0; i < num_ranks_; ++i) comm.bases[i] = fabric_.base(i, 0);
   comm.mapped_segments = mapped_segments_;
-  comm.known_segments = static_cast<std::byte**>(known_segments_.get());
+  comm.known_segments = known_segments_;
   comm.num_segments = kMaxSegments;
-  comm.local = static_cast<LocalState*>(local_.get());
+  comm.local = local_;
   comm.status = &faults_->status();
   comm.timeout_ns = std::chrono::nanoseconds(call.timeout).count();
   comm.record = call.record;

@@ -13,7 +13,6 @@
 #include "backend/cuda/comm.hpp"
 #include "backend/cuda/event.hpp"
 #include "backend/cuda/faults.hpp"
-#include "backend/cuda/memory/own_memory.hpp"
 #include "fabric/fabric.hpp"
 
 namespace deep_ep::cuda {
@@ -22,11 +21,15 @@ namespace deep_ep::cuda {
 /// begun may use them.
 class ZeroedWords {
  public:
+  ZeroedWords() = default;
+  ~ZeroedWords();
+  ZeroedWords(const ZeroedWords&) = delete;
+  ZeroedWords& operator=(const ZeroedWords&) = delete;
   /// At least so many bytes; null if none were ever asked for.
   void* get(std::int64_t bytes);
 
  private:
-  std::vector<OwnMemory> pieces_;  // the last is in use
+  std::vector<void*> pieces_;  // the last is in use
   std::int64_t bytes_ = 0;
 };
 
@@ -98,8 +101,8 @@ class Context {
   std::shared_ptr<EventPool> events_;
   std::shared_ptr<Faults> faults_;
   std::byte** mapped_segments_ = nullptr;  // [R, kMaxSegments], host memory that the GPU reads
-  OwnMemory known_segments_;               // the same, GPU memory
-  OwnMemory local_;                        // a LocalState
+  std::byte** known_segments_ = nullptr;   // the same, GPU memory
+  LocalState* local_ = nullptr;            // GPU memory
   ZeroedWords count_words_;
   ZeroedWords sum_words_;
   std::uint64_t ticket_ = 0;

@@ -164,10 +164,11 @@ void Internode::free() noexcept {
 NetworkCounts Internode::counts() const {
   if (!open()) return {};
   const DeviceGuard guard(context_.device());
-  context_.synchronize();
   internode::SentCounts sent{};
-  check(cudaMemcpy(&sent, rails({}).state.sent_counts, sizeof sent, cudaMemcpyDeviceToHost),
+  check(cudaMemcpyAsync(&sent, rails({}).state.sent_counts, sizeof sent, cudaMemcpyDeviceToHost,
+                        context_.comm_stream()),
         "copy of counts");
+  context_.synchronize();
   const auto number = [](std::uint64_t count) { return static_cast<std::int64_t>(count); };
   return {number(sent.rows), number(sent.row_bytes), number(sent.puts), number(sent.put_bytes),
           number(sent.signals)};

@@ -5,7 +5,6 @@
 #include "backend/cuda/internode.hpp"
 #include "backend/cuda/make_backend.hpp"
 #include "backend/cuda/memory/memory.hpp"
-#include "backend/cuda/memory/own_memory.hpp"
 #include "backend/plugin.hpp"
 
 namespace deep_ep {
@@ -32,10 +31,21 @@ class Parts final : public CudaParts {
     return cuda::make_backend(options);
   }
 
+  // Not cudaMalloc and cudaFree: the latter waits for all kernels of the GPU, and a kernel of one
+  // Buffer may wait for a call that another rank makes only when this thread has gone on.
   std::shared_ptr<void> allocate(int device, std::int64_t bytes) override {
     const cuda::DeviceGuard guard(device);
-    return {cuda::allocate(static_cast<std::size_t>(bytes) + 1),
-            [device](void* data) { cuda::free_unused(data, device); }};
+    void* memory = nullptr;
+    cuda::check(cudaMallocAsync(&memory, static_cast<std::size_t>(bytes) + 1, cudaStreamPerThread),
+                "cudaMallocAsync");
+    cuda::check(cudaStreamSynchronize(cudaStreamPerThread), "cudaMallocAsync");
+    return {memory, [device](void* data) {
+              try {
+                const cuda::DeviceGuard guard_of_free(device);
+                (void)cudaFreeAsync(data, cudaStreamPerThread);
+              } catch (const Error&) {  // the process ends, and its CUDA context is gone already
+              }
+            }};
   }
 
   void copy(void* to, const void* from, std::int64_t bytes, Stream stream) override {

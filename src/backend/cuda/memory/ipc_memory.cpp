@@ -6,7 +6,7 @@
 
 #include "backend/cuda/check.hpp"
 #include "backend/cuda/memory/memory.hpp"
-#include "backend/cuda/memory/own_memory.hpp"
+#include "backend/cuda/memory/zero.hpp"
 #include "fabric/socket.hpp"
 
 namespace deep_ep::cuda {

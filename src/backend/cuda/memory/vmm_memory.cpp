@@ -4,7 +4,7 @@
 
 #include "backend/cuda/check.hpp"
 #include "backend/cuda/memory/memory.hpp"
-#include "backend/cuda/memory/own_memory.hpp"
+#include "backend/cuda/memory/zero.hpp"
 
 namespace deep_ep::cuda {
 

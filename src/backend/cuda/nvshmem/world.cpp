@@ -10,7 +10,7 @@
 
 #include "backend/cuda/check.hpp"
 #include "backend/cuda/gpu_name.hpp"
-#include "backend/cuda/memory/own_memory.hpp"
+#include "backend/cuda/memory/zero.hpp"
 #include "base/error.hpp"
 #include "base/log.hpp"
 #include "fabric/agree.hpp"
