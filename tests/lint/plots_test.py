@@ -30,7 +30,8 @@ class Plots(unittest.TestCase):
 
     def test_goals_are_met_missed_or_not_measured(self):
         row = {"hidden": 7168, "topk": 8, "experts": 256, "tokens": 4096, "dtype": "bf16"}
-        run = {"command": "bench intranode", "args": {"ranks": 4, "backend": "cuda", "comm_stream": False},
+        run = {"command": "bench intranode",
+               "args": {"ranks": 4, "backend": "cuda", "comm_stream": False},
                "results": [{**row, "num_sms": sms, "operation": operation, "median_us": us}
                            for sms, operation, us in ((16, "dispatch_cached", 470.0),
                                                       (20, "dispatch_cached", 400.0),

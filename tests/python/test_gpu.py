@@ -86,7 +86,7 @@ def test_plain_calls_take_memory_without_python(gpu_ranks):
 
 
 def _side_stream_reads(group):
-    """A result is read on a side stream, told by record_stream, and dropped, on a thread of its own,
+    """A result is read on a side stream, told by record_stream, and dropped, on another thread,
     while that still waits; later results must lie elsewhere."""
     buffer = _buffer(group)
     side = torch.cuda.Stream()

@@ -162,16 +162,15 @@ void Internode::free() noexcept {
 }
 
 NetworkCounts Internode::counts() const {
+  internode::SentCounts sent{};
   if (!open()) return {};
   const DeviceGuard guard(context_.device());
-  internode::SentCounts sent{};
-  check(cudaMemcpyAsync(&sent, rails({}).state.sent_counts, sizeof sent, cudaMemcpyDeviceToHost,
-                        context_.comm_stream()),
+  const void* from = rails({}).state.sent_counts;
+  check(cudaMemcpyAsync(&sent, from, sizeof sent, cudaMemcpyDefault, context_.comm_stream()),
         "copy of counts");
   context_.synchronize();
-  const auto number = [](std::uint64_t count) { return static_cast<std::int64_t>(count); };
-  return {number(sent.rows), number(sent.row_bytes), number(sent.puts), number(sent.put_bytes),
-          number(sent.signals)};
+  const auto n = [](std::uint64_t count) { return static_cast<std::int64_t>(count); };
+  return {n(sent.rows), n(sent.row_bytes), n(sent.puts), n(sent.put_bytes), n(sent.signals)};
 }
 
 internode::Rails Internode::rails(const Call& call) const {
