@@ -27,8 +27,9 @@ class IpcMapping final : public fabric::Mapping {
       : base_(base), bytes_(bytes), origin_(origin), device_(device), id_(std::move(id)) {}
   ~IpcMapping() override {
     const DeviceGuard guard(device_, std::nothrow);
-    // Work that still uses it ends first.
-    (void)cudaDeviceSynchronize();
+    // Work that still uses it ends first. Where that cannot be told, since somebody captures a
+    // stream or the CUDA context is gone, it stays.
+    if (cudaDeviceSynchronize() != cudaSuccess) return;
     (void)(origin_ == Origin::kOpened ? cudaIpcCloseMemHandle(base_) : cudaFree(base_));
   }
   std::byte* base() const override { return static_cast<std::byte*>(base_); }

@@ -100,12 +100,13 @@ class VmmMapping final : public fabric::Mapping {
  private:
   std::size_t size() const { return static_cast<std::size_t>(bytes_); }
 
-  // Work that still uses the range ends first: unmapping does not wait for it.
+  // Work that still uses the range ends first: unmapping does not wait for it. Where that cannot be
+  // told, since somebody captures a stream or the CUDA context is gone, it stays.
   void let_go() {
     const Driver& driver = Driver::instance();
     if (mapped_) {
       const DeviceGuard guard(device_, std::nothrow);
-      (void)cudaDeviceSynchronize();
+      if (cudaDeviceSynchronize() != cudaSuccess) return;
       (void)driver.unmap(address_, size());
     }
     if (address_ != 0) (void)driver.unreserve(address_, size());
