@@ -70,13 +70,14 @@ struct Plan {
                          : trouble == Trouble::kDeadNode && node_of(rank) == kNode;
   }
   /// Whether `rank` may miss all of these. Of what waits for each other across a cut both ends are
-  /// suspect, and of a slow link what either side finds may reach the other.
+  /// suspect, and what others find may reach the node with the slow link.
   bool may_miss(const std::vector<int>& ranks, int rank) const {
     const auto cut = [&](int named) {
       return (node_of(named) == kNode) != (node_of(rank) == kNode);
     };
-    if (cuts_off()) return std::any_of(ranks.begin(), ranks.end(), cut);
-    if (trouble == Trouble::kCrawl) return !ranks.empty();
+    if (trouble == Trouble::kCrawl && node_of(rank) == kNode) return !ranks.empty();
+    if (cuts_off() || trouble == Trouble::kCrawl)
+      return std::any_of(ranks.begin(), ranks.end(), cut);
     if (trouble == Trouble::kAbsent) return ranks == std::vector{kRank};
     return !ranks.empty() &&
            std::all_of(ranks.begin(), ranks.end(), [&](int named) { return dies(named); });
