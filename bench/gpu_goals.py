@@ -74,7 +74,7 @@ def best(runs, operations, wanted):
                 sums.setdefault(row.get("num_sms"), {})[row["operation"]] = row["median_us"]
         found += [(sum(one.values()), sms) for sms, one in sums.items()
                   if len(one) == len(operations)]
-    return min(found, default=None)
+    return min(found, key=lambda one: one[0], default=None)
 
 
 def between_nodes(runs):
