@@ -67,9 +67,9 @@ if [[ ! -d python ]] || ! has_torch; then
   exit
 fi
 bench beside --tokens 128,4096 --dtype bf16,fp8 --num-sms 16
-for tokens in 1 128; do
-  low_latency low_latency_beside_$tokens --payload fp8 --tokens $tokens --max-tokens $tokens
+beside=()
+for name in graphs beside low_latency_quantised_t1 low_latency_quantised_t128; do
+  beside+=("$folder/${name}_r$ranks.json")
 done
 PYTHONPATH=$PWD/python python3 -m torch.distributed.run --nproc-per-node "$ranks" python_calls.py \
-  --beside "$folder"/{graphs,beside,low_latency_beside_1,low_latency_beside_128}_r"$ranks".json \
-  --json "$folder/python_calls_r$ranks.json"
+  --beside "${beside[@]}" --json "$folder/python_calls_r$ranks.json"

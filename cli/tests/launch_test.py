@@ -33,6 +33,7 @@ def torchrun(size):
             for rank in range(size)]
 
 
+NOBODY = [{"MASTER_ADDR": "", "MASTER_PORT": ""}]  # launches: one process, which forks ranks
 SMALL_BENCH = ["bench", "internode", "--tokens", "16", "--hidden", "64", "--experts", "24",
                "--iters", "2", "--warmup", "1"]
 
@@ -85,20 +86,18 @@ class Launch(unittest.TestCase):
                          3, 1)
 
     def test_without_a_launcher_ranks_of_this_machine_are_nodes(self):
-        nobody = [{"MASTER_ADDR": "", "MASTER_PORT": ""}]
         for nodes, ranks_per_node in ((2, 2), (3, 1)):
             shape = ["--nodes", str(nodes), "--ranks-per-node", str(ranks_per_node)]
-            self.check_bench(lambda arguments: run_ranks([*arguments, *shape], nobody),
+            self.check_bench(lambda arguments: run_ranks([*arguments, *shape], NOBODY),
                              nodes, ranks_per_node)
 
     def test_nodes_may_have_eight_ranks_and_more(self):
-        nobody = [{"MASTER_ADDR": "", "MASTER_PORT": ""}]
         for ranks_per_node in (8, 12):
             for mode in ("internode", "low-latency"):
                 verify = ["verify", mode, "--tokens", "16", "--hidden", "256", "--experts",
                           str(4 * ranks_per_node), "--nodes", "2", "--ranks-per-node",
                           str(ranks_per_node)]
-                self.check_ranks(run_ranks(verify, nobody),
+                self.check_ranks(run_ranks(verify, NOBODY),
                                  f"1 passed, 0 failed on {2 * ranks_per_node} ranks")
 
     def test_mpirun_makes_ranks(self):

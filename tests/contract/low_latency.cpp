@@ -124,17 +124,13 @@ void append(std::vector<Program>& programs, Program program, const LowLatencyCas
   programs.push_back(std::move(program));
 }
 
-void set_nodes(Program& program, int ranks_per_node) {
-  program.ranks_per_node = ranks_per_node;
-  for (Step& step : program.steps) step.low_latency->ranks_per_node = ranks_per_node;
-}
-
 /// Over nodes of one of the sizes that are possible.
 void spread(Program& program, std::uint64_t choice) {
   std::vector<int> sizes;
   for (int size = 1; size < program.ranks; ++size)
     if (program.ranks % size == 0) sizes.push_back(size);
-  set_nodes(program, sizes[choice % sizes.size()]);
+  program.ranks_per_node = sizes[choice % sizes.size()];
+  for (Step& step : program.steps) step.low_latency->ranks_per_node = program.ranks_per_node;
 }
 
 }  // namespace
@@ -214,19 +210,16 @@ Program random_low_latency_program(std::uint64_t seed, const Limits& limits, boo
   return program;
 }
 
-/// Nodes as large and as small as can be, in turn; those of six ranks, two, three and one a node.
+/// Nodes as large and as small as can be, in turn; six ranks are tried in all three ways.
 std::vector<Program> spread_over_nodes(std::vector<Program> programs) {
   std::erase_if(programs, [](const Program& program) { return program.ranks < 2; });
-  std::vector<Program> sixes;
-  for (std::size_t i = 0; i < programs.size(); ++i) {
+  const std::size_t count = programs.size();
+  for (std::size_t i = 0; i < count; ++i) {
     spread(programs[i], i);
-    if (programs[i].ranks == 6) sixes.push_back(programs[i]);
-  }
-  for (const int ranks_per_node : {2, 3, 1}) {
-    for (Program program : sixes) {
-      if (program.ranks_per_node == ranks_per_node) continue;
-      program.name += fmt::format("/nodes_of_{}", ranks_per_node);
-      set_nodes(program, ranks_per_node);
+    for (std::uint64_t more = 1; programs[i].ranks == 6 && more < 3; ++more) {
+      Program program = programs[i];
+      spread(program, i + more);
+      program.name += fmt::format("/nodes_of_{}", program.ranks_per_node);
       programs.push_back(std::move(program));
     }
   }

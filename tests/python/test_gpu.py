@@ -2,7 +2,6 @@
 test would see wrong data if a block were used again too early."""
 
 import gc
-import threading
 import time
 
 import pytest
@@ -12,8 +11,8 @@ import deep_ep
 from deep_ep._arrays import library_of_name
 from deep_ep._cuda import CudaMemory
 from deep_ep.utils.testing import bench_kineto
-from routing import (captured, dispatch_arguments, kept_weights, layout_of, make_inputs, same,
-                     weighted)
+from routing import (captured, clear_on_a_thread, dispatch_arguments, kept_weights, layout_of,
+                     make_inputs, same, weighted)
 
 pytestmark = pytest.mark.gpu
 
@@ -102,9 +101,7 @@ def _side_stream_reads(group):
         got[0].record_stream(side)
         held = [got]
         del got
-        thread = threading.Thread(target=held.clear)
-        thread.start()
-        thread.join()
+        clear_on_a_thread(held)
     torch.cuda.synchronize()
     for copy, want in zip(copies, wanted):
         assert same(copy, want)
@@ -288,10 +285,8 @@ def _live_after_destroy(group):
     torch.cuda.synchronize()
     for tensor, copy, src, src_copy in kept:
         assert same(tensor, copy) and same(src, src_copy)
-    thread = threading.Thread(target=kept.clear)  # dies on a thread of its own, behind its Buffer
     del tensor, copy, src, src_copy
-    thread.start()
-    thread.join()
+    clear_on_a_thread(kept)  # behind its Buffer
     gc.collect()
     torch.cuda.empty_cache()
     second.destroy()

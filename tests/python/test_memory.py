@@ -4,7 +4,6 @@ import gc
 import os
 import subprocess
 import sys
-import threading
 import weakref
 
 import pytest
@@ -15,7 +14,7 @@ import deep_ep
 import routing
 from deep_ep._arrays import INT32, UINT8, TorchLibrary, library_of_name
 from deep_ep._groups import bootstrap_of
-from routing import Expected, dispatch_arguments, layout_of, make_inputs, same
+from routing import Expected, clear_on_a_thread, dispatch_arguments, layout_of, make_inputs, same
 
 
 def resident_bytes():
@@ -281,9 +280,7 @@ def _other_thread(group):
         for tensors in (results, kept):
             buffer.dispatch(**dispatch_arguments(buffer, other))
             assert held_bytes() > before and same(kept[0].cpu(), want)
-            thread = threading.Thread(target=tensors.clear)
-            thread.start()
-            thread.join()
+            clear_on_a_thread(tensors)
         assert held_bytes() == before
     buffer.destroy()
 
